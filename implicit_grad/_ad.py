@@ -1,0 +1,134 @@
+"""Products with Jacobians: the only file that calls `torch.autograd.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_grad._tree import Tensors
+
+
+def vjp(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensors:
+    """(∂outputs/∂inputs)ᵀ cotangents, zeros where nothing depends on an input.
+
+    The graph is kept; the product is itself differentiable where gradients are enabled.
+    """
+    pairs = [
+        (y, c)
+        for y, c in zip(outputs, cotangents, strict=True)
+        if isinstance(y, Tensor) and y.requires_grad
+    ]
+    if not pairs or not inputs:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    grads = torch.autograd.grad(
+        [y for y, _ in pairs],
+        list(inputs),
+        [c for _, c in pairs],
+        retain_graph=True,
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    return tuple(
+        torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)
+    )
+
+
+def gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensors:
+    """∇value with respect to the inputs, zeros where it does not depend on one."""
+    return vjp([value], inputs, [torch.ones_like(value)])
+
+
+class Linearization:
+    """F(φ, a) as a graph at one point: products with A = ∂F/∂φ and with ∂F/∂a.
+
+    Where F(φ) = smooth(φ) + diagonal·φ + …, as with a proximal term, products with the diagonal
+    part are taken directly and `scale` = diagonal tells linear solvers the natural units of A.
+    """
+
+    def __init__(
+        self,
+        residual: Tensors,
+        phi: Tensors,
+        smooth: Tensors | None = None,
+        diagonal: Tensors | None = None,
+    ) -> None:
+        self.residual, self.phi = residual, phi
+        self._curved = residual if smooth is None else smooth
+        self.scale = diagonal
+        self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
+
+    def transposed(self, u: Tensors) -> Tensors:
+        """Aᵀu: one backward pass through the graph of F (reverse over reverse for a Hessian)."""
+        return self._shifted(vjp(self._curved, self.phi, u), u)
+
+    def product(self, x: Tensors) -> Tensors:
+        """A x, as the derivative of the linear map w ↦ Aᵀw (double vjp)."""
+        if self._pullback_of_dummy is None:
+            with torch.enable_grad():
+                dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self._curved)
+                self._pullback_of_dummy = dummy, vjp(self._curved, self.phi, dummy)
+        dummy, pullback = self._pullback_of_dummy
+        return self._shifted(vjp(pullback, dummy, x), x)
+
+    def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        """(∂F/∂inputs)ᵀu, for any tensors in F's graph."""
+        return vjp(self.residual, inputs, u)
+
+    def _shifted(self, product: Tensors, u: Tensors) -> Tensors:
+        if self.scale is None:
+            return product
+        return tuple(p + s * x for p, s, x in zip(product, self.scale, u, strict=True))
+
+
+class GaussNewton(Linearization):
+    """The same, with the Hessian of loss(model(φ)) replaced by Jᵀ (∂²loss/∂output²) J.
+
+    J is the Jacobian of the model's outputs, so the model's own curvature is dropped and the
+    operator is positive semi-definite for losses that are convex in the outputs (Schraudolph,
+    2002, Fast curvature matrix-vector products). The cross-derivatives in `pullback` stay exact.
+    """
+
+    def __init__(self, loss: Tensor, outputs: Tensors, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._outputs = outputs
+        with torch.enable_grad():
+            self._loss_gradient = gradient(loss, outputs)
+            self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in outputs)
+            self._to_phi = vjp(outputs, self.phi, self._dummy)
+
+    def transposed(self, u: Tensors) -> Tensors:
+        """Jᵀ (∂²loss/∂output²) J u plus the diagonal part."""
+        in_outputs = vjp(self._to_phi, self._dummy, u)
+        curved = vjp(self._loss_gradient, self._outputs, in_outputs)
+        return self._shifted(vjp(self._outputs, self.phi, curved), u)
+
+    product = transposed
+
+
+def captured_leaves(
+    roots: Iterable[Tensor], known: Iterable[Tensor], stop: Callable[[Any], bool] = lambda _: False
+) -> Tensors:
+    """The leaf tensors requiring grad that the roots depend on, besides the known ones.
+
+    Walks the graph back to its AccumulateGrad nodes; does not go past nodes for which `stop` holds.
+    """
+    found: dict[int, Tensor] = {}
+    seen = set()
+    ignored = {id(t) for t in known}
+    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
+    for root in roots:
+        if root.requires_grad and root.grad_fn is None:
+            found[id(root)] = root
+    while pending:
+        node = pending.pop()
+        if node in seen or stop(node):
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        pending.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return tuple(t for key, t in found.items() if key not in ignored)

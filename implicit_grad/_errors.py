@@ -1,0 +1,105 @@
+"""Everything the library says: statuses, exceptions and the warning.
+
+A failed solve is a value with a sentence attached (`Status`); the caller decides whether it warns,
+raises or stays quiet. Bad input is an exception at once, before any work.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class ImplicitGradWarning(UserWarning):
+    """Numerical trouble in a hypergradient: it was computed, but should not be trusted blindly."""
+
+
+class ImplicitGradError(RuntimeError):
+    """Base class of every exception that the library raises on purpose."""
+
+
+class InvalidArgumentError(ImplicitGradError, ValueError):
+    """An argument has a value that cannot work; nothing has been computed or changed."""
+
+
+class InvalidSolutionError(ImplicitGradError):
+    """The solver returned something that is not a solution of the inner problem's form."""
+
+
+class GraphError(ImplicitGradError):
+    """The gradient that autograd asks for does not exist, or can no longer be computed."""
+
+
+class LinearSolveError(ImplicitGradError):
+    """The backward solve failed and `on_failure="raise"`; `report` holds what is known about it."""
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class Status(enum.IntEnum):
+    """How a backward solve ended: positive is success, negative is trouble (PETSc's convention)."""
+
+    CONVERGED = 1
+    ZERO_RHS = 2
+    EXACT = 3
+    TRUNCATED = 4
+    FIRST_ORDER = 5
+    MAX_ITER = -1
+    NEGATIVE_CURVATURE = -2
+    STAGNATED = -3
+    SINGULAR = -4
+    NONFINITE_RHS = -5
+    NONFINITE_OPERATOR = -6
+    INNER_NOT_STATIONARY = -7
+
+    @property
+    def ok(self) -> bool:
+        """Whether the solve did what was asked of it."""
+        return self > 0
+
+    @property
+    def sentence(self) -> str:
+        """What happened, the likely cause, and what to change."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.CONVERGED: "the linear solve reached its tolerance",
+    Status.ZERO_RHS: "the incoming gradient is zero, and so is the implicit gradient",
+    Status.EXACT: "the linear system was solved by a dense factorisation",
+    Status.TRUNCATED: "the linear solve used its fixed budget of iterations, as asked",
+    Status.FIRST_ORDER: "no product was taken: this is the first-order gradient, as asked",
+    Status.MAX_ITER: (
+        "the linear solve ran out of iterations before it reached rtol: the system is badly "
+        "conditioned for this budget. Raise maxiter, loosen rtol, add a preconditioner, or "
+        "regularise the inner problem (a larger lam)"
+    ),
+    Status.NEGATIVE_CURVATURE: (
+        "the inner objective has non-positive curvature at phi, so phi is not a strict minimum and "
+        "the implicit gradient is not defined there; CG stopped at the last iterate that is still a "
+        "descent direction. Solve the inner problem further, raise lam, or use "
+        'curvature="gauss_newton" where it is offered'
+    ),
+    Status.STAGNATED: (
+        "the linear solve stopped improving above rtol: rounding error is the floor for this "
+        "condition number and dtype. Use float64, loosen rtol, or regularise the inner problem"
+    ),
+    Status.SINGULAR: (
+        "the linear system is singular to working precision: the inner solution is not locally "
+        "unique. Add a regulariser to the inner problem"
+    ),
+    Status.NONFINITE_RHS: (
+        "the incoming gradient holds NaN or Inf, and so does the implicit gradient: look at the "
+        "outer loss"
+    ),
+    Status.NONFINITE_OPERATOR: (
+        "a product with the inner problem's Jacobian gave NaN or Inf, so the implicit gradient is "
+        "NaN: look at the inner objective's second derivatives at phi (sqrt or norm at 0?)"
+    ),
+    Status.INNER_NOT_STATIONARY: (
+        "phi does not solve the inner problem (its residual is not small), so the implicit gradient "
+        "is not the derivative of this phi. Run the solver longer, or check that the condition "
+        "describes what the solver solves"
+    ),
+}

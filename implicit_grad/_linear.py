@@ -1,0 +1,160 @@
+"""The contract of linear solvers, and the dense one: find x with M x = rhs, M given by products."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicit_grad._ad import Linearization
+from implicit_grad._errors import InvalidArgumentError, Status
+from implicit_grad._tree import Flat, Tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A square matrix known by its products with flat vectors.
+
+    `scale` is its natural unit (λ of a proximal term): the matrix is about scale · identity. None
+    means 1.
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    rmatvec: Callable[[Tensor], Tensor]
+    scale: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSolution:
+    """What a linear solver found, and how it knows.
+
+    `residual` is ‖rhs − M x‖/‖rhs‖, computed from x and not carried along (None if not computed).
+    `curvature` holds the least and greatest pᵀMp/pᵀp met; `alphas` and `betas` are CG's
+    coefficients and `energies` the squared residuals rᵀr (over the scale, if any) that go with them:
+    Ritz values and error bounds follow from these.
+    """
+
+    x: Tensor
+    status: Status
+    iterations: int = 0
+    residual: float | None = None
+    curvature: tuple[float, float] | None = None
+    alphas: tuple[float, ...] = ()
+    betas: tuple[float, ...] = ()
+    energies: tuple[float, ...] = ()
+
+
+class LinearSolver(abc.ABC):
+    """Solves M x = rhs; `symmetric_only` says whether M has to be symmetric."""
+
+    symmetric_only: ClassVar[bool]
+
+    def solve(self, operator: Operator, rhs: Tensor, verify: bool = True) -> LinearSolution:
+        """Solve operator · x = rhs.
+
+        Zero and non-finite right-hand sides are dealt with here, and the others are brought to
+        magnitude 1 by a power of two, which changes no bit unless something would over- or
+        underflow. `verify=False` allows to skip the product that recomputes the residual where
+        nothing was promised about it.
+        """
+        largest = float(rhs.abs().max()) if rhs.numel() else 0.0
+        if largest == 0.0:
+            return LinearSolution(torch.zeros_like(rhs), Status.ZERO_RHS, residual=0.0)
+        if not math.isfinite(largest):
+            return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_RHS)
+        limit = 126 if rhs.dtype == torch.float32 else 1022
+        unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
+        solution = self._solve(operator, rhs / unit, unit, verify)
+        energies = tuple(energy * unit * unit for energy in solution.energies)
+        return dataclasses.replace(solution, x=solution.x * unit, energies=energies)
+
+    @abc.abstractmethod
+    def _solve(
+        self, operator: Operator, rhs: Tensor, unit: float, verify: bool
+    ) -> LinearSolution:
+        """Solve for a right-hand side of magnitude 1, which stands for `unit` times as much."""
+
+
+def solve_adjoint(
+    solver: LinearSolver, linearization: Linearization, v: Tensors, verify: bool
+) -> tuple[Tensors, LinearSolution]:
+    """Solve Aᵀu = v for the tuple of tensors u."""
+    flat = Flat(v)
+    operator = Operator(
+        matvec=lambda x: flat.ravel(linearization.transposed(flat.unravel(x))),
+        rmatvec=lambda x: flat.ravel(linearization.product(flat.unravel(x))),
+        scale=_flat_scale(linearization.scale, v, flat),
+    )
+    with torch.no_grad():
+        solution = solver.solve(operator, flat.ravel(v), verify)
+        return flat.unravel(solution.x), solution
+
+
+def _flat_scale(scale: Tensors | None, like: Tensors, flat: Flat) -> Tensor | None:
+    if not scale:
+        return None
+    if all(s is scale[0] and s.dim() == 0 for s in scale):
+        return scale[0].detach().to(flat.device, flat.dtype)
+    return flat.ravel([s.detach().expand_as(x) for s, x in zip(scale, like, strict=True)])
+
+
+def relative_residual(operator: Operator, x: Tensor, rhs: Tensor) -> float:
+    """‖rhs − M x‖/‖rhs‖."""
+    return norm(rhs - operator.matvec(x)) / norm(rhs)
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    """xᵀy, summed in float64 where the device has it."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return float((x * y).sum(dtype=wide))
+
+
+def norm(x: Tensor) -> float:
+    """‖x‖₂."""
+    return dot(x, x) ** 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exact(LinearSolver):
+    """Dense solution by LU factorisation, for small problems and as the reference in tests.
+
+    Takes one product per unknown, so it refuses systems of more than `max_size` unknowns.
+
+    >>> Exact(max_size=100).max_size
+    100
+    """
+
+    max_size: int = 2000
+
+    symmetric_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.max_size < 1:
+            raise InvalidArgumentError(f"Exact(max_size={self.max_size}): expected at least 1")
+
+    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
+        n = rhs.numel()
+        if n > self.max_size:
+            raise InvalidArgumentError(
+                f"Exact() would build a dense {n} × {n} matrix; its max_size is {self.max_size}. "
+                "Use CG() (or NormalCG() for root and fixed_point), or raise max_size"
+            )
+        identity = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
+        matrix = torch.stack([operator.matvec(column) for column in identity], dim=1)
+        if not bool(torch.isfinite(matrix).all()):
+            return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_OPERATOR, n)
+        factors, pivots, info = torch.linalg.lu_factor_ex(matrix)
+        pivot_sizes = factors.diagonal().abs()
+        singular = bool(info) or bool(
+            pivot_sizes.min() <= n * torch.finfo(rhs.dtype).eps * pivot_sizes.max()
+        )
+        x = torch.linalg.lu_solve(factors, pivots, rhs[:, None])[:, 0]
+        if singular and not bool(torch.isfinite(x).all()):
+            return LinearSolution(torch.full_like(rhs, math.nan), Status.SINGULAR, n)
+        status = Status.SINGULAR if singular else Status.EXACT
+        return LinearSolution(x, status, n, norm(rhs - matrix @ x) / norm(rhs))

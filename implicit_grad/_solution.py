@@ -1,0 +1,86 @@
+"""What a solver may return: checked, converted to tensors, and cut off from everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicit_grad import _tree
+from implicit_grad._conditions import describe
+from implicit_grad._errors import InvalidSolutionError
+from implicit_grad._tree import Tensors, Tree
+
+
+def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tensors, Tree]:
+    """φ as distinct detached tensors and their tree, or an error that names the wrong part.
+
+    NumPy arrays and Python numbers become tensors of the dtype and device of the arguments.
+    `template` is what φ has to look like, where the condition knows (θ of a proximal term).
+    """
+    if not _tree.leaves(returned):
+        raise InvalidSolutionError(
+            f"the solver returned {describe(returned)}; it must return phi: a tensor, or a "
+            "container of tensors"
+        )
+    if template is not None and _tree.structure(returned) != _tree.structure(template):
+        raise InvalidSolutionError(
+            f"the solver returned phi of the form {_tree.structure(returned)}; theta has the form "
+            f"{_tree.structure(template)}, and phi must have the same"
+        )
+    names = _tree.names(returned, "phi")
+    likes = [None] * len(names) if template is None else _tree.leaves(template)
+    leaves, tree = _tree.flatten(returned, is_variable=lambda _: True)
+    dtype, device = _common(inputs)
+    slots = [slot for slot in tree.slots if slot is not None]
+    found: dict[int, Tensor] = {}
+    for name, slot, like in zip(names, slots, likes, strict=True):
+        leaf = leaves[slot]
+        if isinstance(leaf, (np.ndarray, np.generic, float)):
+            place = (dtype, device) if like is None else (like.dtype, like.device)
+            leaf = torch.as_tensor(leaf).to(*place)
+        _check(name, leaf, like)
+        found.setdefault(slot, leaf)
+    owned = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
+    return tuple(_own(found[slot], owned) for slot in range(len(leaves))), tree
+
+
+def _check(name: str, leaf: Any, like: Tensor | None) -> None:
+    if not torch.is_tensor(leaf) or not leaf.is_floating_point() or leaf.layout != torch.strided:
+        raise InvalidSolutionError(
+            f"{name} must be a dense floating-point tensor (or a NumPy array), the solver returned "
+            f"{describe(leaf)}"
+        )
+    if like is not None and (leaf.shape, leaf.dtype, leaf.device) != (
+        like.shape,
+        like.dtype,
+        like.device,
+    ):
+        raise InvalidSolutionError(
+            f"{name} must be like theta, {describe(like)} on {like.device}; the solver returned "
+            f"{describe(leaf)} on {leaf.device}"
+        )
+    if not bool(torch.isfinite(leaf).all()):
+        raise InvalidSolutionError(
+            f"{name} holds NaN or Inf: the solver diverged, and there is no gradient to take"
+        )
+
+
+def _own(leaf: Tensor, owned: set[int]) -> Tensor:
+    """A tensor that neither has a graph nor shares memory with an argument."""
+    leaf = leaf.detach()
+    shares = leaf.numel() > 0 and leaf.untyped_storage().data_ptr() in owned
+    return leaf.clone() if shares else leaf
+
+
+def _common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
+    floating = [t for t in inputs if t.is_floating_point()]
+    if not floating:
+        return torch.get_default_dtype(), torch.device("cpu")
+    dtype = floating[0].dtype
+    for tensor in floating:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype, floating[0].device
