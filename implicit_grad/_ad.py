@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +42,19 @@ def gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensors:
     return vjp([value], inputs, [torch.ones_like(value)])
 
 
+def plain_gradient(
+    value: Tensor, inputs: Sequence[Tensor], keep_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """∇value as numbers, without a graph of its own; None where value does not depend on an input."""
+    return torch.autograd.grad(value, list(inputs), retain_graph=keep_graph, allow_unused=True)
+
+
 class Linearization:
     """F(φ, a) as a graph at one point: products with A = ∂F/∂φ and with ∂F/∂a.
 
     Where F(φ) = smooth(φ) + diagonal·φ + …, as with a proximal term, products with the diagonal
     part are taken directly and `scale` = diagonal tells linear solvers the natural units of A.
+    `guard` is entered for the one product that goes past φ in the graph.
     """
 
     def __init__(
@@ -54,8 +63,10 @@ class Linearization:
         phi: Tensors,
         smooth: Tensors | None = None,
         diagonal: Tensors | None = None,
+        guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.residual, self.phi = residual, phi
+        self._guard = guard
         self._curved = residual if smooth is None else smooth
         self.scale = diagonal
         self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
@@ -75,7 +86,8 @@ class Linearization:
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu, for any tensors in F's graph."""
-        return vjp(self.residual, inputs, u)
+        with self._guard():
+            return vjp(self.residual, inputs, u)
 
     def _shifted(self, product: Tensors, u: Tensors) -> Tensors:
         if self.scale is None:
@@ -108,27 +120,28 @@ class GaussNewton(Linearization):
     product = transposed
 
 
-def captured_leaves(
-    roots: Iterable[Tensor], known: Iterable[Tensor], stop: Callable[[Any], bool] = lambda _: False
-) -> Tensors:
-    """The leaf tensors requiring grad that the roots depend on, besides the known ones.
-
-    Walks the graph back to its AccumulateGrad nodes; does not go past nodes for which `stop` holds.
-    """
-    found: dict[int, Tensor] = {}
-    seen = set()
-    ignored = {id(t) for t in known}
+def walk(roots: Iterable[Tensor], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
+    """The nodes of the graph behind the roots; does not go past nodes for which `stop` holds."""
     pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    for root in roots:
-        if root.requires_grad and root.grad_fn is None:
-            found[id(root)] = root
+    seen = set(pending)
     while pending:
         node = pending.pop()
-        if node in seen or stop(node):
+        yield node
+        if stop(node):
             continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+
+
+def leaves_behind(
+    roots: Sequence[Tensor], stop: Callable[[Any], bool] = lambda _: False
+) -> Tensors:
+    """The distinct leaf tensors requiring grad that the roots depend on."""
+    found = {id(t): t for t in roots if t.requires_grad and t.grad_fn is None}
+    for node in walk(roots, stop):
+        leaf = getattr(node, "variable", None)  # AccumulateGrad nodes have one
         if leaf is not None:
             found[id(leaf)] = leaf
-        pending.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return tuple(t for key, t in found.items() if key not in ignored)
+    return tuple(found.values())

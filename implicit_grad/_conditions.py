@@ -93,7 +93,7 @@ class argmin(Condition):  # noqa: N801
         return lambda phi: self.objective(phi, *call.args, **call.kwargs)
 
     def at(self, phi: Any, variables: Tensors, call: Call, parameters: Any) -> Snapshot:
-        value = _scalar("argmin: objective", self.objective(phi, *call.args, **call.kwargs))
+        value = scalar("argmin: objective", self.objective(phi, *call.args, **call.kwargs))
         return Snapshot((value,), lambda: Linearization(gradient(value, variables), variables))
 
 
@@ -150,14 +150,15 @@ class proximal(Condition):  # noqa: N801
 
     def at(self, phi: Any, variables: Tensors, call: Call, parameters: Any) -> Snapshot:
         theta, *rest = call.args
-        value = _scalar("proximal: loss", self.loss(phi, *rest, **call.kwargs))
+        value = scalar("proximal: loss", self.loss(phi, *rest, **call.kwargs))
         lam = spread_lam(parameters, theta, "proximal")
         slot = {id(t): i for i, t in enumerate(variables)}
         slots = [slot[id(t)] for t in _tree.leaves(phi)]
 
         def linearize() -> Linearization:
             smooth = gradient(value, variables)
-            return proximal_linearization(smooth, variables, slots, _tree.leaves(theta), lam)
+            residual, diagonal = add_proximal(smooth, variables, slots, _tree.leaves(theta), lam)
+            return Linearization(residual, variables, smooth=smooth, diagonal=diagonal)
 
         return Snapshot((value,), linearize)
 
@@ -170,16 +171,20 @@ def proximal_term(
     return torch.stack(terms).sum() / 2
 
 
-def proximal_linearization(
-    smooth: Tensors, phi: Tensors, slots: list[int], theta: list[Tensor], lam: list[Tensor]
-) -> Linearization:
-    """F = smooth + λ(φ − θ). φ[slots[i]] is the tensor that θ[i] holds back (slots repeat if tied)."""
-    residual, diagonal = list(smooth), [torch.zeros((), device=f.device) for f in smooth]
-    once = len(slots) == len(phi)
+def add_proximal(
+    smooth: Tensors,
+    phi: Sequence[Tensor],
+    slots: Sequence[int],
+    theta: Sequence[Tensor],
+    lam: Sequence[Tensor],
+) -> tuple[Tensors, Tensors]:
+    """F = smooth + λ(φ − θ) and the diagonal λ. φ[slots[i]] is what θ[i] holds back."""
+    residual, diagonal = list(smooth), [None] * len(smooth)
     for slot, t, weight in zip(slots, theta, lam, strict=True):
         residual[slot] = residual[slot] + weight * (phi[slot] - t)
-        diagonal[slot] = weight if once else diagonal[slot] + weight
-    return Linearization(tuple(residual), phi, smooth=smooth, diagonal=tuple(diagonal))
+        tied = diagonal[slot]  # another θ already pulls at this tensor
+        diagonal[slot] = weight if tied is None else tied + weight
+    return tuple(residual), tuple(diagonal)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -276,7 +281,8 @@ def _check_callable(condition: str, name: str, value: object) -> None:
         )
 
 
-def _scalar(name: str, value: object) -> Tensor:
+def scalar(name: str, value: object) -> Tensor:
+    """The value, if it is one floating-point number in a tensor."""
     if not torch.is_tensor(value) or value.numel() != 1 or not value.is_floating_point():
         raise InvalidArgumentError(
             f"{name} must return a scalar floating-point tensor, got {describe(value)}"

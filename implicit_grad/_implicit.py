@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad import _linear, _tree
-from implicit_grad._ad import Linearization, captured_leaves
+from implicit_grad._ad import Linearization, leaves_behind
 from implicit_grad._conditions import Call, Condition, Snapshot, argmin, describe, proximal
 from implicit_grad._errors import GraphError, InvalidArgumentError, InvalidSolutionError
 from implicit_grad._function import ImplicitFunction, Problem, variables
@@ -127,9 +127,9 @@ class _Evaluation:
                 phi, a = variables(self._phi), self._variables(inputs)
             snapshot = self._evaluate(phi, a)
             self._record = snapshot, a
-            leaves = captured_leaves(snapshot.outputs, known=a)
+            leaves = leaves_behind(snapshot.outputs)
             self._check_dependence(leaves, phi)
-            own = {id(t) for t in phi}
+            own = {id(t) for t in (*phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
         return tuple(t.detach() for t in self._phi)
 

@@ -40,7 +40,7 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
     for name, slot, like in zip(names, slots, likes, strict=True):
         leaf = leaves[slot]
         if isinstance(leaf, (np.ndarray, np.generic, float)):
-            place = (dtype, device) if like is None else (like.dtype, like.device)
+            place = (device, dtype) if like is None else (like.device, like.dtype)
             leaf = torch.as_tensor(leaf).to(*place)
         _check(name, leaf, like)
         found.setdefault(slot, leaf)

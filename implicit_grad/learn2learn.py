@@ -1,1 +1,279 @@
-def imaml(): ...
+"""`imaml`: a learn2learn MAML pipeline with implicit gradients, by wrapping one object.
+
+MAML differentiates through its adaptation steps. Here the adapted weights φ are taken as the
+solution of the inner problem min loss(φ) + λ/2 ‖φ − θ‖², and backward is one linear solve around
+it, (∇²loss(φ) + λ) u = v, dθ = λu: no step is kept (Rajeswaran et al., 2019, Meta-Learning with
+Implicit Gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from implicit_grad._adaptation import Weights, minimise_closure, step_on_tensor
+from implicit_grad._conditions import describe, spread_lam
+from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._krylov import CG
+from implicit_grad._linear import LinearSolver
+from implicit_grad.monitor import Monitor, OnFailure, Reporting
+from implicit_grad.solvers import GradientDescent
+
+Curvature = Literal["hessian", "gauss_newton"]
+
+
+def imaml(
+    maml: nn.Module,
+    lam: Any = 2.0,
+    *,
+    linear_solver: LinearSolver | None = None,
+    solver: Any = None,
+    curvature: Curvature = "hessian",
+    monitor: Monitor | None = None,
+    on_failure: OnFailure = "warn",
+) -> ImplicitMAML:
+    """Switch a learn2learn MAML to implicit gradients (iMAML); the pipeline stays as it is.
+
+    The result has MAML's interface (`clone`, `adapt`, calls, attributes) and shares the model's
+    parameters. `learner.adapt(loss)` takes the step φ ← φ − lr (∇loss(φ) + λ(φ − θ)), and backward
+    through the adapted learner solves (∇²loss + λ) u = v for dθ = λu. A tensor is all that
+    `adapt(loss)` is given, so ∇²loss is taken where that loss was computed, at the last iterate
+    but one. `learner.adapt(closure, steps=16)` takes a function that computes the loss instead
+    (as in `torch.optim`) and linearises at the solution itself.
+
+    Args:
+        maml: a `learn2learn.algorithms.MAML`; its lr, first_order, allow_unused and allow_nograd
+            apply here too. `first_order=True` asks for first-order MAML's gradient, dθ = v.
+        lam: λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor,
+            a `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
+            by parameter name of these, one for each parameter of the model.
+        linear_solver: by default `CG(maxiter=5)`, the paper's.
+        solver: minimises the inner objective in `adapt(closure)`: an object with
+            `minimize(objective, init)` (see `implicit_grad.solvers`), or such a function. By
+            default gradient descent with MAML's lr.
+        curvature: "hessian" (the paper's), or "gauss_newton": leaves out the model's own
+            curvature, never indefinite for the usual losses; recommended for few steps.
+        monitor: collects a `Report` for each backward solve.
+        on_failure: on numerical trouble "warn", "raise" or "ignore".
+
+    Raises:
+        InvalidArgumentError: maml is not a MAML, or an option cannot work.
+    """
+    if linear_solver is None:
+        linear_solver = CG(maxiter=5)
+    _check(maml, linear_solver, solver, curvature)
+    return ImplicitMAML(
+        maml.module,
+        lr=maml.lr,
+        first_order=maml.first_order,
+        allow_unused=maml.allow_unused,
+        allow_nograd=maml.allow_nograd,
+        lam=lam,
+        linear_solver=linear_solver,
+        solver=solver,
+        reporting=Reporting(
+            monitor=monitor,
+            on_failure=on_failure,
+            curvature=curvature,
+            damping=getattr(linear_solver, "damping", 0.0),
+            strong_convexity=1.0 if curvature == "gauss_newton" else None,
+            inner_solved=solver is not None,
+        ),
+    )
+
+
+class ImplicitMAML(nn.Module):
+    """What `imaml` returns: learn2learn's MAML, except for its gradients."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        lr: float,
+        first_order: bool,
+        allow_unused: bool,
+        allow_nograd: bool,
+        lam: Any,
+        linear_solver: LinearSolver,
+        solver: Any,
+        reporting: Reporting,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.lr, self.first_order = lr, first_order
+        self.allow_unused, self.allow_nograd = allow_unused, allow_nograd
+        self.lam = _registrable(lam, module)
+        self.linear_solver, self.solver, self.reporting = linear_solver, solver, reporting
+        self._weights: Weights | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_modules"]["module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's output."""
+        output = self.module(*args, **kwargs)
+        if self._weights is not None and self.reporting.curvature == "gauss_newton":
+            self._weights.remember(output)
+        return output
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> ImplicitMAML:
+        """A learner to adapt to one task; gradients of its losses arrive in this one's parameters.
+
+        The arguments override those of the MAML that was wrapped.
+        """
+        from learn2learn import clone_module  # an optional neighbour, there if a MAML is
+
+        learner = ImplicitMAML(
+            clone_module(self.module),
+            lr=self.lr,
+            first_order=_either(first_order, self.first_order),
+            allow_unused=_either(allow_unused, self.allow_unused),
+            allow_nograd=_either(allow_nograd, self.allow_nograd),
+            lam=self.lam,
+            linear_solver=self.linear_solver,
+            solver=self.solver,
+            reporting=self.reporting,
+        )
+        learner.training = self.training
+        learner._weights = self._weights_of(learner.module)
+        return learner
+
+    def adapt(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        steps: int | None = None,
+    ) -> None:
+        """Adapt the learner's weights to a loss, in place.
+
+        Args:
+            loss: the loss of this learner's output, for one gradient step; or a function without
+                arguments that computes it, for `steps` gradient steps or a whole minimisation.
+            first_order: take the gradient of first-order MAML, dθ = v, for this step.
+            allow_unused: parameters that the loss does not depend on stay where they are, instead
+                of being an error.
+            allow_nograd: parameters with requires_grad=False stay where they are, likewise.
+            steps: with a function, the number of gradient steps; by default 1.
+
+        Raises:
+            InvalidArgumentError: the loss is not a scalar, or does not depend on the weights.
+            GraphError: the loss has no graph, or with curvature="gauss_newton" does not come
+                from one output of this learner.
+        """
+        first_order = _either(first_order, self.first_order)
+        allow_nograd = _either(allow_nograd, self.allow_nograd)
+        allow_unused = _either(allow_unused, self.allow_unused)
+        if self._weights is None:  # adapting the original itself, as MAML allows
+            self._weights = self._weights_of(self.module)
+        self._weights.check_trainable(allow_nograd)
+        common = (self.linear_solver, self.reporting, first_order, allow_unused)
+        if torch.is_tensor(loss):
+            if steps is not None:
+                raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
+            step_on_tensor(self._weights, loss, self.lr, *common)
+        elif callable(loss):
+            minimise_closure(self._weights, loss, self._minimiser(steps), *common)
+        else:
+            raise InvalidArgumentError(
+                "adapt: loss must be a scalar tensor, or a function without arguments that "
+                f"returns one, got {describe(loss)}"
+            )
+
+    def _weights_of(self, module: nn.Module) -> Weights:
+        """Fast weights for `module`, at copies of this module's parameters."""
+        theta = tuple(self.module.parameters())
+        lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
+        lams = spread_lam(lam, theta, "imaml")
+        lams = [
+            w if isinstance(w, nn.Parameter) else w.to(t.device)
+            for w, t in zip(lams, theta, strict=True)
+        ]
+        weights = Weights(module, theta, lams)
+        weights.start()
+        return weights
+
+    def _minimiser(self, steps: int | None) -> Callable[[Any, Any], Any]:
+        if self.solver is None:
+            return GradientDescent(lr=self.lr, steps=1 if steps is None else steps).minimize
+        if steps is not None:
+            raise InvalidArgumentError(
+                "adapt: steps is for the default gradient descent; this learner has solver="
+                f"{self.solver!r}, which decides itself when to stop"
+            )
+        return getattr(self.solver, "minimize", self.solver)
+
+
+def _either(given: bool | None, default: bool) -> bool:
+    return default if given is None else given
+
+
+def _registrable(lam: Any, module: nn.Module) -> Any:
+    """λ, checked against the model, in a form that nn.Module registers if it is to be learned."""
+    names = [name for name, _ in module.named_parameters()]
+    if isinstance(lam, Mapping):
+        if set(lam) != set(names):
+            raise InvalidArgumentError(
+                f"imaml: lam must have one entry for each parameter, {names}; got {list(lam)}"
+            )
+        lam = [lam[name] for name in names]
+    several = isinstance(lam, (Sequence, nn.ParameterList))
+    values = tuple(lam) if several else (lam,)
+    if several and len(values) != len(names):
+        raise InvalidArgumentError(
+            f"imaml: lam must have one entry for each of the {len(names)} parameters, got "
+            f"{len(values)}"
+        )
+    for value in values:
+        if torch.is_tensor(value) and value.requires_grad and not isinstance(value, nn.Parameter):
+            raise InvalidArgumentError(
+                "imaml: a lam that is to be learned must be a torch.nn.Parameter, so that it "
+                "appears in parameters()"
+            )
+    spread_lam(values if several else lam, tuple(module.parameters()), "imaml")
+    if several and any(isinstance(value, nn.Parameter) for value in values):
+        fixed = {"requires_grad": False}
+        return nn.ParameterList(
+            v if isinstance(v, nn.Parameter) else nn.Parameter(torch.as_tensor(v), **fixed)
+            for v in values
+        )
+    return values if several else lam
+
+
+def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:
+    """Raise unless `imaml` can work with its arguments."""
+    fields = ("module", "lr", "first_order", "allow_unused", "allow_nograd", "clone", "adapt")
+    if not isinstance(maml, nn.Module) or not all(hasattr(maml, name) for name in fields):
+        raise InvalidArgumentError(
+            "imaml: the first argument must be a learn2learn.algorithms.MAML, got "
+            f"{describe(maml)}. Wrap your model first: imaml(l2l.algorithms.MAML(model, lr=0.5)); "
+            'learn2learn comes with pip install "implicit-grad[learn2learn]"'
+        )
+    if isinstance(maml, ImplicitMAML):
+        raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
+    if not isinstance(linear_solver, LinearSolver):
+        raise InvalidArgumentError(
+            f"imaml: linear_solver must be CG(...) or Exact(), got {linear_solver!r}"
+        )
+    if solver is not None and not callable(getattr(solver, "minimize", solver)):
+        raise InvalidArgumentError(
+            "imaml: solver must have minimize(objective, init) or be such a function, got "
+            f"{describe(solver)}"
+        )
+    if curvature not in ("hessian", "gauss_newton"):
+        raise InvalidArgumentError(
+            f'imaml: curvature={curvature!r}: expected "hessian" or "gauss_newton"'
+        )
