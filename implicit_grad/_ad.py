@@ -52,8 +52,8 @@ def plain_gradient(
 class Linearization:
     """F(φ, a) as a graph at one point: products with A = ∂F/∂φ and with ∂F/∂a.
 
-    Where F(φ) = smooth(φ) + diagonal·φ + …, as with a proximal term, products with the diagonal
-    part are taken directly and `scale` = diagonal tells linear solvers the natural units of A.
+    Where F(φ) = smooth(φ) + diagonal·φ + …, as with a proximal term, `scale` = diagonal is kept out
+    of the graph: linear solvers add it themselves, and take it for the natural unit of A.
     `guard` is entered for the one product that goes past φ in the graph.
     """
 
@@ -73,26 +73,28 @@ class Linearization:
 
     def transposed(self, u: Tensors) -> Tensors:
         """Aᵀu: one backward pass through the graph of F (reverse over reverse for a Hessian)."""
-        return self._shifted(vjp(self._curved, self.phi, u), u)
+        product = self.smooth_transposed(u)
+        if self.scale is None:
+            return product
+        return tuple(p + s * x for p, s, x in zip(product, self.scale, u, strict=True))
 
-    def product(self, x: Tensors) -> Tensors:
-        """A x, as the derivative of the linear map w ↦ Aᵀw (double vjp)."""
+    def smooth_transposed(self, u: Tensors) -> Tensors:
+        """Aᵀu without the diagonal part."""
+        return vjp(self._curved, self.phi, u)
+
+    def smooth_product(self, x: Tensors) -> Tensors:
+        """A x without the diagonal part, as the derivative of the map w ↦ Aᵀw (double vjp)."""
         if self._pullback_of_dummy is None:
             with torch.enable_grad():
                 dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self._curved)
                 self._pullback_of_dummy = dummy, vjp(self._curved, self.phi, dummy)
         dummy, pullback = self._pullback_of_dummy
-        return self._shifted(vjp(pullback, dummy, x), x)
+        return vjp(pullback, dummy, x)
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu, for any tensors in F's graph."""
         with self._guard():
             return vjp(self.residual, inputs, u)
-
-    def _shifted(self, product: Tensors, u: Tensors) -> Tensors:
-        if self.scale is None:
-            return product
-        return tuple(p + s * x for p, s, x in zip(product, self.scale, u, strict=True))
 
 
 class GaussNewton(Linearization):
@@ -111,13 +113,13 @@ class GaussNewton(Linearization):
             self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in outputs)
             self._to_phi = vjp(outputs, self.phi, self._dummy)
 
-    def transposed(self, u: Tensors) -> Tensors:
-        """Jᵀ (∂²loss/∂output²) J u plus the diagonal part."""
+    def smooth_transposed(self, u: Tensors) -> Tensors:
+        """Jᵀ (∂²loss/∂output²) J u."""
         in_outputs = vjp(self._to_phi, self._dummy, u)
         curved = vjp(self._loss_gradient, self._outputs, in_outputs)
-        return self._shifted(vjp(self._outputs, self.phi, curved), u)
+        return vjp(self._outputs, self.phi, curved)
 
-    product = transposed
+    smooth_product = smooth_transposed
 
 
 def walk(roots: Iterable[Tensor], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:

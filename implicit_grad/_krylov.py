@@ -127,8 +127,8 @@ class _Run:
     def iterate(self) -> None:
         """Conjugate gradients on operator · d = residual, adding d to x."""
         r = self.residual.clone()
-        z = _over_scale(r, self.operator)
-        p, rz = z.clone(), dot(r, z)
+        p = _over_scale(r, self.operator).clone()
+        rz = dot(r, p)
         rz_start, energy, gains = rz, 0.0, [math.inf] * _PATIENCE
         x_norm, x_dot_p, p_norm = 0.0, 0.0, rz  # squares and products, weighted by the scale
         self.status = self.budget.exhausted
@@ -148,11 +148,13 @@ class _Run:
             self.x.add_(p, alpha=alpha)
             r.sub_(product, alpha=alpha)
             x_norm += 2 * alpha * x_dot_p + alpha * alpha * p_norm
-            z = _over_scale(r, self.operator)
-            gain, rz_before, rz = alpha * rz, rz, dot(r, z)
+            rr = dot(r, r)
+            z, weight = self._preconditioned(r)
+            gain, rz_before = alpha * rz, rz
+            rz = weight * (rr if z is r else dot(r, z))
             beta = rz / rz_before
             self.coefficients.append((alpha, beta, rz))
-            if norm(r) <= self.budget.target:
+            if math.sqrt(rr) <= self.budget.target:
                 self.status = Status.CONVERGED
                 return
             energy, gains = energy + gain, [*gains[1:], gain]
@@ -161,7 +163,7 @@ class _Run:
                 return
             x_dot_p = beta * (x_dot_p + alpha * p_norm)
             p_norm = rz + beta * beta * p_norm
-            p.mul_(beta).add_(z)
+            p.mul_(beta).add_(z, alpha=weight)
 
     def refine(self) -> float:
         """Hold the carried residual to its word: recompute it, and restart where it has drifted.
@@ -197,6 +199,13 @@ class _Run:
             betas,
             energies,
         )
+
+    def _preconditioned(self, r: Tensor) -> tuple[Tensor, float]:
+        """z and w with w·z = r over the scale; a scale that is a number costs no vector."""
+        scale = self.operator.scale
+        if isinstance(scale, Tensor):
+            return r / scale, 1.0
+        return r, 1.0 if scale is None else 1.0 / scale
 
     def _note(self, curvature: float) -> None:
         least, greatest = self.curvature

@@ -20,13 +20,13 @@ from implicit_grad._tree import Flat, Tensors
 class Operator:
     """A square matrix known by its products with flat vectors.
 
-    `scale` is its natural unit (λ of a proximal term): the matrix is about scale · identity. None
-    means 1.
+    `scale` is its natural unit (λ of a proximal term, as a number or per element): what the matrix
+    would be if it were diagonal. None means 1.
     """
 
     matvec: Callable[[Tensor], Tensor]
     rmatvec: Callable[[Tensor], Tensor]
-    scale: Tensor | None = None
+    scale: float | Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +85,30 @@ def solve_adjoint(
 ) -> tuple[Tensors, LinearSolution]:
     """Solve Aᵀu = v for the tuple of tensors u."""
     flat = Flat(v)
+    scale = _flat_scale(linearization.scale, v, flat)
+
+    def products(smooth: Callable[[Tensors], Tensors]) -> Callable[[Tensor], Tensor]:
+        def matvec(x: Tensor) -> Tensor:
+            product = flat.ravel(smooth(flat.unravel(x)))
+            return product if scale is None else product.add_(scale * x)
+
+        return matvec
+
     operator = Operator(
-        matvec=lambda x: flat.ravel(linearization.transposed(flat.unravel(x))),
-        rmatvec=lambda x: flat.ravel(linearization.product(flat.unravel(x))),
-        scale=_flat_scale(linearization.scale, v, flat),
+        matvec=products(linearization.smooth_transposed),
+        rmatvec=products(linearization.smooth_product),
+        scale=scale,
     )
     with torch.no_grad():
         solution = solver.solve(operator, flat.ravel(v), verify)
         return flat.unravel(solution.x), solution
 
 
-def _flat_scale(scale: Tensors | None, like: Tensors, flat: Flat) -> Tensor | None:
+def _flat_scale(scale: Tensors | None, like: Tensors, flat: Flat) -> float | Tensor | None:
     if not scale:
         return None
     if all(s is scale[0] and s.dim() == 0 for s in scale):
-        return scale[0].detach().to(flat.device, flat.dtype)
+        return float(scale[0].detach())
     return flat.ravel([s.detach().expand_as(x) for s, x in zip(scale, like, strict=True)])
 
 
@@ -109,9 +118,8 @@ def relative_residual(operator: Operator, x: Tensor, rhs: Tensor) -> float:
 
 
 def dot(x: Tensor, y: Tensor) -> float:
-    """xᵀy, summed in float64 where the device has it."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    return float((x * y).sum(dtype=wide))
+    """xᵀy, in the precision of the vectors (float32 or better)."""
+    return float(torch.dot(x, y))
 
 
 def norm(x: Tensor) -> float:
