@@ -12,7 +12,9 @@ from torch import Tensor
 from implicit_grad._tree import Tensors
 
 
-def vjp(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensors:
+def vjp(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Tensors:
     """(∂outputs/∂inputs)ᵀ cotangents, zeros where nothing depends on an input.
 
     The graph is kept; the product is itself differentiable where gradients are enabled.
@@ -45,7 +47,7 @@ def gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensors:
 def plain_gradient(
     value: Tensor, inputs: Sequence[Tensor], keep_graph: bool
 ) -> tuple[Tensor | None, ...]:
-    """∇value as numbers, without a graph of its own; None where value does not depend on an input."""
+    """∇value without a graph of its own; None where the value does not depend on an input."""
     return torch.autograd.grad(value, list(inputs), retain_graph=keep_graph, allow_unused=True)
 
 
@@ -119,7 +121,9 @@ class GaussNewton(Linearization):
         curved = vjp(self._loss_gradient, self._outputs, in_outputs)
         return vjp(self._outputs, self.phi, curved)
 
-    smooth_product = smooth_transposed
+    def smooth_product(self, x: Tensors) -> Tensors:
+        """The same: the matrix is symmetric."""
+        return self.smooth_transposed(x)
 
 
 def walk(roots: Iterable[Tensor], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:

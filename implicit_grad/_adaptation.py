@@ -80,7 +80,7 @@ class FastWeights(torch.autograd.Function):
 
 
 class Weights:
-    """The trainable weights of a learner: where they live, where they came from, what pulls them."""
+    """A learner's trainable weights: where they live, what they came from, what pulls them."""
 
     def __init__(self, module: nn.Module, theta: Tensors, lam: list[Tensor]) -> None:
         names = dict.fromkeys(id(p) for p in module.parameters())
@@ -118,7 +118,7 @@ class Weights:
         """Put the tensors into the module."""
         self.current = weights
         for parameters, name, i in self._places:
-            parameters[name] = weights[i]
+            parameters[name] = weights[i]  # type: ignore[assignment]  # as learn2learn does
         for rnn in self._recurrent:
             rnn._flat_weights = [getattr(rnn, name, None) for name in rnn._flat_weights_names]
         self.calls.clear()
@@ -159,23 +159,13 @@ class Weights:
                 for p, t, w in zip(self.current, self.theta, self.lam, strict=True)
             ]
             return tuple(
-                p if g is None else p.sub_(g, alpha=lr)
-                for p, g in zip(pulled, slope, strict=True)
+                p if g is None else p.sub_(g, alpha=lr) for p, g in zip(pulled, slope, strict=True)
             )
 
     def outputs_behind(self, loss: Tensor) -> Tensors:
         """The outputs of the one remembered call through which the loss depends on the weights."""
-        own = {id(t) for t in self.current}
         for outputs in reversed(self.calls):
-            nodes = {t.grad_fn for t in outputs}
-            visited = list(walk([loss], stop=lambda node: node in nodes or self.is_own(node)))
-            through = any(node in nodes for node in visited)
-            around = any(
-                self.is_own(node) or id(getattr(node, "variable", None)) in own
-                for node in visited
-                if node not in nodes
-            )
-            if through and not around:
+            if self._goes_through(loss, {t.grad_fn for t in outputs}):
                 return outputs
         raise GraphError(
             'adapt: with curvature="gauss_newton" the loss must be a function of the output of one '
@@ -183,6 +173,14 @@ class Weights:
             "on the weights, sums over several calls, or comes from learner.module). Use "
             'curvature="hessian" for it'
         )
+
+    def _goes_through(self, loss: Tensor, gates: set[Any]) -> bool:
+        """Whether all paths from the loss to the weights pass one of the nodes, and some do."""
+        own = {id(t) for t in self.current}
+        visited = list(walk([loss], stop=lambda node: node in gates or self.is_own(node)))
+        beyond = [node for node in visited if node not in gates]
+        around = any(self.is_own(n) or id(getattr(n, "variable", None)) in own for n in beyond)
+        return len(beyond) < len(visited) and not around
 
     def lam_values(self) -> list[Tensor]:
         """λ without its graph."""
@@ -201,7 +199,7 @@ class Step:
     after a minimisation, and one gradient step on after `adapt(tensor)`.
     """
 
-    loss: Tensor | None
+    loss: Tensor
     phi: Tensors
     values: Tensors
     weights: Weights
@@ -220,7 +218,8 @@ class Step:
     def drop(self) -> None:
         """Forget the loss and its graph; the weights of this step can pass no gradient any more."""
         self.weights.gate.superseded = True
-        self.loss, self.phi, self.captured, self.outputs = None, (), (), None
+        self.loss = self.loss.detach()
+        self.phi, self.captured, self.outputs = (), (), None
 
     def _values(self, _: Tensors) -> Tensors:
         return tuple(t.detach() for t in self.values)  # objects of their own: no cycle through them
@@ -230,17 +229,17 @@ class Step:
         theta, lam = self.weights.inputs_tree.rebuild(inputs)
         smooth = gradient(self.loss, self.phi)
         residual, diagonal = add_proximal(smooth, self.values, range(len(theta)), theta, lam)
-        parts = {"smooth": smooth, "diagonal": diagonal, "guard": self.gate.closed}
+        parts = (residual, self.phi, smooth, diagonal, self.gate.closed)
         around = (
-            Linearization(residual, self.phi, **parts)
+            Linearization(*parts)
             if self.outputs is None
-            else GaussNewton(self.loss, self.outputs, residual, self.phi, **parts)
+            else GaussNewton(self.loss, self.outputs, *parts)
         )
         return around, (*inputs, *self.captured)
 
     def _solve(self, around: Linearization, v: Tensors) -> Tensors:
         u, solution = _linear.solve_adjoint(
-            self.linear_solver, around, v, verify=not self.reporting.idle
+            self.linear_solver, around, v, verify=self.reporting.monitor is not None
         )
         self.reporting.tell(solution, around, u)
         return u
@@ -271,7 +270,9 @@ def step_on_tensor(
         return
     captured = leaves_behind([loss], stop=weights.is_own)
     outputs = weights.outputs_behind(loss) if reporting.curvature == "gauss_newton" else None
-    step = Step(loss, phi, values, weights, linear_solver, reporting, captured, outputs, weights.gate)
+    step = Step(
+        loss, phi, values, weights, linear_solver, reporting, captured, outputs, weights.gate
+    )
     if before is not None:
         before.drop()
     step.attach()

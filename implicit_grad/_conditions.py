@@ -1,7 +1,7 @@
 """What it means to be the solution: the four forms of F(φ, a) = 0.
 
-A condition evaluates the user's function at a solution (`at`) and says how to linearise it. `phi` is
-always the user's first argument.
+A condition evaluates the user's function at a solution (`at`) and says how to linearise it. `phi`
+is always the function's first argument.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Condition(abc.ABC):
         """Tensors that the condition itself holds, such as λ: arguments like the others."""
         return ()
 
-    def check_call(self, call: Call) -> None:
+    def check_call(self, call: Call) -> None:  # noqa: B027  (most conditions accept any call)
         """Raise if the arguments cannot work, before the solver runs."""
 
     def template(self, call: Call) -> Any:
@@ -69,7 +69,7 @@ class Condition(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class argmin(Condition):  # noqa: N801
+class argmin(Condition):
     """φ minimises a scalar objective: F = ∇_φ objective(φ, *args).
 
     Args:
@@ -98,11 +98,12 @@ class argmin(Condition):  # noqa: N801
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class proximal(Condition):  # noqa: N801
+class proximal(Condition):
     """φ minimises loss(φ, *args) + λ/2 ‖φ − θ‖², θ the first argument of the solver (iMAML).
 
-    F = ∇loss(φ) + λ(φ − θ), so with (∇²loss + λ) u = v the gradients are dθ = λu = (I + ∇²loss/λ)⁻¹v
-    and dλ = −(φ − θ)ᵀu (Rajeswaran et al., 2019, Meta-Learning with Implicit Gradients).
+    F = ∇loss(φ) + λ(φ − θ), so with (∇²loss + λ) u = v the gradients are
+    dθ = λu = (I + ∇²loss/λ)⁻¹v and dλ = −(φ − θ)ᵀu (Rajeswaran et al., 2019, Meta-Learning
+    with Implicit Gradients).
 
     Args:
         loss: `loss(phi, *args)`, the solver's arguments without θ, returns a scalar tensor.
@@ -163,9 +164,7 @@ class proximal(Condition):  # noqa: N801
         return Snapshot((value,), linearize)
 
 
-def proximal_term(
-    phi: Sequence[Tensor], theta: Sequence[Tensor], lam: Sequence[Tensor]
-) -> Tensor:
+def proximal_term(phi: Sequence[Tensor], theta: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor:
     """λ/2 ‖φ − θ‖²."""
     terms = [(w * (p - t) ** 2).sum() for p, t, w in zip(phi, theta, lam, strict=True)]
     return torch.stack(terms).sum() / 2
@@ -179,16 +178,17 @@ def add_proximal(
     lam: Sequence[Tensor],
 ) -> tuple[Tensors, Tensors]:
     """F = smooth + λ(φ − θ) and the diagonal λ. φ[slots[i]] is what θ[i] holds back."""
-    residual, diagonal = list(smooth), [None] * len(smooth)
+    residual: list[Tensor] = list(smooth)
+    diagonal: dict[int, Tensor] = {}
     for slot, t, weight in zip(slots, theta, lam, strict=True):
         residual[slot] = residual[slot] + weight * (phi[slot] - t)
-        tied = diagonal[slot]  # another θ already pulls at this tensor
-        diagonal[slot] = weight if tied is None else tied + weight
-    return tuple(residual), tuple(diagonal)
+        # tied weights are pulled at by every θ that stands in their places
+        diagonal[slot] = diagonal[slot] + weight if slot in diagonal else weight
+    return tuple(residual), tuple(diagonal[slot] for slot in range(len(residual)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class root(Condition):  # noqa: N801
+class root(Condition):
     """φ solves residual(φ, *args) = 0, a system with as many equations as unknowns.
 
     Args:
@@ -208,7 +208,7 @@ class root(Condition):  # noqa: N801
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class fixed_point(Condition):  # noqa: N801
+class fixed_point(Condition):
     """φ = map(φ, *args): F = map(φ) − φ, as in deep equilibrium models.
 
     Args:
@@ -244,7 +244,8 @@ def spread_lam(lam: Any, theta: Any, where: str) -> list[Tensor]:
         raise InvalidArgumentError(
             f"{where}: lam must be a number, a tensor, or a container in the form of theta: {error}"
         ) from None
-    names, made, lams = _tree.names(theta, "theta"), {}, []
+    names, lams = _tree.names(theta, "theta"), []
+    made: dict[Any, Tensor] = {}
     for name, value, t in zip(names, spread, theta_leaves, strict=True):
         check_lam(value, where)
         if not torch.is_tensor(value):
@@ -294,7 +295,7 @@ def _like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
     phi_leaves, value_leaves = _tree.leaves(phi), _tree.leaves(value)
     if len(phi_leaves) != len(variables):
         raise InvalidSolutionError(
-            f"{name.split(':')[0]}: phi holds the same tensor more than once; return distinct tensors"
+            f"{name.split(':')[0]}: phi holds one tensor more than once; return distinct tensors"
         )
     if _tree.structure(value) != _tree.structure(phi):
         raise InvalidArgumentError(

@@ -76,9 +76,9 @@ _SENTENCES = {
         "regularise the inner problem (a larger lam)"
     ),
     Status.NEGATIVE_CURVATURE: (
-        "the inner objective has non-positive curvature at phi, so phi is not a strict minimum and "
-        "the implicit gradient is not defined there; CG stopped at the last iterate that is still a "
-        "descent direction. Solve the inner problem further, raise lam, or use "
+        "the inner objective has non-positive curvature at phi, so phi is not a strict minimum "
+        "and the implicit gradient is not defined there; CG stops at the last iterate that is "
+        "still a descent direction. Solve the inner problem further, raise lam, or use "
         'curvature="gauss_newton" where it is offered'
     ),
     Status.STAGNATED: (
@@ -98,8 +98,8 @@ _SENTENCES = {
         "NaN: look at the inner objective's second derivatives at phi (sqrt or norm at 0?)"
     ),
     Status.INNER_NOT_STATIONARY: (
-        "phi does not solve the inner problem (its residual is not small), so the implicit gradient "
-        "is not the derivative of this phi. Run the solver longer, or check that the condition "
-        "describes what the solver solves"
+        "phi does not solve the inner problem (its residual is not small), so the implicit "
+        "gradient is not the derivative of this phi. Run the solver longer, or check that the "
+        "condition describes what the solver solves"
     ),
 }

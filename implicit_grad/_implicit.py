@@ -163,7 +163,7 @@ class _Evaluation:
         """u with Aᵀu = v, and its report."""
         reporting = self.owner.reporting
         u, solution = _linear.solve_adjoint(
-            self.owner.linear_solver, around, v, verify=not reporting.idle
+            self.owner.linear_solver, around, v, verify=reporting.monitor is not None
         )
         reporting.tell(solution, around, u)
         return u

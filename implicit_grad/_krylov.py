@@ -78,7 +78,7 @@ class CG(LinearSolver):
         run = _Run(operator, rhs, budget)
         run.iterate()
         if not budget.fixed:
-            residual = run.refine()
+            residual: float | None = run.refine()
         else:
             residual = relative_residual(operator, run.x, rhs) if verify else None
         if run.status == Status.NEGATIVE_CURVATURE and self.on_negative_curvature == "raise":
@@ -121,7 +121,7 @@ class _Run:
         self.status = budget.exhausted
         self.iterations = 0
         self.curvature = (math.inf, -math.inf)
-        self.coefficients: list[tuple[float, float, float]] = []  # alpha, beta, rᵀr over the scale
+        self.coefficients: list[tuple[float, float, float]] = []
         self.restarted = False
 
     def iterate(self) -> None:
@@ -186,18 +186,13 @@ class _Run:
 
     def solution(self, residual: float | None) -> LinearSolution:
         """The result, with CG's coefficients where a single run of recurrences made it."""
-        alphas, betas, energies = zip(*self.coefficients) if self.coefficients else ((), (), ())
-        if self.restarted:
-            alphas, betas, energies = (), (), ()
         return LinearSolution(
             self.x,
             self.status,
             self.iterations,
             residual,
             self.curvature if self.iterations else None,
-            alphas,
-            betas,
-            energies,
+            () if self.restarted else tuple(self.coefficients),
         )
 
     def _preconditioned(self, r: Tensor) -> tuple[Tensor, float]:
@@ -258,7 +253,7 @@ class NormalCG(LinearSolver):
             if stretch == 0.0:
                 status = Status.SINGULAR
                 break
-            curvature = stretch / dot(p, p)
+            curvature = math.sqrt(stretch / dot(p, p))
             least, greatest = min(least, curvature), max(greatest, curvature)
             x.add_(p, alpha=rr / stretch)
             s.sub_(product, alpha=rr / stretch)

@@ -34,9 +34,9 @@ class LinearSolution:
     """What a linear solver found, and how it knows.
 
     `residual` is ‖rhs − M x‖/‖rhs‖, computed from x and not carried along (None if not computed).
-    `curvature` holds the least and greatest pᵀMp/pᵀp met; `alphas` and `betas` are CG's
-    coefficients and `energies` the squared residuals rᵀr (over the scale, if any) that go with them:
-    Ritz values and error bounds follow from these.
+    `curvature` holds the least and greatest pᵀMp/pᵀp met. `coefficients` are CG's: for each
+    iteration alpha, beta and the new residual's rᵀr (over the scale, if any); Ritz values and error
+    bounds follow from them.
     """
 
     x: Tensor
@@ -44,9 +44,7 @@ class LinearSolution:
     iterations: int = 0
     residual: float | None = None
     curvature: tuple[float, float] | None = None
-    alphas: tuple[float, ...] = ()
-    betas: tuple[float, ...] = ()
-    energies: tuple[float, ...] = ()
+    coefficients: tuple[tuple[float, float, float], ...] = ()
 
 
 class LinearSolver(abc.ABC):
@@ -70,13 +68,11 @@ class LinearSolver(abc.ABC):
         limit = 126 if rhs.dtype == torch.float32 else 1022
         unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
         solution = self._solve(operator, rhs / unit, unit, verify)
-        energies = tuple(energy * unit * unit for energy in solution.energies)
-        return dataclasses.replace(solution, x=solution.x * unit, energies=energies)
+        coefficients = tuple((a, b, rr * unit * unit) for a, b, rr in solution.coefficients)
+        return dataclasses.replace(solution, x=solution.x * unit, coefficients=coefficients)
 
     @abc.abstractmethod
-    def _solve(
-        self, operator: Operator, rhs: Tensor, unit: float, verify: bool
-    ) -> LinearSolution:
+    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         """Solve for a right-hand side of magnitude 1, which stands for `unit` times as much."""
 
 
@@ -124,7 +120,7 @@ def dot(x: Tensor, y: Tensor) -> float:
 
 def norm(x: Tensor) -> float:
     """‖x‖₂."""
-    return dot(x, x) ** 0.5
+    return math.sqrt(dot(x, x))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,4 +161,14 @@ class Exact(LinearSolver):
         if singular and not bool(torch.isfinite(x).all()):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.SINGULAR, n)
         status = Status.SINGULAR if singular else Status.EXACT
-        return LinearSolution(x, status, n, norm(rhs - matrix @ x) / norm(rhs))
+        residual = norm(rhs - matrix @ x) / norm(rhs)
+        return LinearSolution(x, status, n, residual, _extreme_eigenvalues(matrix))
+
+
+def _extreme_eigenvalues(matrix: Tensor) -> tuple[float, float] | None:
+    """Least and greatest eigenvalue of a matrix that is symmetric but for rounding, else None."""
+    rounding = len(matrix) * torch.finfo(matrix.dtype).eps * float(matrix.abs().max())
+    if float((matrix - matrix.mT).abs().max()) > rounding:
+        return None
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    return float(eigenvalues[0]), float(eigenvalues[-1])

@@ -93,6 +93,6 @@ class Flat:
         return tuple(
             part.view(shape).to(device, dtype)
             for part, shape, (device, dtype) in zip(
-                vector.split(self._sizes), self._shapes, self._places, strict=True
+                torch.split(vector, self._sizes), self._shapes, self._places, strict=True
             )
         )

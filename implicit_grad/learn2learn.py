@@ -65,12 +65,13 @@ def imaml(
     if linear_solver is None:
         linear_solver = CG(maxiter=5)
     _check(maml, linear_solver, solver, curvature)
+    options: Any = maml  # learn2learn has no types
     return ImplicitMAML(
-        maml.module,
-        lr=maml.lr,
-        first_order=maml.first_order,
-        allow_unused=maml.allow_unused,
-        allow_nograd=maml.allow_nograd,
+        options.module,
+        lr=options.lr,
+        first_order=options.first_order,
+        allow_unused=options.allow_unused,
+        allow_nograd=options.allow_nograd,
         lam=lam,
         linear_solver=linear_solver,
         solver=solver,
@@ -214,7 +215,8 @@ class ImplicitMAML(nn.Module):
                 "adapt: steps is for the default gradient descent; this learner has solver="
                 f"{self.solver!r}, which decides itself when to stop"
             )
-        return getattr(self.solver, "minimize", self.solver)
+        minimise: Callable[[Any, Any], Any] = getattr(self.solver, "minimize", self.solver)
+        return minimise
 
 
 def _either(given: bool | None, default: bool) -> bool:

@@ -1,4 +1,4 @@
-"""What is known about each backward solve: `Report`, collected by a `Monitor`, or told as a warning."""
+"""What is known about each backward solve: a `Report`, for a `Monitor` or as a warning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Report:
         iterations: products taken by the iteration.
         linear_residual: ‖v − Aᵀu‖/‖v‖, recomputed from u; None where there was nothing to check.
         inner_residual: ‖F(φ)‖₂, in the units of F; 0 if the inner problem is solved exactly.
-        min_curvature: least pᵀAp/pᵀp that the solver met; below 0, A is not positive definite.
+        min_curvature: least pᵀAp/pᵀp that the solver met (`NormalCG`: least ‖Aᵀp‖/‖p‖); below 0, A
+            is not positive definite.
         ritz_min: least Ritz value from CG's coefficients: an estimate, from above, of A's least
             eigenvalue in units of A's scale (λ for `proximal`, else 1).
         ritz_max: greatest Ritz value, from below, likewise.
@@ -105,24 +106,20 @@ class Reporting:
                 f'on_failure={self.on_failure!r}: expected "warn", "raise" or "ignore"'
             )
 
-    @property
-    def idle(self) -> bool:
-        """Whether nobody would read a report, so that nothing has to be measured."""
-        return self.monitor is None and self.on_failure == "ignore"
-
     def tell(self, solution: LinearSolution, around: Linearization, u: Tensors) -> None:
         """Record the solve, and warn or raise if it failed."""
-        if self.idle:
-            return
+        quiet = self.on_failure == "ignore" or (solution.status.ok and not self.inner_solved)
+        if self.monitor is None and quiet:
+            return  # nobody would read a report: measure nothing
         report = self._report(solution, around, u)
         if self.monitor is not None:
             self.monitor.reports.append(report)
         if report.status.ok or self.on_failure == "ignore":
             return
-        message = f"{report.status.sentence}. {_figures(report)}"
         if self.on_failure == "raise":
-            raise LinearSolveError(message, report)
-        warnings.warn(message, ImplicitGradWarning, stacklevel=2)
+            raise LinearSolveError(f"{report.status.sentence} ({_figures(report)})", report)
+        # no figures here: Python shows a warning once only if its text does not change
+        warnings.warn(report.status.sentence, ImplicitGradWarning, stacklevel=2)
 
     def _report(self, solution: LinearSolution, around: Linearization, u: Tensors) -> Report:
         flat = Flat(around.phi)
@@ -132,6 +129,8 @@ class Reporting:
             outer_error = -float((flat.ravel(u) * residual).sum(dtype=torch.float64))
         status = solution.status
         least, greatest = solution.curvature or (None, None)
+        if status == Status.EXACT and self.curvature != "jacobian" and least is not None:
+            status = Status.NEGATIVE_CURVATURE if least < 0 else status  # not a minimum
         if status.ok and self.inner_solved and greatest is not None:
             # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
             if not inner <= INNER_TOLERANCE * greatest * max(size, 1.0):
@@ -167,29 +166,29 @@ def radau_bound(solution: LinearSolution, mu: float) -> float | None:
     The Gauss-Radau quadrature of Golub and Meurant, in the form of Meurant and Tichý (2013, On
     computing quadrature-based bounds for the A-norm of the error in conjugate gradients).
     """
-    if not solution.alphas:
+    if not solution.coefficients:
         return None
     gamma = 1 / mu
-    for alpha, beta in zip(solution.alphas, solution.betas, strict=True):
+    for alpha, beta, _ in solution.coefficients:
         if alpha >= gamma:  # rounding, or a μ that is too large
             return None
         gamma = (gamma - alpha) / (mu * (gamma - alpha) + beta)
-    return gamma * solution.energies[-1]
+    return gamma * solution.coefficients[-1][2]
 
 
 def ritz_values(solution: LinearSolution) -> list[float]:
     """Eigenvalues of the Lanczos matrix behind CG's coefficients, in ascending order."""
-    alphas, betas = solution.alphas, solution.betas
-    if not alphas:
+    size = len(solution.coefficients)
+    if not size:
         return []
-    diagonal = [1 / alphas[0]]
-    diagonal += [1 / a + b / before for a, b, before in zip(alphas[1:], betas, alphas, strict=False)]
-    off = [math.sqrt(b) / a for a, b in zip(alphas[:-1], betas, strict=False)]
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if off:
-        side = torch.tensor(off, dtype=torch.float64)
-        matrix = matrix + torch.diag(side, 1) + torch.diag(side, -1)
-    return torch.linalg.eigvalsh(matrix).tolist()
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    for j, (alpha, beta, _) in enumerate(solution.coefficients):
+        matrix[j, j] += 1 / alpha
+        if j + 1 < size:
+            matrix[j + 1, j + 1] = beta / alpha
+            matrix[j, j + 1] = matrix[j + 1, j] = math.sqrt(beta) / alpha
+    values: list[float] = torch.linalg.eigvalsh(matrix).tolist()
+    return values
 
 
 def _figures(report: Report) -> str:
@@ -198,4 +197,4 @@ def _figures(report: Report) -> str:
         value = getattr(report, name)
         if value is not None:
             parts.append(f"{name} {value:.2g}")
-    return f"[{', '.join(parts)}]"
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Minimisers for when you bring no solver: `minimize(objective, init) -> phi`, all differentiable code."""
+"""Minimisers for when you bring no solver of your own: `minimize(objective, init) -> phi`."""
 
 from implicit_grad.solvers.gradient_descent import GradientDescent
 

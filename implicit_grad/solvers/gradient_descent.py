@@ -37,7 +37,7 @@ class GradientDescent:
         if not 0 < self.lr < math.inf:
             raise InvalidArgumentError(f"GradientDescent(lr={self.lr!r}): expected a number > 0")
         if self.steps is None and self.tol is None:
-            raise InvalidArgumentError("GradientDescent: give steps, tol or both, to say when to stop")
+            raise InvalidArgumentError("GradientDescent: give steps, tol or both")
         if self.steps is not None and self.steps < 0:
             raise InvalidArgumentError(
                 f"GradientDescent(steps={self.steps!r}): expected an integer of at least 0"
