@@ -26,7 +26,7 @@ from implicit_grad._function import ImplicitFunction, Problem, variables
 from implicit_grad._linear import LinearSolver
 from implicit_grad._solution import checked
 from implicit_grad._state import undisturbed
-from implicit_grad._tree import Tensors
+from implicit_grad._tree import Tensors, Tree
 from implicit_grad.monitor import Reporting
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
@@ -101,7 +101,7 @@ class Weights:
         self._recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
         self.inputs, self.inputs_tree = _tree.flatten((self.theta, self.lam))
         self.gate = Gate()
-        self.current: Tensors = ()
+        self.current = self.theta
         self.step: Step | None = None
         self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
 
@@ -111,7 +111,7 @@ class Weights:
 
     def attach(self, values: Tensors, sources: Tensors) -> None:
         """Install the values as weights whose gradients go to the sources."""
-        self.gate = Gate()
+        self.gate, self.step = Gate(), None
         self.install(FastWeights.apply(self.gate, values, *sources))
 
     def install(self, weights: Tensors) -> None:
@@ -155,12 +155,17 @@ class Weights:
         """One gradient step on loss + λ/2 ‖φ − θ‖² from the present weights."""
         with torch.no_grad():
             pulled = [
-                torch.lerp(p, t, w * lr)
+                torch.lerp(p, t, (w * lr).to(p.dtype))
                 for p, t, w in zip(self.current, self.theta, self.lam, strict=True)
             ]
             return tuple(
                 p if g is None else p.sub_(g, alpha=lr) for p, g in zip(pulled, slope, strict=True)
             )
+
+    def captured_by(self, loss: Tensor) -> Tensors:
+        """The other leaves that the loss depends on."""
+        own = {id(t) for t in self.current}
+        return tuple(t for t in leaves_behind([loss], stop=self.is_own) if id(t) not in own)
 
     def outputs_behind(self, loss: Tensor) -> Tensors:
         """The outputs of the one remembered call through which the loss depends on the weights."""
@@ -196,28 +201,30 @@ class Step:
     """The inner problem around one generation of weights, kept for backward.
 
     `phi` are the weights in the graph of `loss`; `values` the adapted ones, which are the same
-    after a minimisation, and one gradient step on after `adapt(tensor)`.
+    after a minimisation, and one gradient step on after `adapt(tensor)`. The learner's `Weights`
+    must not be held here: they hold tensors whose graph holds this step, and autograd's graph is
+    invisible to Python's garbage collector.
     """
 
     loss: Tensor
     phi: Tensors
     values: Tensors
-    weights: Weights
+    inputs: Tensors
+    inputs_tree: Tree
     linear_solver: LinearSolver
     reporting: Reporting
     captured: Tensors
     outputs: Tensors | None
-    gate: Gate
+    gate_of_phi: Gate
 
-    def attach(self) -> None:
-        """Make the values the learner's weights, with the implicit gradient behind them."""
+    def sources(self) -> Tensors:
+        """The values in the graph, with the implicit gradient behind them."""
         problem = Problem(self._values, _no_second_order, self._solve, self._recorded)
-        sources = ImplicitFunction.apply(problem, *self.weights.inputs, *self.captured)
-        self.weights.attach(self.values, sources)
+        attached: Tensors = ImplicitFunction.apply(problem, *self.inputs, *self.captured)
+        return attached
 
     def drop(self) -> None:
-        """Forget the loss and its graph; the weights of this step can pass no gradient any more."""
-        self.weights.gate.superseded = True
+        """Forget the loss and its graph, so that memory does not grow with the steps."""
         self.loss = self.loss.detach()
         self.phi, self.captured, self.outputs = (), (), None
 
@@ -225,11 +232,11 @@ class Step:
         return tuple(t.detach() for t in self.values)  # objects of their own: no cycle through them
 
     def _recorded(self) -> tuple[Linearization, Tensors]:
-        inputs = variables(self.weights.inputs)
-        theta, lam = self.weights.inputs_tree.rebuild(inputs)
+        inputs = variables(self.inputs)
+        theta, lam = self.inputs_tree.rebuild(inputs)
         smooth = gradient(self.loss, self.phi)
         residual, diagonal = add_proximal(smooth, self.values, range(len(theta)), theta, lam)
-        parts = (residual, self.phi, smooth, diagonal, self.gate.closed)
+        parts = (residual, self.phi, smooth, diagonal, self.gate_of_phi.closed)
         around = (
             Linearization(*parts)
             if self.outputs is None
@@ -243,6 +250,29 @@ class Step:
         )
         self.reporting.tell(solution, around, u)
         return u
+
+
+def _step(
+    weights: Weights,
+    loss: Tensor,
+    phi: Tensors,
+    values: Tensors,
+    gate_of_phi: Gate,
+    linear_solver: LinearSolver,
+    reporting: Reporting,
+) -> Step:
+    return Step(
+        loss=loss,
+        phi=phi,
+        values=values,
+        inputs=weights.inputs,
+        inputs_tree=weights.inputs_tree,
+        linear_solver=linear_solver,
+        reporting=reporting,
+        captured=weights.captured_by(loss),
+        outputs=weights.outputs_behind(loss) if reporting.curvature == "gauss_newton" else None,
+        gate_of_phi=gate_of_phi,
+    )
 
 
 def step_on_tensor(
@@ -268,14 +298,11 @@ def step_on_tensor(
     if first_order:
         weights.attach(values, theta)
         return
-    captured = leaves_behind([loss], stop=weights.is_own)
-    outputs = weights.outputs_behind(loss) if reporting.curvature == "gauss_newton" else None
-    step = Step(
-        loss, phi, values, weights, linear_solver, reporting, captured, outputs, weights.gate
-    )
+    step = _step(weights, loss, phi, values, weights.gate, linear_solver, reporting)
     if before is not None:
+        weights.gate.superseded = True
         before.drop()
-    step.attach()
+    weights.attach(values, step.sources())
     weights.step = step
 
 
@@ -290,7 +317,6 @@ def minimise_closure(
 ) -> None:
     """φ = argmin loss + λ/2 ‖φ − θ‖² by any minimiser; backward linearises at φ itself."""
     before, theta = weights.current, weights.theta
-    start = tuple(t.detach() for t in before)
 
     def objective(phi: Tensors) -> Tensor:
         weights.install(tuple(phi))
@@ -299,7 +325,8 @@ def minimise_closure(
 
     theta_values = tuple(t.detach() for t in theta)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            start = tuple(t.detach().clone() for t in before)
             values, _ = checked(minimise(objective, start), theta_values, template=start)
         if not torch.is_grad_enabled():
             before = values
@@ -313,11 +340,8 @@ def minimise_closure(
         with undisturbed({t.device for t in values}):
             loss = scalar("adapt: the function's loss", closure())
         weights.check_used(plain_gradient(loss, phi, keep_graph=True), allow_unused)
-        own = {id(t) for t in phi}
-        captured = tuple(t for t in leaves_behind([loss]) if id(t) not in own)
-        outputs = weights.outputs_behind(loss) if reporting.curvature == "gauss_newton" else None
-        step = Step(loss, phi, values, weights, linear_solver, reporting, captured, outputs, Gate())
-        step.attach()
+        step = _step(weights, loss, phi, values, Gate(), linear_solver, reporting)
+        weights.attach(values, step.sources())
         before = weights.current
     finally:
         weights.install(before)

@@ -148,6 +148,7 @@ class ImplicitMAML(nn.Module):
         )
         learner.training = self.training
         learner._weights = self._weights_of(learner.module)
+        learner._weights.start()
         return learner
 
     def adapt(
@@ -195,7 +196,7 @@ class ImplicitMAML(nn.Module):
             )
 
     def _weights_of(self, module: nn.Module) -> Weights:
-        """Fast weights for `module`, at copies of this module's parameters."""
+        """The weights of `module`, which come from this module's parameters."""
         theta = tuple(self.module.parameters())
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
         lams = spread_lam(lam, theta, "imaml")
@@ -203,9 +204,7 @@ class ImplicitMAML(nn.Module):
             w if isinstance(w, nn.Parameter) else w.to(t.device)
             for w, t in zip(lams, theta, strict=True)
         ]
-        weights = Weights(module, theta, lams)
-        weights.start()
-        return weights
+        return Weights(module, theta, lams)
 
     def _minimiser(self, steps: int | None) -> Callable[[Any, Any], Any]:
         if self.solver is None:
@@ -247,10 +246,10 @@ def _registrable(lam: Any, module: nn.Module) -> Any:
             )
     spread_lam(values if several else lam, tuple(module.parameters()), "imaml")
     if several and any(isinstance(value, nn.Parameter) for value in values):
-        fixed = {"requires_grad": False}
-        return nn.ParameterList(
-            v if isinstance(v, nn.Parameter) else nn.Parameter(torch.as_tensor(v), **fixed)
-            for v in values
+        fixed = [torch.is_tensor(v) and not isinstance(v, nn.Parameter) for v in values]
+        return nn.ParameterList(  # it would make a parameter to be learned of any tensor
+            nn.Parameter(v, requires_grad=False) if stays else v
+            for v, stays in zip(values, fixed, strict=True)
         )
     return values if several else lam
 
