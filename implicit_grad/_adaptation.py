@@ -32,6 +32,11 @@ from implicit_grad.monitor import Reporting
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
 _REMEMBERED_CALLS = 4
 
+_NO_GRAPH = (
+    "adapt: the loss has no graph to the learner's weights; it was computed under "
+    "torch.no_grad(), or detached"
+)
+
 
 @dataclasses.dataclass
 class Gate:
@@ -288,8 +293,7 @@ def step_on_tensor(
     phi, theta, before = weights.current, weights.theta, weights.step
     if not scalar("adapt: the loss", loss).requires_grad:
         raise GraphError(
-            "adapt: the loss has no graph to the learner's weights; it was computed under "
-            "torch.no_grad(), or detached. Compute it with gradients on, or pass a function: "
+            f"{_NO_GRAPH}. Compute it with gradients on, or pass a function: "
             "learner.adapt(lambda: loss(...))"
         )
     slope = plain_gradient(loss, phi, keep_graph=not first_order)
@@ -298,6 +302,7 @@ def step_on_tensor(
     if first_order:
         weights.attach(values, theta)
         return
+    reporting = dataclasses.replace(reporting, inner_solved=False)  # one step, whatever `solver` is
     step = _step(weights, loss, phi, values, weights.gate, linear_solver, reporting)
     if before is not None:
         weights.gate.superseded = True
@@ -321,6 +326,8 @@ def minimise_closure(
     def objective(phi: Tensors) -> Tensor:
         weights.install(tuple(phi))
         loss = scalar("adapt: the function's loss", closure())
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise GraphError(_NO_GRAPH)
         return loss + proximal_term(phi, theta_values, weights.lam_values())
 
     theta_values = tuple(t.detach() for t in theta)

@@ -58,7 +58,8 @@ class ImplicitSolver:
         evaluation = _Evaluation(self, tree, inputs)
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             with torch.inference_mode(False):
-                return evaluation.phi_tree.rebuild(evaluation.solve(inputs))
+                phi = evaluation.solve(inputs)
+                return evaluation.phi_tree.rebuild(phi)
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
         if evaluation.captured:

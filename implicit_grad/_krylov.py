@@ -33,7 +33,8 @@ class CG(LinearSolver):
         maxiter: most products to take. 0 takes none: with `proximal` that is first-order MAML.
         rtol: stop when the residual is at most `rtol` times the right-hand side. None with a given
             `maxiter` asks for a fixed budget, the truncation of the iMAML paper, which does not
-            warn. None without `maxiter` means eps^(2/3): 4e-11 in float64, 2e-5 in float32.
+            warn. None without `maxiter` means eps^(2/3) for the coarsest dtype among the tensors:
+            4e-11 in float64, 2e-5 in float32.
         atol: or when the residual is at most `atol`, in the units of the right-hand side.
         damping: solve (A + damping·I) u = v instead. It changes the answer; off by default.
         on_negative_curvature: at the first direction p with pᵀAp ≤ 0, "stop" at the current
@@ -74,7 +75,7 @@ class CG(LinearSolver):
             )
         if self.maxiter == 0:
             return LinearSolution(_over_scale(rhs, operator), Status.FIRST_ORDER)
-        budget = _Budget.of(self, rhs, unit)
+        budget = _Budget.of(self, operator, rhs, unit)
         run = _Run(operator, rhs, budget)
         run.iterate()
         if not budget.fixed:
@@ -95,9 +96,9 @@ class _Budget:
     fixed: bool  # the number of iterations is a choice, and no tolerance was asked for
 
     @staticmethod
-    def of(solver: CG | NormalCG, rhs: Tensor, unit: float) -> _Budget:
+    def of(solver: CG | NormalCG, operator: Operator, rhs: Tensor, unit: float) -> _Budget:
         """The rules of `CG`, for a right-hand side that was divided by `unit`."""
-        eps = torch.finfo(rhs.dtype).eps
+        eps = torch.finfo(rhs.dtype).eps if operator.eps is None else operator.eps
         fixed = solver.maxiter is not None and solver.rtol is None and solver.atol == 0.0
         rtol = eps ** (2 / 3) if solver.rtol is None else max(solver.rtol, 10 * eps)
         if fixed:
@@ -237,7 +238,7 @@ class NormalCG(LinearSolver):
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         """CGLS: the residual s of the system is carried, that of the normal equations is Mᵀs."""
-        budget = _Budget.of(self, rhs, unit)
+        budget = _Budget.of(self, operator, rhs, unit)
         status, least, greatest = budget.exhausted, math.inf, -math.inf
         x, s = torch.zeros_like(rhs), rhs.clone()
         r = operator.rmatvec(s)

@@ -21,12 +21,14 @@ class Operator:
     """A square matrix known by its products with flat vectors.
 
     `scale` is its natural unit (λ of a proximal term, as a number or per element): what the matrix
-    would be if it were diagonal. None means 1.
+    would be if it were diagonal. None means 1. `eps` is the relative precision of the products,
+    None that of the vectors.
     """
 
     matvec: Callable[[Tensor], Tensor]
     rmatvec: Callable[[Tensor], Tensor]
     scale: float | Tensor | None = None
+    eps: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,7 @@ def solve_adjoint(
         matvec=products(linearization.smooth_transposed),
         rmatvec=products(linearization.smooth_product),
         scale=scale,
+        eps=flat.eps,
     )
     with torch.no_grad():
         solution = solver.solve(operator, flat.ravel(v), verify)

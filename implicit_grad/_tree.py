@@ -78,9 +78,10 @@ class Flat:
         self._places = [(t.device, t.dtype) for t in like]
         self._sizes = [t.numel() for t in like]
         self.device = like[0].device if like else torch.device("cpu")
-        self.dtype = torch.float32
+        self.dtype, self.eps = torch.float32, 0.0  # eps is that of the coarsest tensor
         for tensor in like:
             self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+            self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
 
     def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate; narrower dtypes (bfloat16, float16) are widened to float32."""

@@ -199,7 +199,8 @@ class ImplicitMAML(nn.Module):
         """The weights of `module`, which come from this module's parameters."""
         theta = tuple(self.module.parameters())
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
-        lams = spread_lam(lam, theta, "imaml")
+        with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
+            lams = spread_lam(lam, theta, "imaml")
         lams = [
             w if isinstance(w, nn.Parameter) else w.to(t.device)
             for w, t in zip(lams, theta, strict=True)

@@ -1,0 +1,429 @@
+"""Bad input and numerical trouble: what is said, and that nothing was changed."""
+
+import re
+import traceback
+import warnings
+
+import pytest
+import torch
+from problems import minimize, normal, prox
+
+import implicit_grad as ig
+
+LAM = 0.5
+
+
+def loss(phi, X):
+    return (X @ phi).square().sum() / 2 + (phi**4).sum() / 4
+
+
+def good(theta, X):
+    return minimize(lambda phi: loss(phi, X) + prox(phi, theta, LAM), theta)
+
+
+def returning(change):
+    """Call a solver whose solution is spoilt by `change`."""
+
+    def call(theta, X):
+        solver = ig.implicit(lambda theta, X: change(good(theta, X)), ig.proximal(loss, LAM))
+        return solver(theta, X)
+
+    return call
+
+
+def with_lam(lam):
+    """Call a good solver under another λ."""
+    return lambda theta, X: ig.implicit(good, ig.proximal(loss, lam))(theta, X)
+
+
+def with_condition(make):
+    """Call a good solver under the condition that `make` returns."""
+    return lambda theta, X: ig.implicit(good, make())(theta, X)
+
+
+def made(**options):
+    """Wrap a good solver with other options."""
+    return lambda theta, X: ig.implicit(**{"solver": good, "condition": CONDITION, **options})
+
+
+def then_modify(theta, X):
+    phi = ig.implicit(good, CONDITION)(theta * 1, X)
+    with torch.no_grad():
+        phi.add_(1.0)
+    phi.sum().backward()
+
+
+def theta_modified(theta, X):
+    mine = theta.detach().clone().requires_grad_()
+    phi = ig.implicit(good, CONDITION)(mine, X)
+    with torch.no_grad():
+        mine.sub_(0.1)
+    phi.sum().backward()
+
+
+def too_large(theta, X):
+    ig.implicit(good, CONDITION, linear_solver=ig.Exact(max_size=2))(theta, X).sum().backward()
+
+
+def edits_data(theta, X):
+    def solver(theta, X):
+        X.mul_(2.0)
+        return good(theta, X)
+
+    ig.implicit(solver, CONDITION)(theta, X.clone())
+
+
+def called_by_keyword(theta, X):
+    ig.implicit(good, CONDITION)(theta=theta, X=X)
+
+
+def tied_root(theta, X):
+    solver = ig.implicit(lambda theta: [theta.clone()] * 2, ig.root(lambda phi, theta: phi))
+    solver(theta)
+
+
+CONDITION = ig.proximal(loss, LAM)
+ARGUMENT, SOLUTION = ig.InvalidArgumentError, ig.InvalidSolutionError
+
+# what is done, the exception, and a part of its sentence
+BAD = {
+    "phi in another container": (returning(lambda phi: [phi]), SOLUTION, "must have the same"),
+    "phi of another shape": (
+        returning(lambda phi: phi[:, None]),
+        SOLUTION,
+        r"phi must be like theta, a float64 tensor of shape \(3,\).*of shape \(3, 1\)",
+    ),
+    "phi of another dtype": (
+        returning(torch.Tensor.float),
+        SOLUTION,
+        "must be like theta, a float64 tensor.*returned a float32 tensor",
+    ),
+    "phi of integers": (returning(torch.Tensor.long), SOLUTION, "dense floating-point.*an? int64"),
+    "phi complex": (returning(lambda phi: phi + 0j), SOLUTION, "dense floating-point.*complex128"),
+    "phi sparse": (returning(torch.Tensor.to_sparse), SOLUTION, "dense floating-point"),
+    "phi of NaN": (returning(lambda phi: phi / 0 - phi / 0), SOLUTION, "NaN or Inf.*diverged"),
+    "phi of Inf": (returning(lambda phi: phi / 0), SOLUTION, "NaN or Inf.*diverged"),
+    "phi None": (returning(lambda phi: None), SOLUTION, "returned None; it must return phi"),
+    "phi an object": (returning(lambda phi: object()), SOLUTION, "returned a object"),
+    "phi an empty list": (returning(lambda phi: []), SOLUTION, "returned a list; it must return"),
+    "data edited": (edits_data, SOLUTION, r"changed one of its arguments in place.*clone\(\)"),
+    "tied phi of a root": (tied_root, SOLUTION, "holds one tensor more than once"),
+    "lam 0": (with_lam(0), ARGUMENT, "lam is 0, not finite and greater than 0"),
+    "lam < 0": (with_lam(-0.5), ARGUMENT, "lam is -0.5, not finite and greater than 0"),
+    "lam NaN": (with_lam(float("nan")), ARGUMENT, "lam is nan, not finite"),
+    "lam Inf": (with_lam(float("inf")), ARGUMENT, "lam is inf, not finite"),
+    "lam a negative tensor": (with_lam(torch.tensor(-1.0)), ARGUMENT, "lam is -1, not finite"),
+    "lam partly 0": (with_lam(torch.tensor([1.0, 0, 1])), ARGUMENT, "a tensor with values that"),
+    "lam a NaN tensor": (with_lam(torch.tensor(float("nan"))), ARGUMENT, "lam is nan"),
+    "lam of another shape": (
+        with_lam(torch.ones(2).double()),
+        ARGUMENT,
+        r"lam of shape \(2,\) does not fit theta of shape \(3,\)",
+    ),
+    "lam of too many dimensions": (with_lam(torch.ones(1, 3)), ARGUMENT, r"\(1, 3\) does not fit"),
+    "lam a string": (with_lam("0.5"), ARGUMENT, "lam is a str, not numbers"),
+    "lam a bool": (with_lam(True), ARGUMENT, "lam is a bool, not numbers"),
+    "lam of integers": (
+        with_lam(torch.tensor(1)),
+        ARGUMENT,
+        "lam is an? int64 tensor.*not numbers",
+    ),
+    "lam in another container": (with_lam({"a": 1.0}), ARGUMENT, "container in the form of theta"),
+    "theta by keyword": (called_by_keyword, ARGUMENT, "called without positional arguments"),
+    "theta of integers": (
+        lambda theta, X: ig.implicit(good, CONDITION)(theta.long(), X),
+        ARGUMENT,
+        "theta.*floating-point tensors only.*int64",
+    ),
+    "objective not scalar": (
+        with_condition(lambda: ig.argmin(lambda phi, theta, X: X @ phi)),
+        ARGUMENT,
+        r"objective must return a scalar.*float64 tensor of shape \(4,\)",
+    ),
+    "loss not scalar": (
+        with_condition(lambda: ig.proximal(lambda phi, X: X @ phi, LAM)),
+        ARGUMENT,
+        "proximal: loss must return a scalar",
+    ),
+    "objective a float": (
+        with_condition(lambda: ig.argmin(lambda phi, theta, X: phi.sum().item())),
+        ARGUMENT,
+        "scalar floating-point tensor, got a float",
+    ),
+    "objective None": (
+        with_condition(lambda: ig.argmin(lambda phi, theta, X: None)),
+        ARGUMENT,
+        "scalar floating-point tensor, got None",
+    ),
+    "objective without phi": (
+        with_condition(lambda: ig.argmin(lambda phi, theta, X: (X @ theta).sum())),
+        ARGUMENT,
+        "argmin: the function's value does not depend on phi",
+    ),
+    "objective of detached phi": (
+        with_condition(lambda: ig.argmin(lambda phi, theta, X: (X @ phi.detach()).sum())),
+        ARGUMENT,
+        "does not depend on phi.*was phi detached",
+    ),
+    "residual without phi": (
+        with_condition(lambda: ig.root(lambda phi, theta, X: theta)),
+        ARGUMENT,
+        "root: the function's value does not depend on phi",
+    ),
+    "residual of another shape": (
+        with_condition(lambda: ig.root(lambda phi, theta, X: X @ phi)),
+        ARGUMENT,
+        r"root: residual: for phi, a float64 tensor of shape \(3,\), it returned.*\(4,\)",
+    ),
+    "map of another form": (
+        with_condition(lambda: ig.fixed_point(lambda phi, theta, X: (phi,))),
+        ARGUMENT,
+        "fixed_point: map must return the form of phi",
+    ),
+    "objective not callable": (
+        with_condition(lambda: ig.argmin(3)),
+        ARGUMENT,
+        "function of.*a int",
+    ),
+    "strong_convexity 0": (
+        with_condition(lambda: ig.argmin(loss, strong_convexity=0.0)),
+        ARGUMENT,
+        r"argmin\(strong_convexity=0.0\): expected a number > 0",
+    ),
+    "no condition": (made(condition=loss), ARGUMENT, "condition must be argmin.*got a function"),
+    "condition None": (made(condition=None), ARGUMENT, "condition must be argmin.*got None"),
+    "solver not callable": (made(solver=3), ARGUMENT, "solver must be callable.*got a int"),
+    "linear_solver a string": (
+        made(linear_solver="CG"),
+        ARGUMENT,
+        r"linear_solver must be CG\(\).*got 'CG'",
+    ),
+    "linear_solver a class": (made(linear_solver=ig.CG), ARGUMENT, r"linear_solver must be CG\(\)"),
+    "CG with root": (
+        made(condition=ig.root(loss), linear_solver=ig.CG()),
+        ARGUMENT,
+        r"CG needs a symmetric system.*root is general: use NormalCG\(\) or Exact\(\)",
+    ),
+    "on_failure misspelt": (made(on_failure="rise"), ARGUMENT, "on_failure='rise': expected"),
+    "monitor a class": (made(monitor=ig.Monitor), ARGUMENT, "monitor must be an implicit_grad"),
+    "init with a function": (made(init=good), ARGUMENT, "init is for minimisers"),
+    "minimiser of a root": (
+        lambda theta, X: ig.implicit(ig.solvers.GradientDescent(lr=1, steps=1), ig.root(loss))(X),
+        ARGUMENT,
+        "root has no objective for a minimiser",
+    ),
+    "CG maxiter < 0": (lambda *_: ig.CG(maxiter=-1), ARGUMENT, r"CG\(maxiter=-1\): expected None"),
+    "CG maxiter a float": (lambda *_: ig.CG(maxiter=5.0), ARGUMENT, r"CG\(maxiter=5.0\)"),
+    "CG maxiter a bool": (lambda *_: ig.CG(maxiter=True), ARGUMENT, r"CG\(maxiter=True\)"),
+    "CG rtol 0": (lambda *_: ig.CG(rtol=0.0), ARGUMENT, r"rtol=0.0\): expected.*between 0 and 1"),
+    "CG rtol 1": (lambda *_: ig.CG(rtol=1.0), ARGUMENT, r"CG\(rtol=1.0\)"),
+    "CG rtol NaN": (lambda *_: ig.CG(rtol=float("nan")), ARGUMENT, r"CG\(rtol=nan\)"),
+    "CG atol < 0": (lambda *_: ig.CG(atol=-1.0), ARGUMENT, r"CG\(atol=-1.0\)"),
+    "CG damping < 0": (lambda *_: ig.CG(damping=-0.1), ARGUMENT, r"CG\(damping=-0.1\)"),
+    "CG on_negative_curvature": (
+        lambda *_: ig.CG(on_negative_curvature="halt"),
+        ARGUMENT,
+        "on_negative_curvature='halt'",
+    ),
+    "NormalCG maxiter 0": (lambda *_: ig.NormalCG(maxiter=0), ARGUMENT, "integer of at least 1"),
+    "NormalCG rtol < 0": (lambda *_: ig.NormalCG(rtol=-1.0), ARGUMENT, r"NormalCG\(rtol=-1.0\)"),
+    "Exact max_size 0": (lambda *_: ig.Exact(max_size=0), ARGUMENT, r"Exact\(max_size=0\)"),
+    "GradientDescent lr": (lambda *_: ig.solvers.GradientDescent(lr=0, steps=1), ARGUMENT, "lr=0"),
+    "GradientDescent without an end": (
+        lambda *_: ig.solvers.GradientDescent(lr=1),
+        ARGUMENT,
+        "give steps, tol or both",
+    ),
+    "too large for Exact": (too_large, ARGUMENT, "a dense 3 × 3 matrix; its max_size is 2"),
+    "theta modified": (theta_modified, ig.GraphError, "modified in place between forward and back"),
+    "phi modified": (then_modify, ig.GraphError, "modified in place between forward and backward"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_changes_nothing(case):
+    action, exception, sentence = BAD[case]
+    theta, X = normal(3, seed=1), normal(4, 3, seed=2, grad=False)
+    theta.grad = torch.ones(3, dtype=torch.float64)
+    hooks = torch.nn.modules.module._global_forward_hooks
+
+    def fingerprint():
+        return [theta.detach().clone(), theta.grad.clone(), X.clone(), torch.get_rng_state()]
+
+    before, modes = fingerprint(), (torch.is_grad_enabled(), len(hooks))
+    with pytest.raises(exception) as caught:
+        action(theta, X)
+    assert type(caught.value) is exception
+    assert isinstance(caught.value, ig.ImplicitGradError)
+    assert re.search(sentence, str(caught.value), re.DOTALL), str(caught.value)
+    assert all(map(torch.equal, before, fingerprint()))
+    assert modes == (torch.is_grad_enabled(), len(hooks))
+
+
+def test_bad_arguments_are_value_errors():
+    assert issubclass(ig.InvalidArgumentError, ValueError)
+    assert issubclass(ig.ImplicitGradError, RuntimeError)
+
+
+# ---------------------------------------------------------------- allowed, and done right
+
+
+@pytest.mark.parametrize("alias", [lambda t: t, lambda t: t.view(3), lambda t: t.mul_(1.0)])
+def test_a_solver_may_return_its_input(alias):
+    theta = normal(3, seed=1)
+    before = theta.detach().clone()
+    condition = ig.argmin(lambda phi, theta: (phi - theta).square().sum())
+    phi = ig.implicit(lambda theta: alias(theta), condition)(theta)
+    assert phi is not theta and phi.data_ptr() != theta.data_ptr()
+    phi.square().sum().backward()
+    torch.testing.assert_close(theta.grad, 2 * before, rtol=1e-14, atol=0)
+    assert torch.equal(theta, before)
+
+
+def test_a_solver_may_return_its_data_as_phi():
+    data = normal(3, seed=1, grad=False)
+    phi = ig.implicit(lambda data: data, ig.argmin(lambda phi, x: (phi - x).square().sum()))(data)
+    phi.data.zero_()
+    assert data.norm() > 0
+
+
+def test_a_solver_may_edit_arguments_that_are_differentiated():
+    theta, X = normal(3, seed=1), normal(4, 3, seed=2)
+    before = theta.detach().clone(), X.detach().clone()
+
+    def careless(theta, X):
+        phi = good(theta, X)
+        theta.zero_(), X.zero_()
+        return phi
+
+    def gradients(solver):
+        return torch.autograd.grad(ig.implicit(solver, CONDITION)(theta, X).sum(), (theta, X))
+
+    assert all(map(torch.equal, gradients(careless), gradients(good)))
+    assert all(map(torch.equal, (theta, X), before))
+
+
+def test_a_solvers_own_exception_comes_through():
+    class OwnError(Exception):
+        pass
+
+    def a_name_to_look_for():
+        raise OwnError("out of memory")
+
+    rng = torch.get_rng_state()
+    with pytest.raises(OwnError, match=r"^out of memory$") as caught:
+        ig.implicit(lambda theta, X: a_name_to_look_for(), CONDITION)(normal(3), normal(4, 3))
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    assert frames[-1].name == "a_name_to_look_for"
+    assert torch.is_grad_enabled() and torch.equal(rng, torch.get_rng_state())
+
+
+def test_the_objectives_own_exception_comes_through_and_buffers_go_back():
+    norm = torch.nn.BatchNorm1d(3).double()
+    buffers = [id(b) for b in norm.buffers()]
+    hooks = torch.nn.modules.module._global_forward_hooks
+
+    def broken(phi, X):
+        norm(X)
+        return norm(X[:, :2]).sum()
+
+    with pytest.raises(RuntimeError, match="running_mean should contain 2 elements"):
+        ig.implicit(good, ig.proximal(broken, LAM))(normal(3), normal(4, 3))
+    assert [id(b) for b in norm.buffers()] == buffers
+    assert int(norm.num_batches_tracked) == 0 and not hooks
+
+
+# ---------------------------------------------------------------- numerical trouble
+
+
+def indefinite(theta, X):
+    """A saddle point in place of a minimum."""
+    condition = ig.argmin(lambda phi, theta, X: (phi - theta) @ saddle @ (phi - theta) / 2)
+    saddle = torch.diag(torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64))
+    return lambda **options: ig.implicit(lambda t, X: t.clone(), condition, **options)(theta, X)
+
+
+def indefinite_exact(theta, X):
+    solve = indefinite(theta, X)
+    return lambda **options: solve(linear_solver=ig.Exact(), **options)
+
+
+def nan_cotangent(theta, X):
+    return lambda **options: ig.implicit(good, CONDITION, **options)(theta, X) * float("nan")
+
+
+def unsolved(theta, X):
+    return lambda **options: ig.implicit(lambda t, X: t + 1.0, CONDITION, **options)(theta, X)
+
+
+def out_of_iterations(theta, X):
+    cg = {"linear_solver": ig.CG(maxiter=1, rtol=1e-8)}
+    return lambda **options: ig.implicit(good, CONDITION, **cg, **options)(theta, X)
+
+
+def singular(theta, X):
+    condition = ig.argmin(lambda phi, theta, X: (phi - theta)[0] ** 2)
+    exact = {"linear_solver": ig.Exact()}
+    solver = ig.implicit
+    return lambda **options: solver(lambda t, X: t.clone(), condition, **exact, **options)(theta, X)
+
+
+def nonfinite_operator(theta, X):
+    condition = ig.argmin(lambda phi, theta, X: ((phi - theta) ** 2).sum(dim=0).sqrt())
+    return lambda **options: ig.implicit(lambda t, X: t.clone(), condition, **options)(theta, X)
+
+
+TROUBLE = {
+    indefinite: (ig.Status.NEGATIVE_CURVATURE, "non-positive curvature at phi"),
+    indefinite_exact: (ig.Status.NEGATIVE_CURVATURE, "non-positive curvature at phi"),
+    nan_cotangent: (ig.Status.NONFINITE_RHS, "incoming gradient holds NaN or Inf"),
+    unsolved: (ig.Status.INNER_NOT_STATIONARY, "phi does not solve the inner problem"),
+    out_of_iterations: (ig.Status.MAX_ITER, "ran out of iterations"),
+    singular: (ig.Status.SINGULAR, "singular to working precision"),
+    nonfinite_operator: (ig.Status.NONFINITE_OPERATOR, "Jacobian gave NaN or Inf"),
+}
+
+
+@pytest.fixture(params=TROUBLE, ids=lambda make: make.__name__)
+def trouble(request):
+    theta, X = normal(3, seed=1), normal(4, 3, seed=2)
+    return theta, request.param(theta, X), *TROUBLE[request.param]
+
+
+def test_trouble_can_raise(trouble):
+    theta, solve, status, sentence = trouble
+    phi = solve(on_failure="raise")
+    with pytest.raises(ig.LinearSolveError, match=sentence) as caught:
+        (phi * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert caught.value.report.status == status and theta.grad is None
+
+
+def test_trouble_warns_and_is_recorded(trouble):
+    _theta, solve, status, sentence = trouble
+    monitor = ig.Monitor()
+    phi = solve(monitor=monitor)
+    with pytest.warns(ig.ImplicitGradWarning, match=sentence) as caught:
+        (phi * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert len(caught) == 1
+    assert monitor.last.status == status and len(monitor.reports) == 1
+
+
+def test_trouble_can_be_ignored(trouble):
+    theta, solve, status, _sentence = trouble
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (solve(on_failure="ignore") * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    nonfinite = status in (
+        ig.Status.NONFINITE_RHS,
+        ig.Status.NONFINITE_OPERATOR,
+        ig.Status.SINGULAR,
+    )
+    assert bool(theta.grad.isnan().any()) == nonfinite
+
+
+def test_negative_curvature_can_raise_by_itself():
+    theta, X = normal(3, seed=1), normal(4, 3, seed=2)
+    solver = ig.CG(on_negative_curvature="raise")
+    phi = indefinite(theta, X)(linear_solver=solver, on_failure="ignore")
+    with pytest.raises(ig.LinearSolveError, match="CG met negative curvature"):
+        phi.sum().backward()
