@@ -1,204 +1,36 @@
-"""How the weights of an `imaml` learner move, and how they are attached to θ in the graph."""
+"""How an `imaml` learner adapts: a step or a minimisation, and the inner problem kept of it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from implicit_grad import _linear, _tree
+from implicit_grad import _linear
 from implicit_grad._ad import (
     GaussNewton,
     Linearization,
     gradient,
     leaves_behind,
     plain_gradient,
-    walk,
 )
-from implicit_grad._conditions import add_proximal, proximal_term, scalar
-from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._conditions import scalar
+from implicit_grad._errors import GraphError
 from implicit_grad._function import ImplicitFunction, Problem, variables
 from implicit_grad._linear import LinearSolver
+from implicit_grad._proximal import add_proximal, proximal_term
 from implicit_grad._solution import checked
 from implicit_grad._state import undisturbed
 from implicit_grad._tree import Tensors, Tree
+from implicit_grad._weights import Gate, Weights
 from implicit_grad.monitor import Reporting
-
-# Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
-_REMEMBERED_CALLS = 4
 
 _NO_GRAPH = (
     "adapt: the loss has no graph to the learner's weights; it was computed under "
     "torch.no_grad(), or detached"
 )
-
-
-@dataclasses.dataclass
-class Gate:
-    """Whether gradients may pass from one generation of fast weights to what they stand for.
-
-    `shut` while a product is taken around these very weights, which then count as constants;
-    `superseded` once a later step has dropped what backward would need. A flag on an object and not
-    thread-local: on a GPU, backward runs in threads of its own.
-    """
-
-    shut: bool = False
-    superseded: bool = False
-
-    @contextlib.contextmanager
-    def closed(self) -> Iterator[None]:
-        """Let nothing through."""
-        self.shut = True
-        try:
-            yield
-        finally:
-            self.shut = False
-
-
-class FastWeights(torch.autograd.Function):
-    """Given values that stand for their sources in the graph: the identity, with a gate."""
-
-    @staticmethod
-    def forward(gate: Gate, values: Tensors, *sources: Tensor) -> Tensors:
-        return tuple(t.detach() for t in values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        ctx.gate = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gate.shut:
-            return (None, None, *(None for _ in v))
-        if ctx.gate.superseded:
-            raise GraphError(
-                "an outer loss reaches weights that a later adapt(loss) has replaced, and what "
-                "their gradient needs is gone. For outer losses of several adaptation steps "
-                "(MAML++) pass functions that compute the loss: learner.adapt(lambda: loss(...))"
-            )
-        return None, None, *v
-
-
-class Weights:
-    """A learner's trainable weights: where they live, what they came from, what pulls them."""
-
-    def __init__(self, module: nn.Module, theta: Tensors, lam: list[Tensor]) -> None:
-        names = dict.fromkeys(id(p) for p in module.parameters())
-        self.names = [name for name, _ in module.named_parameters()]
-        self.frozen = [n for n, t in zip(self.names, theta, strict=True) if not t.requires_grad]
-        kept = [i for i, t in enumerate(theta) if t.requires_grad]
-        index = {key: kept.index(i) for i, key in enumerate(names) if i in set(kept)}
-        self.names = [self.names[i] for i in kept]
-        self.theta = tuple(theta[i] for i in kept)
-        self.lam = [lam[i] for i in kept]
-        # learn2learn's clones may hold one tensor under several names, in several modules
-        self._places = [
-            (m._parameters, name, index[id(p)])
-            for m in module.modules()
-            for name, p in m._parameters.items()
-            if p is not None and id(p) in index
-        ]
-        self._recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
-        self.inputs, self.inputs_tree = _tree.flatten((self.theta, self.lam))
-        self.gate = Gate()
-        self.current = self.theta
-        self.step: Step | None = None
-        self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
-
-    def start(self) -> None:
-        """Begin at copies of θ."""
-        self.attach(tuple(t.detach().clone() for t in self.theta), self.theta)
-
-    def attach(self, values: Tensors, sources: Tensors) -> None:
-        """Install the values as weights whose gradients go to the sources."""
-        self.gate, self.step = Gate(), None
-        self.install(FastWeights.apply(self.gate, values, *sources))
-
-    def install(self, weights: Tensors) -> None:
-        """Put the tensors into the module."""
-        self.current = weights
-        for parameters, name, i in self._places:
-            parameters[name] = weights[i]  # type: ignore[assignment]  # as learn2learn does
-        for rnn in self._recurrent:
-            rnn._flat_weights = [getattr(rnn, name, None) for name in rnn._flat_weights_names]
-        self.calls.clear()
-
-    def remember(self, output: Any) -> None:
-        """Note a call's outputs: with Gauss-Newton, the loss must be a function of them."""
-        outputs = tuple(t for t in _tree.leaves(output) if torch.is_tensor(t) and t.requires_grad)
-        if outputs:
-            self.calls.append(outputs)
-
-    def check_used(self, slope: tuple[Tensor | None, ...], allow_unused: bool) -> None:
-        """Raise if the loss leaves out a weight, unless that is allowed."""
-        unused = [n for n, g in zip(self.names, slope, strict=True) if g is None]
-        if len(unused) == len(slope):
-            raise InvalidArgumentError(
-                "adapt: the loss does not depend on the learner's present weights; compute it "
-                "anew from this learner's output before each adapt"
-            )
-        if unused and not allow_unused:
-            raise InvalidArgumentError(
-                f"adapt: the loss does not depend on {', '.join(unused)}; pass allow_unused=True "
-                "to leave unused parameters as they are"
-            )
-
-    def check_trainable(self, allow_nograd: bool) -> None:
-        """Raise if some parameters are frozen, unless that is allowed."""
-        if self.frozen and not allow_nograd:
-            raise InvalidArgumentError(
-                f"adapt: {', '.join(self.frozen)} has requires_grad=False; pass allow_nograd=True "
-                "to adapt the other parameters"
-            )
-
-    def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
-        """One gradient step on loss + λ/2 ‖φ − θ‖² from the present weights."""
-        with torch.no_grad():
-            pulled = [
-                torch.lerp(p, t, (w * lr).to(p.dtype))
-                for p, t, w in zip(self.current, self.theta, self.lam, strict=True)
-            ]
-            return tuple(
-                p if g is None else p.sub_(g, alpha=lr) for p, g in zip(pulled, slope, strict=True)
-            )
-
-    def captured_by(self, loss: Tensor) -> Tensors:
-        """The other leaves that the loss depends on."""
-        own = {id(t) for t in self.current}
-        return tuple(t for t in leaves_behind([loss], stop=self.is_own) if id(t) not in own)
-
-    def outputs_behind(self, loss: Tensor) -> Tensors:
-        """The outputs of the one remembered call through which the loss depends on the weights."""
-        for outputs in reversed(self.calls):
-            if self._goes_through(loss, {t.grad_fn for t in outputs}):
-                return outputs
-        raise GraphError(
-            'adapt: with curvature="gauss_newton" the loss must be a function of the output of one '
-            "call of this learner and of no weights besides; this loss is not (it adds a penalty "
-            "on the weights, sums over several calls, or comes from learner.module). Use "
-            'curvature="hessian" for it'
-        )
-
-    def _goes_through(self, loss: Tensor, gates: set[Any]) -> bool:
-        """Whether all paths from the loss to the weights pass one of the nodes, and some do."""
-        own = {id(t) for t in self.current}
-        visited = list(walk([loss], stop=lambda node: node in gates or self.is_own(node)))
-        beyond = [node for node in visited if node not in gates]
-        around = any(self.is_own(n) or id(getattr(n, "variable", None)) in own for n in beyond)
-        return len(beyond) < len(visited) and not around
-
-    def lam_values(self) -> list[Tensor]:
-        """λ without its graph."""
-        return [w.detach() for w in self.lam]
-
-    def is_own(self, node: Any) -> bool:
-        """Whether a node of the graph is the one that made the present weights."""
-        return bool(self.current) and node is self.current[0].grad_fn
 
 
 @dataclasses.dataclass
@@ -290,7 +122,7 @@ def step_on_tensor(
     allow_unused: bool,
 ) -> None:
     """φ ← φ − lr (∇loss + λ(φ − θ)); the loss's graph, kept, is what backward linearises."""
-    phi, theta, before = weights.current, weights.theta, weights.step
+    phi, theta = weights.current, weights.theta
     if not scalar("adapt: the loss", loss).requires_grad:
         raise GraphError(
             f"{_NO_GRAPH}. Compute it with gradients on, or pass a function: "
@@ -304,11 +136,8 @@ def step_on_tensor(
         return
     reporting = dataclasses.replace(reporting, inner_solved=False)  # one step, whatever `solver` is
     step = _step(weights, loss, phi, values, weights.gate, linear_solver, reporting)
-    if before is not None:
-        weights.gate.superseded = True
-        before.drop()
-    weights.attach(values, step.sources())
-    weights.step = step
+    weights.supersede()
+    weights.attach(values, step.sources(), release=step.drop)
 
 
 def minimise_closure(
@@ -326,7 +155,8 @@ def minimise_closure(
     def objective(phi: Tensors) -> Tensor:
         weights.install(tuple(phi))
         loss = scalar("adapt: the function's loss", closure())
-        if torch.is_grad_enabled() and not loss.requires_grad:
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in phi)
+        if wanted and not loss.requires_grad:
             raise GraphError(_NO_GRAPH)
         return loss + proximal_term(phi, theta_values, weights.lam_values())
 
@@ -346,7 +176,8 @@ def minimise_closure(
         weights.install(phi)
         with undisturbed({t.device for t in values}):
             loss = scalar("adapt: the function's loss", closure())
-        weights.check_used(plain_gradient(loss, phi, keep_graph=True), allow_unused)
+        behind = {id(t) for t in leaves_behind([loss])}
+        weights.check_used(tuple(p if id(p) in behind else None for p in phi), allow_unused)
         step = _step(weights, loss, phi, values, Gate(), linear_solver, reporting)
         weights.attach(values, step.sources())
         before = weights.current

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 
+from torch import Tensor
+
 
 class ImplicitGradWarning(UserWarning):
     """Numerical trouble in a hypergradient: it was computed, but should not be trusted blindly."""
@@ -103,3 +105,10 @@ _SENTENCES = {
         "condition describes what the solver solves"
     ),
 }
+
+
+def describe(value: object) -> str:
+    """A few words on a value, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad import _tree
-from implicit_grad._conditions import describe
-from implicit_grad._errors import InvalidSolutionError
+from implicit_grad._errors import InvalidSolutionError, describe
 from implicit_grad._tree import Tensors, Tree
 
 

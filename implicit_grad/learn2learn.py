@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._adaptation import Weights, minimise_closure, step_on_tensor
-from implicit_grad._conditions import describe, spread_lam
-from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._adaptation import minimise_closure, step_on_tensor
+from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._krylov import CG
 from implicit_grad._linear import LinearSolver
+from implicit_grad._proximal import spread_lam
+from implicit_grad._weights import Weights
 from implicit_grad.monitor import Monitor, OnFailure, Reporting
 from implicit_grad.solvers import GradientDescent
 

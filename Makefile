@@ -1,0 +1,62 @@
+# One environment, .venv, made on first use and renewed when its requirements change.
+#
+#   make test     style, types, tests
+#   make lint     style and types only
+#   make demo     few-shot learning: implicit MAML next to first-order MAML (DEMO=--help lists more)
+#   make bench    the measurements of benchmarks/, into out/
+#   make clean    remove everything made here, the environment too
+#
+# PYTHON=python3.12 picks another interpreter, PYTEST="-x -k lam" other tests.
+
+PYTHON ?= python3
+PYTEST ?= --numprocesses auto --maxprocesses 8
+DEMO ?= --algorithm imaml fomaml --curvature gauss_newton --hidden 32 --meta-lr 3e-3 \
+        --iterations 60 --eval-every 20 --out demo
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))' 2>/dev/null)
+VENV := .venv
+BIN := $(VENV)/bin
+CREATED := $(VENV)/python-$(VERSION)
+READY := $(VENV)/ready
+SAY := @printf '== %s\n'
+
+.PHONY: test lint demo bench clean
+
+# Each process has one torch thread: for small tensors, more of them only wait for each other.
+test: lint
+	$(SAY) 'tests: pytest $(PYTEST)'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+lint: $(READY)
+	$(SAY) 'style: ruff check, ruff format --check'
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	$(SAY) 'types: mypy'
+	@$(BIN)/mypy
+
+demo: $(READY)
+	$(SAY) 'demo: examples/few_shot.py $(DEMO)'
+	@$(BIN)/python examples/few_shot.py $(DEMO)
+
+bench: $(READY)
+	$(SAY) 'measurements: benchmarks/*.py --out out'
+	@set -e; for script in benchmarks/*.py; do $(BIN)/python $$script --out out; done
+
+$(READY): $(CREATED) setup.py .ci/requirements.txt
+	$(SAY) 'environment 2/2: torch, learn2learn and the rest (the first time several GB and minutes)'
+	@$(BIN)/python -m pip install -qq --requirement .ci/requirements.txt
+	@touch $@
+
+# The library needs Python >= 3.10; learn2learn's qpth needs numpy < 2, without wheels for 3.13.
+$(CREATED):
+	@case '$(VERSION)' in 3.10|3.11|3.12) ;; *) \
+	  echo 'the tests and the demo need Python 3.10, 3.11 or 3.12 (for learn2learn);' \
+	       '"$(PYTHON)" is "$(VERSION)". Try: make PYTHON=python3.12'; exit 1;; esac
+	$(SAY) 'environment 1/2: $(VENV) with Python $(VERSION)'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq --upgrade 'pip>=23.1'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out demo *.egg-info .*_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

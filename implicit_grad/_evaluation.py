@@ -1,0 +1,147 @@
+"""One call of an implicit solver: the solver runs, its φ is checked, and F is recorded there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from implicit_grad import _linear
+from implicit_grad._ad import Linearization, leaves_behind
+from implicit_grad._conditions import Call, Condition, Snapshot
+from implicit_grad._errors import GraphError, InvalidArgumentError, InvalidSolutionError, describe
+from implicit_grad._function import Problem, variables
+from implicit_grad._linear import LinearSolver
+from implicit_grad._solution import checked
+from implicit_grad._state import RandomState, undisturbed
+from implicit_grad._tree import Tensors, Tree
+from implicit_grad.monitor import Reporting
+
+
+class Evaluation:
+    """One call of an implicit solver, as backward needs it: the solution and F's graph there.
+
+    It never holds φ or the arguments with their graphs: they would keep their own node alive.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Call, Any], Any],
+        condition: Condition,
+        linear_solver: LinearSolver,
+        reporting: Reporting,
+        tree: Tree,
+        inputs: Tensors,
+    ) -> None:
+        self.run, self.condition, self.tree = run, condition, tree
+        self.linear_solver, self.reporting = linear_solver, reporting
+        self.wanted = [t.requires_grad for t in inputs]
+        self.devices = {t.device for t in inputs}
+        self.captured: Tensors = ()
+        self.phi_tree: Tree
+        self._phi: Tensors | None = None
+        self._record: tuple[Snapshot, Tensors] | None = None
+        self._random: RandomState | None = None
+
+    def problem(self) -> Problem:
+        """The problem whose F is recorded where the solver's φ is."""
+        return Problem(self.solve_and_record, self.linearize, self.solve_adjoint, self.recorded)
+
+    def solve(self, inputs: Tensors) -> Tensors:
+        """Run the solver on tensors of its own with gradients on, as any training loop expects."""
+        lent = tuple(
+            t.detach().clone() if wanted else t.detach()
+            for t, wanted in zip(inputs, self.wanted, strict=True)
+        )
+        versions = [t._version for t in lent]
+        call, parameters = self._call(lent)
+        with torch.enable_grad():
+            returned = self.run(call, parameters)
+        for before, tensor, wanted in zip(versions, lent, self.wanted, strict=True):
+            if tensor._version != before and not wanted:
+                raise InvalidSolutionError(
+                    f"the solver changed one of its arguments in place ({describe(tensor)}); it "
+                    "must work on a copy: argument.clone()"
+                )
+        phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
+        self.devices |= {t.device for t in phi}
+        return phi
+
+    def solve_and_record(self, inputs: Tensors) -> Tensors:
+        """Solve, and evaluate the user's function at φ while what it refers to is still there.
+
+        A function may refer to variables of the caller (a loop's current batch) that have changed
+        by the time backward runs; the graph recorded here does not change.
+        """
+        if self._phi is None:
+            self._phi = self.solve(inputs)
+            self._random = RandomState(self.devices)
+            with torch.enable_grad():
+                phi, a = variables(self._phi), self._variables(inputs)
+            snapshot = self._evaluate(phi, a)
+            self._record = snapshot, a
+            leaves = leaves_behind(snapshot.outputs)
+            self._check_dependence(leaves, phi)
+            own = {id(t) for t in (*phi, *a)}
+            self.captured = tuple(t for t in leaves if id(t) not in own)
+        return tuple(t.detach() for t in self._phi)
+
+    def recorded(self) -> tuple[Linearization, Tensors]:
+        """F around φ from the record, and the tensors that stand for the arguments in it."""
+        assert self._record is not None
+        snapshot, a = self._record
+        return snapshot.linearize(), (*a, *self.captured)
+
+    def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
+        """F around φ evaluated anew, with a graph back to φ and the arguments."""
+        assert self._record is not None
+        if self.captured:
+            raise GraphError(
+                "second derivatives with respect to tensors that the condition's function "
+                "captured (closed over, or parameters of a module in it) are not available: pass "
+                "these tensors to the solver as arguments"
+            )
+        again = self._evaluate(phi, inputs)
+        for before, now in zip(self._record[0].outputs, again.outputs, strict=True):
+            tolerance = torch.finfo(before.dtype).eps ** 0.5
+            if not torch.allclose(before.detach(), now.detach(), rtol=tolerance, atol=tolerance):
+                raise GraphError(
+                    "the condition's function gave another value when it was evaluated again for "
+                    "a second derivative: it refers to a variable that has changed since the "
+                    "solver ran, or it is random. Pass everything it needs as arguments"
+                )
+        return again.linearize()
+
+    def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
+        """u with Aᵀu = v, and its report."""
+        u, solution = _linear.solve_adjoint(
+            self.linear_solver, around, v, verify=self.reporting.monitor is not None
+        )
+        self.reporting.tell(solution, around, u)
+        return u
+
+    def _evaluate(self, phi: Tensors, inputs: Tensors) -> Snapshot:
+        call, parameters = self._call(inputs)
+        with undisturbed(self.devices, self._random):
+            return self.condition.at(self.phi_tree.rebuild(phi), phi, call, parameters)
+
+    def _call(self, inputs: Tensors) -> tuple[Call, Any]:
+        args, kwargs, parameters = self.tree.rebuild(inputs)
+        return Call(args, kwargs), parameters
+
+    def _variables(self, inputs: Tensors) -> Tensors:
+        return tuple(
+            v if wanted else v.detach()
+            for v, wanted in zip(variables(inputs), self.wanted, strict=True)
+        )
+
+    def _check_dependence(self, leaves: Tensors, phi: Tensors) -> None:
+        if not self.condition.must_depend_on_phi or not any(p.numel() for p in phi):
+            return
+        if not {id(t) for t in leaves} & {id(t) for t in phi}:
+            name = type(self.condition).__name__
+            raise InvalidArgumentError(
+                f"{name}: the function's value does not depend on phi, its first argument, so it "
+                "does not define phi (was phi detached, or converted to NumPy, inside it?)"
+            )
