@@ -45,6 +45,12 @@ def imaml(
     but one. `learner.adapt(closure, steps=16)` takes a function that computes the loss instead
     (as in `torch.optim`) and linearises at the solution itself.
 
+    Choosing: a step of length lr is stable while lr·(λ + the loss's curvature) < 2, so keep lr·λ
+    well below 1. After a few steps φ is far from a solution and ∇²loss is often indefinite there;
+    CG then stops early, towards first-order MAML, and reports it. Take "gauss_newton" for a few
+    steps, "hessian" where the inner problem is nearly solved; raise λ if many solves report
+    negative curvature (`monitor`), lower it if adaptation gets nowhere.
+
     Args:
         maml: a `learn2learn.algorithms.MAML`; its lr, first_order, allow_unused and allow_nograd
             apply here too. `first_order=True` asks for first-order MAML's gradient, dθ = v.
