@@ -47,6 +47,8 @@ def spread_lam(lam: Any, theta: Any, where: str) -> list[Tensor]:
                 f"{where}: theta, the solver's first argument, must hold floating-point tensors "
                 f"only; it holds {describe(leaf)}"
             )
+    if not _tree.leaves(lam):
+        check_lam(lam, where)
     try:
         spread = optree.broadcast_prefix(lam, theta, namespace=_tree._NAMESPACE)
     except ValueError as error:
