@@ -68,6 +68,7 @@ class Linearization:
         guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.residual, self.phi = residual, phi
+        self.is_adjoint = False  # F is itself the residual of an adjoint problem
         self._guard = guard
         self._curved = residual if smooth is None else smooth
         self.scale = diagonal
@@ -75,7 +76,10 @@ class Linearization:
 
     def transposed(self, u: Tensors) -> Tensors:
         """Aᵀu: one backward pass through the graph of F (reverse over reverse for a Hessian)."""
-        product = self.smooth_transposed(u)
+        return self.with_diagonal(self.smooth_transposed(u), u)
+
+    def with_diagonal(self, product: Tensors, u: Tensors) -> Tensors:
+        """The product plus diagonal·u."""
         if self.scale is None:
             return product
         return tuple(p + s * x for p, s, x in zip(product, self.scale, u, strict=True))
@@ -95,8 +99,21 @@ class Linearization:
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu, for any tensors in F's graph."""
-        with self._guard():
+        with self._guard(), _without_hooks(inputs):
             return vjp(self.residual, inputs, u)
+
+
+@contextlib.contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Take the user's gradient hooks off leaves: autograd runs them when it accumulates."""
+    hooks = [(t, t._backward_hooks) for t in tensors if t.is_leaf and t._backward_hooks]
+    try:
+        for tensor, _ in hooks:
+            tensor._backward_hooks = None
+        yield
+    finally:
+        for tensor, own in hooks:
+            tensor._backward_hooks = own
 
 
 class GaussNewton(Linearization):
@@ -151,3 +168,8 @@ def leaves_behind(
         if leaf is not None:
             found[id(leaf)] = leaf
     return tuple(found.values())
+
+
+def is_transformed(tensors: Iterable[Tensor]) -> bool:
+    """Whether a transform of torch.func is looking at the tensors."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)

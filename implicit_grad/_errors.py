@@ -74,7 +74,7 @@ _SENTENCES = {
     Status.FIRST_ORDER: "no product was taken: this is the first-order gradient, as asked",
     Status.MAX_ITER: (
         "the linear solve ran out of iterations before it reached rtol: the system is badly "
-        "conditioned for this budget. Raise maxiter, loosen rtol, add a preconditioner, or "
+        "conditioned for this budget. Raise maxiter, loosen rtol, or "
         "regularise the inner problem (a larger lam)"
     ),
     Status.NEGATIVE_CURVATURE: (
@@ -109,6 +109,10 @@ _SENTENCES = {
 
 def describe(value: object) -> str:
     """A few words on a value, for error messages."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return "None" if value is None else f"a {type(value).__name__}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        kind = f"{dtype} tensor of shape {tuple(value.shape)}"
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"

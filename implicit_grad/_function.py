@@ -65,8 +65,13 @@ class Problem:
 
         def linearize(u: Tensors, inputs: Tensors) -> Linearization:
             phi, a, v = split(inputs)
-            product = self.linearize(phi, a).transposed(u)
-            return Linearization(tuple(p - w for p, w in zip(product, v, strict=True)), u)
+            around = self.linearize(phi, a)
+            smooth = around.smooth_transposed(u)
+            product = around.with_diagonal(smooth, u)
+            residual = tuple(p - w for p, w in zip(product, v, strict=True))
+            adjoint = Linearization(residual, u, smooth=smooth, diagonal=around.scale)
+            adjoint.is_adjoint = True
+            return adjoint
 
         return Problem(solve, linearize, self.solve_adjoint)
 
@@ -108,7 +113,9 @@ class ImplicitFunction(torch.autograd.Function):
 
 def variables(tensors: Tensors) -> Tensors:
     """Detached copies that share memory and may be differentiated with respect to."""
-    return tuple(t.detach().requires_grad_(t.is_floating_point()) for t in tensors)
+    return tuple(
+        t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors
+    )
 
 
 def connected(tensors: Tensors) -> Tensors:

@@ -70,6 +70,10 @@ class ImplicitSolver:
         """The solver's own output."""
         if not isinstance(self.solver, Minimizer):
             return self.solver(*call.args, **call.kwargs)
+        if self.init is None and not call.args:
+            raise InvalidArgumentError(
+                "implicit: without a positional argument to start from, this minimiser needs init="
+            )
         init = call.args[0] if self.init is None else self.init(*call.args, **call.kwargs)
         return self.solver.minimize(self.condition.objective_of(call, parameters), init)
 
@@ -145,6 +149,8 @@ def implicit(
     >>> lam.grad
     tensor(-1.5000)
     """
+    if isinstance(solver, Condition):
+        raise InvalidArgumentError("implicit: as a decorator, pass the condition as condition=...")
     if not isinstance(condition, Condition):
         raise InvalidArgumentError(
             "implicit: condition must be argmin(...), proximal(...), root(...) or "

@@ -40,8 +40,10 @@ class CG(LinearSolver):
         on_negative_curvature: at the first direction p with pᵀAp ≤ 0, "stop" at the current
             iterate (on the very first direction: v over A's scale, first-order MAML) or "raise".
 
-    Until such a direction is met every iterate x has vᵀx > 0; where all curvature is positive the
-    safeguard changes no bit. After a stop, ‖x‖ is limited to that of the first-order solution.
+    A solve that stops before convergence is not linear in v: the gradient of a sum of losses is
+    then not exactly the sum of their gradients. Until such a direction is met every iterate x has
+    vᵀx > 0; where all curvature is positive the safeguard changes no bit. After a stop, ‖x‖ is
+    limited to that of the first-order solution.
 
     >>> CG(maxiter=5)
     CG(maxiter=5, rtol=None, atol=0.0, damping=0.0, on_negative_curvature='stop')

@@ -55,10 +55,11 @@ def spread_lam(lam: Any, theta: Any, where: str) -> list[Tensor]:
         raise InvalidArgumentError(
             f"{where}: lam must be a number, a tensor, or a container in the form of theta: {error}"
         ) from None
-    names, lams = _tree.names(theta, "theta"), []
+    lams: list[Tensor] = []
     made: dict[Any, Tensor] = {}
-    for name, value, t in zip(names, spread, theta_leaves, strict=True):
-        check_lam(value, where)
+    for distinct in {id(value): value for value in spread}.values():
+        check_lam(distinct, where)
+    for i, (value, t) in enumerate(zip(spread, theta_leaves, strict=True)):
         if not torch.is_tensor(value):
             key = (value, t.dtype, t.device)
             value = made.setdefault(key, torch.tensor(value, dtype=t.dtype, device=t.device))
@@ -66,8 +67,8 @@ def spread_lam(lam: Any, theta: Any, where: str) -> list[Tensor]:
             a not in (1, b) for a, b in zip(reversed(value.shape), reversed(t.shape), strict=False)
         ):
             raise InvalidArgumentError(
-                f"{where}: lam of shape {tuple(value.shape)} does not fit {name} of shape "
-                f"{tuple(t.shape)}"
+                f"{where}: lam of shape {tuple(value.shape)} does not fit "
+                f"{_tree.names(theta, 'theta')[i]} of shape {tuple(t.shape)}"
             )
         lams.append(value)
     return lams
@@ -77,10 +78,13 @@ def check_lam(lam: Any, where: str) -> None:
     """λ must be a positive finite number or a floating-point tensor of such."""
     if torch.is_tensor(lam) and lam.is_floating_point():
         good = bool((lam > 0).all()) and bool(torch.isfinite(lam).all())
-        shown = "a tensor with values that are not" if lam.numel() > 1 else f"{lam.item():g}, not"
+        shown = "a tensor with other values" if lam.numel() != 1 else f"{lam.item():g}"
     elif isinstance(lam, (int, float)) and not isinstance(lam, bool):
-        good, shown = 0 < lam < math.inf, f"{lam:g}, not"
+        good, shown = 0 < lam < math.inf, f"{lam:g}"
     else:
-        good, shown = False, f"{describe(lam)}, not numbers or floating-point tensors"
+        good, shown = False, describe(lam)
     if not good:
-        raise InvalidArgumentError(f"{where}: lam is {shown} finite and greater than 0")
+        raise InvalidArgumentError(
+            f"{where}: lam must be a number or a floating-point tensor, finite and greater than 0, "
+            f"got {shown}"
+        )

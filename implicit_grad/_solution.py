@@ -38,13 +38,13 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
     found: dict[int, Tensor] = {}
     for name, slot, like in zip(names, slots, likes, strict=True):
         leaf = leaves[slot]
-        if isinstance(leaf, (np.ndarray, np.generic, float)):
+        if isinstance(leaf, (np.ndarray, np.generic, float, int)) and not isinstance(leaf, bool):
             place = (device, dtype) if like is None else (like.device, like.dtype)
             leaf = torch.as_tensor(leaf).to(*place)
         _check(name, leaf, like)
         found.setdefault(slot, leaf)
-    owned = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
-    return tuple(_own(found[slot], owned) for slot in range(len(leaves))), tree
+    # copies: a solver may return its own buffer and write to it again, or one of its arguments
+    return tuple(found[slot].detach().clone() for slot in range(len(leaves))), tree
 
 
 def _check(name: str, leaf: Any, like: Tensor | None) -> None:
@@ -66,13 +66,6 @@ def _check(name: str, leaf: Any, like: Tensor | None) -> None:
         raise InvalidSolutionError(
             f"{name} holds NaN or Inf: the solver diverged, and there is no gradient to take"
         )
-
-
-def _own(leaf: Tensor, owned: set[int]) -> Tensor:
-    """A tensor that neither has a graph nor shares memory with an argument."""
-    leaf = leaf.detach()
-    shares = leaf.numel() > 0 and leaf.untyped_storage().data_ptr() in owned
-    return leaf.clone() if shares else leaf
 
 
 def _common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:

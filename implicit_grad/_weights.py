@@ -35,11 +35,11 @@ class Gate:
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
         """Let nothing through."""
-        self.shut = True
+        before, self.shut = self.shut, True
         try:
             yield
         finally:
-            self.shut = False
+            self.shut = before
 
 
 class FastWeights(torch.autograd.Function):
@@ -69,15 +69,17 @@ class FastWeights(torch.autograd.Function):
 class Weights:
     """A learner's trainable weights: where they live, what they came from, what pulls them."""
 
-    def __init__(self, module: nn.Module, theta: Tensors, lam: list[Tensor]) -> None:
-        names = dict.fromkeys(id(p) for p in module.parameters())
-        self.names = [name for name, _ in module.named_parameters()]
-        self.frozen = [n for n, t in zip(self.names, theta, strict=True) if not t.requires_grad]
-        kept = [i for i, t in enumerate(theta) if t.requires_grad]
-        index = {key: kept.index(i) for i, key in enumerate(names) if i in set(kept)}
-        self.names = [self.names[i] for i in kept]
+    def __init__(
+        self, module: nn.Module, theta: Tensors, lam: list[Tensor], trainable: list[bool]
+    ) -> None:
+        self.trainable = trainable
+        named = list(module.named_parameters())
+        kept = [i for i, trains in enumerate(trainable) if trains]
+        self.frozen = [n for (n, _), t in zip(named, trainable, strict=True) if not t]
+        self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
         self.lam = [lam[i] for i in kept]
+        index = {id(named[i][1]): position for position, i in enumerate(kept)}
         # learn2learn's clones may hold one tensor under several names, in several modules
         self._places = [
             (m._parameters, name, index[id(p)])
@@ -121,11 +123,17 @@ class Weights:
             rnn._flat_weights = [getattr(rnn, name, None) for name in rnn._flat_weights_names]
         self.calls.clear()
 
-    def remember(self, output: Any) -> None:
-        """Note a call's outputs: with Gauss-Newton, the loss must be a function of them."""
-        outputs = tuple(t for t in _tree.leaves(output) if torch.is_tensor(t) and t.requires_grad)
-        if outputs:
-            self.calls.append(outputs)
+    def remembered(self, output: Any) -> Any:
+        """A call's output, noted: with Gauss-Newton, the loss must be a function of it.
+
+        Its tensors become views, none of which is computed from another, or is itself a weight.
+        """
+        tensors, tree = _tree.flatten(output, lambda t: torch.is_tensor(t) and t.requires_grad)
+        if not tensors:
+            return output
+        outputs = tuple(t.view_as(t) for t in tensors)
+        self.calls.append(outputs)
+        return tree.rebuild(outputs)
 
     def check_used(self, used: tuple[Tensor | None, ...], allow_unused: bool) -> None:
         """Raise if the loss leaves out a weight (None in `used`), unless that is allowed."""
@@ -148,6 +156,8 @@ class Weights:
                 f"adapt: {', '.join(self.frozen)} has requires_grad=False; pass allow_nograd=True "
                 "to adapt the other parameters"
             )
+        if not self.theta:
+            raise InvalidArgumentError("adapt: the model has no parameter that requires grad")
 
     def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
         """One gradient step on loss + λ/2 ‖φ − θ‖² from the present weights."""
@@ -173,8 +183,8 @@ class Weights:
         raise GraphError(
             'adapt: with curvature="gauss_newton" the loss must be a function of the output of one '
             "call of this learner and of no weights besides; this loss is not (it adds a penalty "
-            "on the weights, sums over several calls, or comes from learner.module). Use "
-            'curvature="hessian" for it'
+            "on the weights, sums over several calls, comes from learner.module, or the output is "
+            'an object that optree does not look into). Use curvature="hessian" for it'
         )
 
     def _goes_through(self, loss: Tensor, gates: set[Any]) -> bool:

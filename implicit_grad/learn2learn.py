@@ -46,10 +46,11 @@ def imaml(
     (as in `torch.optim`) and linearises at the solution itself.
 
     Choosing: a step of length lr is stable while lr·(λ + the loss's curvature) < 2, so keep lr·λ
-    well below 1. After a few steps φ is far from a solution and ∇²loss is often indefinite there;
-    CG then stops early, towards first-order MAML, and reports it. Take "gauss_newton" for a few
-    steps, "hessian" where the inner problem is nearly solved; raise λ if many solves report
-    negative curvature (`monitor`), lower it if adaptation gets nowhere.
+    well below 1; and the pull to θ adds up, so keep steps · lr · λ around 1 or below. After a few
+    steps φ is far from a solution and ∇²loss is often indefinite there; CG then stops early,
+    towards first-order MAML, and reports it. Take "gauss_newton" for a few steps, "hessian" where
+    the inner problem is nearly solved; raise λ if many solves report negative curvature
+    (`monitor`), lower it if adaptation gets nowhere.
 
     Args:
         maml: a `learn2learn.algorithms.MAML`; its lr, first_order, allow_unused and allow_nograd
@@ -79,7 +80,7 @@ def imaml(
         first_order=options.first_order,
         allow_unused=options.allow_unused,
         allow_nograd=options.allow_nograd,
-        lam=lam,
+        lam=_registrable(lam, options.module),
         linear_solver=linear_solver,
         solver=solver,
         reporting=Reporting(
@@ -113,7 +114,7 @@ class ImplicitMAML(nn.Module):
         self.module = module
         self.lr, self.first_order = lr, first_order
         self.allow_unused, self.allow_nograd = allow_unused, allow_nograd
-        self.lam = _registrable(lam, module)
+        self.lam = lam
         self.linear_solver, self.solver, self.reporting = linear_solver, solver, reporting
         self._weights: Weights | None = None
 
@@ -127,7 +128,7 @@ class ImplicitMAML(nn.Module):
         """The wrapped module's output."""
         output = self.module(*args, **kwargs)
         if self._weights is not None and self.reporting.curvature == "gauss_newton":
-            self._weights.remember(output)
+            output = self._weights.remembered(output)
         return output
 
     def clone(
@@ -173,7 +174,7 @@ class ImplicitMAML(nn.Module):
             loss: the loss of this learner's output, for one gradient step; or a function without
                 arguments that computes it, for `steps` gradient steps or a whole minimisation.
             first_order: take the gradient of first-order MAML, dθ = v, for this step.
-            allow_unused: parameters that the loss does not depend on stay where they are, instead
+            allow_unused: parameters that the loss does not depend on are only pulled to θ, instead
                 of being an error.
             allow_nograd: parameters with requires_grad=False stay where they are, likewise.
             steps: with a function, the number of gradient steps; by default 1.
@@ -212,7 +213,10 @@ class ImplicitMAML(nn.Module):
             w if isinstance(w, nn.Parameter) else w.to(t.device)
             for w, t in zip(lams, theta, strict=True)
         ]
-        return Weights(module, theta, lams)
+        trainable = [t.requires_grad for t in theta]
+        if self._weights is not None:  # under no_grad, fast weights do not tell
+            trainable = self._weights.trainable
+        return Weights(module, theta, lams, trainable)
 
     def _minimiser(self, steps: int | None) -> Callable[[Any, Any], Any]:
         if self.solver is None:
@@ -270,6 +274,11 @@ def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:
             "imaml: the first argument must be a learn2learn.algorithms.MAML, got "
             f"{describe(maml)}. Wrap your model first: imaml(l2l.algorithms.MAML(model, lr=0.5)); "
             'learn2learn comes with pip install "implicit-grad[learn2learn]"'
+        )
+    if not isinstance(maml.lr, (int, float)):
+        raise InvalidArgumentError(
+            f"imaml: MAML's lr must be a number, got {describe(maml.lr)}; a learned step length "
+            "has no implicit gradient, because the solution does not depend on it"
         )
     if isinstance(maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")

@@ -21,8 +21,9 @@ from implicit_grad._tree import Flat, Tensors
 
 OnFailure = Literal["warn", "raise", "ignore"]
 
-# φ counts as unsolved when it is certainly farther than this from a solution, relative to its size.
-INNER_TOLERANCE = 1e-2
+# φ counts as unsolved when it is certainly farther than this from a solution, relative to its size;
+# smaller than SMALL, its size counts as SMALL, so that φ = 0 can be a solution.
+INNER_TOLERANCE, SMALL = 1e-2, 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +132,9 @@ class Reporting:
         least, greatest = solution.curvature or (None, None)
         if status == Status.EXACT and self.curvature != "jacobian" and least is not None:
             status = Status.NEGATIVE_CURVATURE if least < 0 else status  # not a minimum
-        if status.ok and self.inner_solved and greatest is not None:
+        if status.ok and self.inner_solved and greatest is not None and not around.is_adjoint:
             # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
-            if not inner <= INNER_TOLERANCE * greatest * max(size, 1.0):
+            if not inner <= INNER_TOLERANCE * greatest * max(size, SMALL):
                 status = Status.INNER_NOT_STATIONARY
         ritz = ritz_values(solution)
         return Report(
@@ -151,7 +152,9 @@ class Reporting:
         )
 
     def _error_bound(self, solution: LinearSolution, around: Linearization) -> float | None:
-        if self.strong_convexity is None or self.damping or not solution.status.ok:
+        if self.strong_convexity is None or self.damping or around.is_adjoint:
+            return None
+        if not solution.status.ok:
             return None
         energy = radau_bound(solution, self.strong_convexity)
         if energy is None:
