@@ -1108,7 +1108,7 @@ BAD_LOSSES = {
     "None": (lambda it: None, ig.InvalidArgumentError, r"or a function without.*got None"),
     "number": (lambda it: 3.0, ig.InvalidArgumentError, "got a float"),
     "vector": (lambda it: it(data()[0])[:, 0], ig.InvalidArgumentError, r"scalar.*shape \(6,\)"),
-    "integer": (lambda it: torch.tensor(3), ig.InvalidArgumentError, "got a int64 tensor"),
+    "integer": (lambda it: torch.tensor(3), ig.InvalidArgumentError, "got an int64 tensor"),
     "detached": (detached, ig.GraphError, r"has no graph to the learner's weights"),
     "no_grad": (without_gradients, ig.GraphError, r"computed under torch\.no_grad\(\)"),
     "foreign": (
