@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 PYTEST ?= --numprocesses auto --maxprocesses 8
-DEMO ?= --algorithm imaml fomaml --curvature gauss_newton --hidden 32 --meta-lr 3e-3 \
+DEMO ?= --algorithm imaml fomaml --hidden 32 --meta-lr 3e-3 \
         --iterations 60 --eval-every 20 --out demo
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))' 2>/dev/null)

@@ -227,7 +227,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add(
         "--curvature",
         choices=("hessian", "gauss_newton"),
-        default="hessian",
+        default="gauss_newton",
         help="imaml: the linear system's matrix",
     )
     add("--hidden", type=whole, default=64, help="the network's width")
