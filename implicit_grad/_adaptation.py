@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from implicit_grad import _linear
 from implicit_grad._ad import (
     GaussNewton,
     Linearization,
@@ -82,11 +81,7 @@ class Step:
         return around, (*inputs, *self.captured)
 
     def _solve(self, around: Linearization, v: Tensors) -> Tensors:
-        u, solution = _linear.solve_adjoint(
-            self.linear_solver, around, v, verify=self.reporting.monitor is not None
-        )
-        self.reporting.tell(solution, around, u)
-        return u
+        return self.reporting.solve(self.linear_solver, around, v)
 
 
 def _step(

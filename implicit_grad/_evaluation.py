@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from implicit_grad import _linear
 from implicit_grad._ad import Linearization, is_transformed, leaves_behind
 from implicit_grad._conditions import Call, Condition, Snapshot
 from implicit_grad._errors import GraphError, InvalidArgumentError, InvalidSolutionError, describe
@@ -109,11 +108,7 @@ class Evaluation:
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
         """u with Aᵀu = v, and its report."""
-        u, solution = _linear.solve_adjoint(
-            self.linear_solver, around, v, verify=self.reporting.monitor is not None
-        )
-        self.reporting.tell(solution, around, u)
-        return u
+        return self.reporting.solve(self.linear_solver, around, v)
 
     def _check_same(self, again: Linearization, inputs: Tensors) -> None:
         """Raise if F's derivatives are no longer those that were recorded."""

@@ -16,7 +16,7 @@ from implicit_grad._errors import (
     LinearSolveError,
     Status,
 )
-from implicit_grad._linear import LinearSolution, norm
+from implicit_grad._linear import LinearSolution, LinearSolver, dot, norm, solve_adjoint
 from implicit_grad._tree import Flat, Tensors
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -107,7 +107,13 @@ class Reporting:
                 f'on_failure={self.on_failure!r}: expected "warn", "raise" or "ignore"'
             )
 
-    def tell(self, solution: LinearSolution, around: Linearization, u: Tensors) -> None:
+    def solve(self, solver: LinearSolver, around: Linearization, v: Tensors) -> Tensors:
+        """u with Aᵀu = v; the residual is recomputed where someone will read it."""
+        u, solution = solve_adjoint(solver, around, v, verify=self.monitor is not None)
+        self._tell(solution, around, u)
+        return u
+
+    def _tell(self, solution: LinearSolution, around: Linearization, u: Tensors) -> None:
         """Record the solve, and warn or raise if it failed."""
         quiet = self.on_failure == "ignore" or (solution.status.ok and not self.inner_solved)
         if self.monitor is None and quiet:
@@ -127,7 +133,7 @@ class Reporting:
         with torch.no_grad():
             residual, phi = flat.ravel(around.residual), flat.ravel(around.phi)
             inner, size = norm(residual), norm(phi)
-            outer_error = -float((flat.ravel(u) * residual).sum(dtype=torch.float64))
+            outer_error = -dot(flat.ravel(u), residual)
         status = solution.status
         least, greatest = solution.curvature or (None, None)
         if status == Status.EXACT and self.curvature != "jacobian" and least is not None:

@@ -25,14 +25,7 @@ CURVATURES = ("hessian", "gauss_newton")
 EXACT = {"linear_solver": ig.Exact(), "on_failure": "raise"}
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-    """New tensors are float64, so that numbers can be compared to rounding error."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def wrapped(model, lam=2.0, lr=0.2, **options):

@@ -18,14 +18,7 @@ STYLES = ("tensor", "closure")
 FIRST_ORDER = (False, True)
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-    """New tensors are float64, so that numbers can be compared to rounding error."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def network():
