@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 
 from implicit_grad._ad import Linearization
+from implicit_grad._adjoint import solve_adjoint
 from implicit_grad._errors import (
     ImplicitGradWarning,
     InvalidArgumentError,
     LinearSolveError,
     Status,
 )
-from implicit_grad._linear import LinearSolution, LinearSolver, dot, norm, solve_adjoint
+from implicit_grad._linear import LinearSolution, LinearSolver, dot, norm
 from implicit_grad._tree import Flat, Tensors
 
 OnFailure = Literal["warn", "raise", "ignore"]
