@@ -1,7 +1,9 @@
 """implicit_grad: wrap any solver; its backward pass is a linear solve."""
 
 from implicit_grad import solvers
+from implicit_grad._certify import Certificate, certify
 from implicit_grad._conditions import argmin, fixed_point, proximal, root
+from implicit_grad._dense import Exact
 from implicit_grad._errors import (
     GraphError,
     ImplicitGradError,
@@ -12,8 +14,14 @@ from implicit_grad._errors import (
     Status,
 )
 from implicit_grad._implicit import implicit
-from implicit_grad._krylov import CG, NormalCG
-from implicit_grad._linear import Exact
+from implicit_grad._krylov import CG
+from implicit_grad._learned import LearnedLam
+from implicit_grad._minres import MINRES
+from implicit_grad._neumann import Neumann
+from implicit_grad._normal import NormalCG
+from implicit_grad._preconditioners import Jacobi, Nystrom
+from implicit_grad._proximal import LowRank
+from implicit_grad._warm_start import WarmStart
 from implicit_grad.learn2learn import imaml
 from implicit_grad.monitor import Monitor, Report
 
@@ -21,18 +29,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "MINRES",
+    "Certificate",
     "Exact",
     "GraphError",
     "ImplicitGradError",
     "ImplicitGradWarning",
     "InvalidArgumentError",
     "InvalidSolutionError",
+    "Jacobi",
+    "LearnedLam",
     "LinearSolveError",
+    "LowRank",
     "Monitor",
+    "Neumann",
     "NormalCG",
+    "Nystrom",
     "Report",
     "Status",
+    "WarmStart",
     "argmin",
+    "certify",
     "fixed_point",
     "imaml",
     "implicit",

@@ -54,57 +54,88 @@ def plain_gradient(
 class Linearization:
     """F(φ, a) as a graph at one point: products with A = ∂F/∂φ and with ∂F/∂a.
 
-    Where F(φ) = smooth(φ) + diagonal·φ + …, as with a proximal term, `scale` = diagonal is kept out
-    of the graph: linear solvers add it themselves, and take it for the natural unit of A.
-    `guard` is entered for the one product that goes past φ in the graph.
+    F(φ) = curved(φ) + pulled(φ) + diagonal·φ + …: the parts of F that depend on φ. `scale`, the
+    diagonal of a proximal term, is kept out of the graph: linear solvers add it themselves, and
+    take it for the natural unit of A. `pulled` is linear in φ (what else λ adds when it is a
+    matrix). `guard` is entered for the one product that goes past φ in the graph.
     """
+
+    curvature = "jacobian"  # of what A is made, for reports
+    is_hessian = False  # A is the second derivative of an objective, or stands for it
+    precision: float | None = None  # relative, of the products; None: that of the tensors
 
     def __init__(
         self,
         residual: Tensors,
         phi: Tensors,
-        smooth: Tensors | None = None,
-        diagonal: Tensors | None = None,
+        curved: Tensors | None = None,
+        pulled: Tensors = (),
+        scale: Tensors | None = None,
         guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.residual, self.phi = residual, phi
+        self.curved = residual if curved is None else curved
+        self.pulled, self.scale = pulled, scale
+        self.degenerate = False  # φ lies at a kink, where F has no derivative
         self.is_adjoint = False  # F is itself the residual of an adjoint problem
+        # makes the same problem with an operator that is never indefinite, where there is one
+        self.convex: Callable[[], Linearization] | None = None
         self._guard = guard
-        self._curved = residual if smooth is None else smooth
-        self.scale = diagonal
         self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
+
+    def extended(self, v: Tensors) -> Tensors:
+        """The right-hand side of Aᵀu = v; longer than v where F has unknowns besides φ."""
+        return v
+
+    def completed(self, u: Tensors, v: Tensors) -> Tensors:
+        """u with the parts that follow from the linear solver's without solving."""
+        return u
 
     def transposed(self, u: Tensors) -> Tensors:
         """Aᵀu: one backward pass through the graph of F (reverse over reverse for a Hessian)."""
-        return self.with_diagonal(self.smooth_transposed(u), u)
+        return self.with_scale(self.smooth_transposed(u), u)
 
-    def with_diagonal(self, product: Tensors, u: Tensors) -> Tensors:
-        """The product plus diagonal·u."""
+    def with_scale(self, product: Tensors, u: Tensors) -> Tensors:
+        """The product plus scale·u."""
         if self.scale is None:
             return product
         return tuple(p + s * x for p, s, x in zip(product, self.scale, u, strict=True))
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
-        """Aᵀu without the diagonal part."""
-        return vjp(self._curved, self.phi, u)
+        """Aᵀu without the scale's part."""
+        return self._and_pulled(self.curved_transposed(u), u)
 
     def smooth_product(self, x: Tensors) -> Tensors:
-        """A x without the diagonal part, as the derivative of the map w ↦ Aᵀw (double vjp)."""
+        """A x without the scale's part."""
+        return self._and_pulled(self.curved_product(x), x)
+
+    def curved_transposed(self, u: Tensors) -> Tensors:
+        """The part of Aᵀu that the functions' curvature makes."""
+        return vjp(self.curved, self.phi, u)
+
+    def curved_product(self, x: Tensors) -> Tensors:
+        """The same of A x, as the derivative of the map w ↦ Aᵀw (double vjp)."""
         if self._pullback_of_dummy is None:
             with torch.enable_grad():
-                dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self._curved)
-                self._pullback_of_dummy = dummy, vjp(self._curved, self.phi, dummy)
+                dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self.curved)
+                self._pullback_of_dummy = dummy, vjp(self.curved, self.phi, dummy)
         dummy, pullback = self._pullback_of_dummy
         return vjp(pullback, dummy, x)
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu, for any tensors in F's graph."""
-        with self._guard(), _without_hooks(inputs):
+        with self._guard(), without_hooks(inputs):
             return vjp(self.residual, inputs, u)
+
+    def _and_pulled(self, product: Tensors, u: Tensors) -> Tensors:
+        """The product plus that with the linear part, which is symmetric."""
+        if not self.pulled:
+            return product
+        return tuple(map(torch.add, product, vjp(self.pulled, self.phi, u)))
 
 
 @contextlib.contextmanager
-def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Take the user's gradient hooks off leaves: autograd runs them when it accumulates."""
     hooks = [(t, t._backward_hooks) for t in tensors if t.is_leaf and t._backward_hooks]
     try:
@@ -114,33 +145,6 @@ def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor, own in hooks:
             tensor._backward_hooks = own
-
-
-class GaussNewton(Linearization):
-    """The same, with the Hessian of loss(model(φ)) replaced by Jᵀ (∂²loss/∂output²) J.
-
-    J is the Jacobian of the model's outputs, so the model's own curvature is dropped and the
-    operator is positive semi-definite for losses that are convex in the outputs (Schraudolph,
-    2002, Fast curvature matrix-vector products). The cross-derivatives in `pullback` stay exact.
-    """
-
-    def __init__(self, loss: Tensor, outputs: Tensors, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._outputs = outputs
-        with torch.enable_grad():
-            self._loss_gradient = gradient(loss, outputs)
-            self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in outputs)
-            self._to_phi = vjp(outputs, self.phi, self._dummy)
-
-    def smooth_transposed(self, u: Tensors) -> Tensors:
-        """Jᵀ (∂²loss/∂output²) J u."""
-        in_outputs = vjp(self._to_phi, self._dummy, u)
-        curved = vjp(self._loss_gradient, self._outputs, in_outputs)
-        return vjp(self._outputs, self.phi, curved)
-
-    def smooth_product(self, x: Tensors) -> Tensors:
-        """The same: the matrix is symmetric."""
-        return self.smooth_transposed(x)
 
 
 def walk(roots: Iterable[Tensor], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import (
-    GaussNewton,
-    Linearization,
-    gradient,
-    leaves_behind,
-    plain_gradient,
-)
-from implicit_grad._conditions import scalar
+from implicit_grad._ad import Linearization, leaves_behind, plain_gradient
+from implicit_grad._condition import scalar
+from implicit_grad._curvature import Curvature, Objective, has_second_derivative
 from implicit_grad._errors import GraphError
 from implicit_grad._function import ImplicitFunction, Problem, variables
 from implicit_grad._linear import LinearSolver
-from implicit_grad._proximal import add_proximal, proximal_term
+from implicit_grad._proximal import Pull
 from implicit_grad._solution import checked
-from implicit_grad._state import undisturbed
+from implicit_grad._state import RandomState, undisturbed
 from implicit_grad._tree import Tensors, Tree
 from implicit_grad._weights import Gate, Weights
 from implicit_grad.monitor import Reporting
@@ -30,6 +26,57 @@ _NO_GRAPH = (
     "adapt: the loss has no graph to the learner's weights; it was computed under "
     "torch.no_grad(), or detached"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How gradients of adapted weights are taken, and which parameters may be left out."""
+
+    linear_solver: LinearSolver
+    reporting: Reporting
+    curvature: Curvature
+    first_order: bool
+    allow_unused: bool
+    # whether the learners' loss has second derivatives, once that is known; shared by all clones
+    verdict: list[bool]
+
+    def takes_differences(self, loss: Tensor, phi: Tensors) -> bool:
+        """Whether finite differences are asked for, or are the first kind of product that works.
+
+        They need the learner, which then is freed by the garbage collector only: hence the trial.
+        """
+        if self.curvature == "auto" and not self.verdict:
+            self.verdict.append(has_second_derivative(Objective(loss, phi)))
+        return self.curvature == "finite_difference" or self.verdict == [False]
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether a Gauss-Newton product may be taken."""
+        policy = getattr(self.linear_solver, "on_negative_curvature", None)
+        return "gauss_newton" in (self.curvature, policy)
+
+
+class Replay:
+    """Computes a learner's loss at other weights. The learner owns it, for a step must not."""
+
+    def __init__(self, weights: Weights, closure: Callable[[], Tensor]) -> None:
+        self._weights, self._closure = weights, closure
+        self._devices = {t.device for t in weights.theta}
+        self._random = RandomState(self._devices)
+
+    def loss(self, phi: Tensors) -> Tensor:
+        """The loss at φ, which is installed, with the random numbers of when this was made."""
+        self._weights.install(phi)
+        with undisturbed(self._devices, self._random):
+            return scalar("adapt: the function's loss", self._closure())
+
+    def loss_elsewhere(self, phi: Tensors) -> Tensor:
+        """The same, but the learner stays as it is."""
+        before = self._weights.current
+        try:
+            return self.loss(phi)
+        finally:
+            self._weights.install(before)
 
 
 @dataclasses.dataclass
@@ -47,11 +94,11 @@ class Step:
     values: Tensors
     inputs: Tensors
     inputs_tree: Tree
-    linear_solver: LinearSolver
-    reporting: Reporting
+    method: Method
     captured: Tensors
     outputs: Tensors | None
     gate_of_phi: Gate
+    replay: weakref.ref[Replay] | None = None
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
@@ -69,19 +116,35 @@ class Step:
 
     def _recorded(self) -> tuple[Linearization, Tensors]:
         inputs = variables(self.inputs)
-        theta, lam = self.inputs_tree.rebuild(inputs)
-        smooth = gradient(self.loss, self.phi)
-        residual, diagonal = add_proximal(smooth, self.values, range(len(theta)), theta, lam)
-        parts = (residual, self.phi, smooth, diagonal, self.gate_of_phi.closed)
-        around = (
-            Linearization(*parts)
-            if self.outputs is None
-            else GaussNewton(self.loss, self.outputs, *parts)
+        theta, pull = self.inputs_tree.rebuild(inputs)
+        objective = Objective(
+            self.loss,
+            self.phi,
+            force=lambda slope: pull.force(slope, self._place(pull), theta),
+            outputs=self.outputs,
+            again=None if self.replay is None else self._again,
+            guard=self.gate_of_phi.closed,
         )
-        return around, (*inputs, *self.captured)
+        return objective.linearize(self.method.curvature), (*inputs, *self.captured)
+
+    def _place(self, pull: Pull) -> Tensors:
+        """The adapted weights; where F's linear part is taken from its graph, in terms of φ."""
+        if not pull.factors:
+            return self.values
+        return tuple(p + (w - p).detach() for p, w in zip(self.phi, self.values, strict=True))
+
+    def _again(self, phi: Tensors) -> Tensor:
+        assert self.replay is not None
+        replay = self.replay()
+        if replay is None:
+            raise GraphError(
+                "the adapted learner is gone, and finite-difference products need it to compute "
+                "its loss: keep the learner until backward() is done"
+            )
+        return replay.loss_elsewhere(phi)
 
     def _solve(self, around: Linearization, v: Tensors) -> Tensors:
-        return self.reporting.solve(self.linear_solver, around, v)
+        return self.method.reporting.solve(self.method.linear_solver, around, v)
 
 
 def _step(
@@ -90,8 +153,8 @@ def _step(
     phi: Tensors,
     values: Tensors,
     gate_of_phi: Gate,
-    linear_solver: LinearSolver,
-    reporting: Reporting,
+    method: Method,
+    replay: Replay | None = None,
 ) -> Step:
     return Step(
         loss=loss,
@@ -99,11 +162,11 @@ def _step(
         values=values,
         inputs=weights.inputs,
         inputs_tree=weights.inputs_tree,
-        linear_solver=linear_solver,
-        reporting=reporting,
+        method=dataclasses.replace(method, linear_solver=method.linear_solver.for_call()),
         captured=weights.captured_by(loss),
-        outputs=weights.outputs_behind(loss) if reporting.curvature == "gauss_newton" else None,
+        outputs=weights.outputs_behind(loss) if method.needs_outputs else None,
         gate_of_phi=gate_of_phi,
+        replay=None if replay is None else weakref.ref(replay),
     )
 
 
@@ -111,10 +174,7 @@ def step_on_tensor(
     weights: Weights,
     loss: Tensor,
     lr: float,
-    linear_solver: LinearSolver,
-    reporting: Reporting,
-    first_order: bool,
-    allow_unused: bool,
+    method: Method,
 ) -> None:
     """φ ← φ − lr (∇loss + λ(φ − θ)); the loss's graph, kept, is what backward linearises."""
     phi, theta = weights.current, weights.theta
@@ -123,14 +183,15 @@ def step_on_tensor(
             f"{_NO_GRAPH}. Compute it with gradients on, or pass a function: "
             "learner.adapt(lambda: loss(...))"
         )
-    slope = plain_gradient(loss, phi, keep_graph=not first_order)
-    weights.check_used(slope, allow_unused)
+    slope = plain_gradient(loss, phi, keep_graph=not method.first_order)
+    weights.check_used(slope, method.allow_unused)
     values = weights.moved(slope, lr)
-    if first_order:
+    if method.first_order:
         weights.attach(values, theta)
         return
-    reporting = dataclasses.replace(reporting, inner_solved=False)  # one step, whatever `solver` is
-    step = _step(weights, loss, phi, values, weights.gate, linear_solver, reporting)
+    one_step = dataclasses.replace(method.reporting, inner_solved=False)  # whatever `solver` is
+    method = dataclasses.replace(method, reporting=one_step)
+    step = _step(weights, loss, phi, values, weights.gate, method)
     weights.supersede()
     weights.attach(values, step.sources(), release=step.drop)
 
@@ -139,10 +200,7 @@ def minimise_closure(
     weights: Weights,
     closure: Callable[[], Tensor],
     minimise: Callable[[Callable[[Tensors], Tensor], Tensors], Tensors],
-    linear_solver: LinearSolver,
-    reporting: Reporting,
-    first_order: bool,
-    allow_unused: bool,
+    method: Method,
 ) -> None:
     """φ = argmin loss + λ/2 ‖φ − θ‖² by any minimiser; backward linearises at φ itself."""
     before, theta = weights.current, weights.theta
@@ -153,9 +211,9 @@ def minimise_closure(
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in phi)
         if wanted and not loss.requires_grad:
             raise GraphError(_NO_GRAPH)
-        return loss + proximal_term(phi, theta_values, weights.lam_values())
+        return loss + pull.term(phi, theta_values)
 
-    theta_values = tuple(t.detach() for t in theta)
+    theta_values, pull = tuple(t.detach() for t in theta), weights.pull.detached()
     try:
         with torch.inference_mode(False), torch.enable_grad():
             start = tuple(t.detach().clone() for t in before)
@@ -163,18 +221,17 @@ def minimise_closure(
         if not torch.is_grad_enabled():
             before = values
             return
-        if first_order:
+        if method.first_order:
             weights.attach(values, theta)
             before = weights.current
             return
-        phi = variables(values)
-        weights.install(phi)
-        with undisturbed({t.device for t in values}):
-            loss = scalar("adapt: the function's loss", closure())
+        phi, replay = variables(values), Replay(weights, closure)
+        loss = replay.loss(phi)
         behind = {id(t) for t in leaves_behind([loss])}
-        weights.check_used(tuple(p if id(p) in behind else None for p in phi), allow_unused)
-        step = _step(weights, loss, phi, values, Gate(), linear_solver, reporting)
-        weights.attach(values, step.sources())
+        weights.check_used(tuple(p if id(p) in behind else None for p in phi), method.allow_unused)
+        differences = method.takes_differences(loss, phi)
+        step = _step(weights, loss, phi, values, Gate(), method, replay if differences else None)
+        weights.attach(values, step.sources(), keeping=replay if differences else None)
         before = weights.current
     finally:
         weights.install(before)

@@ -2,39 +2,112 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from implicit_grad._ad import Linearization
+from implicit_grad._curvature import Climbed
 from implicit_grad._linear import LinearSolution, LinearSolver, Operator
 from implicit_grad._tree import Flat, Tensors
 
 
-def solve_adjoint(
-    solver: LinearSolver, linearization: Linearization, v: Tensors, verify: bool
-) -> tuple[Tensors, LinearSolution]:
-    """Solve Aᵀu = v for the tuple of tensors u."""
-    flat = Flat(v)
-    scale = _flat_scale(linearization.scale, v, flat)
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """What is known of, and asked from, a solve: `mu` and `rtol_error` of `Operator`."""
 
-    def products(smooth: Callable[[Tensors], Tensors]) -> Callable[[Tensor], Tensor]:
+    mu: float | None = None
+    rtol_error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """The solution in the form of φ, how it was found, and the products with A that it took."""
+
+    x: Tensors
+    linear: LinearSolution
+    products: int
+
+
+def solve_adjoint(
+    solver: LinearSolver,
+    around: Linearization,
+    v: Tensors,
+    verify: bool,
+    accuracy: Accuracy = Accuracy(),
+) -> Solved:
+    """Solve Aᵀu = v."""
+    with torch.no_grad():
+        solved = _solve(solver, around, around.extended(v), verify, accuracy, transposed=True)
+        return dataclasses.replace(solved, x=around.completed(solved.x, v))
+
+
+def solve_newton(solver: LinearSolver, around: Linearization) -> Solved:
+    """Solve A d = −F: the way from φ to a solution of the inner problem, to first order."""
+    with torch.no_grad():
+        rhs = tuple(-f for f in around.residual)
+        return _solve(solver, around, rhs, True, Accuracy(), transposed=False)
+
+
+def _solve(
+    solver: LinearSolver,
+    around: Linearization,
+    rhs: Tensors,
+    verify: bool,
+    accuracy: Accuracy,
+    transposed: bool,
+) -> Solved:
+    flat = Flat(rhs)
+    system = _System(around, flat)
+    vector = flat.ravel(rhs)
+    while True:
+        try:
+            solution = solver.solve(system.operator(accuracy, transposed), vector, verify)
+        except Climbed:
+            continue
+        return Solved(flat.unravel(solution.x), solution, system.products)
+
+
+class _System:
+    """A flat operator for a linearisation, with a count of its products."""
+
+    def __init__(self, around: Linearization, flat: Flat) -> None:
+        self._around, self._flat, self.products = around, flat, 0
+        self._scale = _flat_scale(around.scale, around.phi, flat)
+
+    def operator(self, accuracy: Accuracy, transposed: bool) -> Operator:
+        """Aᵀ, or A."""
+        pair = self._around.smooth_transposed, self._around.smooth_product
+        there, back = pair if transposed else reversed(pair)
+        return Operator(
+            matvec=self._flat_product(there),
+            rmatvec=self._flat_product(back),
+            scale=self._scale,
+            eps=max(self._flat.eps, self._around.precision or 0.0),
+            convex=self._convex(),
+            mu=accuracy.mu,
+            rtol_error=accuracy.rtol_error,
+        )
+
+    def _convex(self) -> Callable[[Tensor], Tensor] | None:
+        make = self._around.convex
+        if make is None:
+            return None
+        convex = functools.cache(make)  # its graph is built only if a product is asked for
+        return self._flat_product(lambda u: convex().smooth_transposed(u))
+
+    def _flat_product(self, smooth: Callable[[Tensors], Tensors]) -> Callable[[Tensor], Tensor]:
+        flat, scale = self._flat, self._scale
+
         def matvec(x: Tensor) -> Tensor:
+            self.products += 1
             product = flat.ravel(smooth(flat.unravel(x)))
             return product if scale is None else product.add_(scale * x)
 
         return matvec
-
-    operator = Operator(
-        matvec=products(linearization.smooth_transposed),
-        rmatvec=products(linearization.smooth_product),
-        scale=scale,
-        eps=flat.eps,
-    )
-    with torch.no_grad():
-        solution = solver.solve(operator, flat.ravel(v), verify)
-        return flat.unravel(solution.x), solution
 
 
 def _flat_scale(scale: Tensors | None, like: Tensors, flat: Flat) -> float | Tensor | None:

@@ -1,100 +1,102 @@
-"""What it means to be the solution: the four forms of F(φ, a) = 0.
-
-A condition evaluates the user's function at a solution (`at`) and says how to linearise it. `phi`
-is always the function's first argument.
-"""
+"""The four forms of F(φ, a) = 0: a minimum, a minimum near θ, a root, a fixed point."""
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import optree
 import torch
 from torch import Tensor
 
 from implicit_grad import _tree
-from implicit_grad._ad import Linearization, gradient
-from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
-from implicit_grad._proximal import add_proximal, check_lam, proximal_term, spread_lam
+from implicit_grad._ad import Linearization
+from implicit_grad._condition import (
+    Again,
+    Call,
+    Condition,
+    Snapshot,
+    check_callable,
+    check_distinct,
+    like_phi,
+    scalar,
+)
+from implicit_grad._constraints import Constraints
+from implicit_grad._curvature import Curvature, Objective
+from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._proximal import LowRank, check_lam, evaluated, proximal_pull
 from implicit_grad._tree import Tensors
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """The user's function as evaluated at φ: its outputs with their graph, and F from them."""
-
-    outputs: Tensors
-    linearize: Callable[[], Linearization]
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The arguments of one call of a wrapped solver."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class Condition(abc.ABC):
-    """F(φ, a) = 0. `symmetric` says whether ∂F/∂φ is, so that CG applies."""
-
-    symmetric: ClassVar[bool]
-    must_depend_on_phi: ClassVar[bool] = True
-
-    @property
-    def parameters(self) -> Any:
-        """Tensors that the condition itself holds, such as λ: arguments like the others."""
-        return ()
-
-    def check_call(self, call: Call) -> None:  # noqa: B027  (most conditions accept any call)
-        """Raise if the arguments cannot work, before the solver runs."""
-
-    def template(self, call: Call) -> Any:
-        """What φ has to look like, if the arguments tell; else None."""
-        return None
-
-    def objective_of(self, call: Call, parameters: Any) -> Callable[[Any], Tensor]:
-        """phi ↦ what a minimiser has to minimise."""
-        raise InvalidArgumentError(
-            f"{type(self).__name__} has no objective for a minimiser to minimise; use argmin or "
-            "proximal, or pass a solver function"
-        )
-
-    @abc.abstractmethod
-    def at(self, phi: Any, variables: Tensors, call: Call, parameters: Any) -> Snapshot:
-        """Evaluate at the container `phi`, whose distinct tensors are `variables`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class argmin(Condition):
-    """φ minimises a scalar objective: F = ∇_φ objective(φ, *args).
+    """φ minimises a scalar objective: F = ∇_φ objective(φ, *args), under constraints if given.
 
     Args:
         objective: `objective(phi, *args)` returns a 0-d (or one-element) tensor, twice
             differentiable around the solution.
         strong_convexity: a known μ > 0 with ∂²objective ⪰ μ·I, which turns the linear solver's
             coefficients into a bound on its error (`Report.solve_error_bound`).
+        model: if given, the objective is `objective(model(phi, *args), *args)`; this form allows
+            Gauss-Newton products. What penalises phi itself has to be among the model's outputs.
+        bounds: `(lower, upper)`, each None, a number, a tensor or a container in the form of φ; or
+            a function of the solver's arguments that returns such a pair.
+        equality: `equality(phi, *args)` returns tensors that are 0 at a solution.
+        inequality: `inequality(phi, *args)` returns tensors that are at most 0 at a solution.
+
+    Constraints that hold with equality at φ enter the linear system with their multipliers, which
+    are found from φ; where one holds by chance (a multiplier of 0), φ has no derivative, and the
+    status says so (Fiacco, 1976, Sensitivity analysis for nonlinear programming).
     """
 
     objective: Callable[..., Tensor]
     strong_convexity: float | None = None
+    _: dataclasses.KW_ONLY
+    model: Callable[..., Any] | None = None
+    bounds: Any = None
+    equality: Callable[..., Any] | None = None
+    inequality: Callable[..., Any] | None = None
     symmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_callable("argmin", "objective", self.objective)
+        check_callable("argmin", "objective", self.objective)
+        _check_model("argmin", self.model)
         mu = self.strong_convexity
         if mu is not None and not 0 < mu < math.inf:
             raise InvalidArgumentError(f"argmin(strong_convexity={mu!r}): expected a number > 0")
+        if self.constraints and self.model is not None:
+            raise InvalidArgumentError("argmin: model does not go with constraints")
 
-    def objective_of(self, call: Call, parameters: Any) -> Callable[[Any], Tensor]:
-        return lambda phi: self.objective(phi, *call.args, **call.kwargs)
+    @property
+    def constraints(self) -> Constraints:
+        """Those that were given."""
+        return Constraints(self.bounds, self.equality, self.inequality)
 
-    def at(self, phi: Any, variables: Tensors, call: Call, parameters: Any) -> Snapshot:
-        value = scalar("argmin: objective", self.objective(phi, *call.args, **call.kwargs))
-        return Snapshot((value,), lambda: Linearization(gradient(value, variables), variables))
+    @property
+    def definite(self) -> bool:  # type: ignore[override]
+        return not self.constraints.rows
+
+    @property
+    def curvatures(self) -> tuple[Curvature, ...]:
+        return ("auto", "hessian") if self.constraints else _curvatures(self.model)
+
+    def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        if solver != "minimize":
+            return super().problem_for(solver, call)
+        function = _composed(self.objective, self.model, call.args, call.kwargs)
+        return lambda phi: function(phi)[0], self.constraints.for_minimizer(call.args, call.kwargs)
+
+    def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
+        value, outputs = _composed(self.objective, self.model, call.args, call.kwargs)(phi)
+        scalar("argmin: objective", value)
+        objective = Objective(value, variables, outputs=outputs, again=again)
+        if not self.constraints:
+            return Snapshot((value,), objective.linearize)
+        check_distinct("argmin", phi, variables)
+        evaluated, linearize = self.constraints.at(objective, phi, call.args, call.kwargs)
+        return Snapshot(evaluated, lambda _: linearize())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,25 +110,36 @@ class proximal(Condition):
     Args:
         loss: `loss(phi, *args)`, the solver's arguments without θ, returns a scalar tensor.
         lam: λ > 0: a number, a tensor, or a container of them in the form of θ or of its upper
-            part (per tensor or per element). A tensor that requires grad gets its gradient.
+            part (per tensor or per element); `LowRank`, a matrix; or a function without arguments
+            that returns one of these, such as `LearnedLam`. Tensors that require grad get theirs.
         convex: say that the loss is convex in φ; then λ bounds the curvature from below, and the
             linear solver's error is bounded (`Report.solve_error_bound`).
+        model: if given, the loss is `loss(model(phi, *args), *args)`; this form allows
+            Gauss-Newton products.
     """
 
     loss: Callable[..., Tensor]
     lam: Any
     convex: bool = False
+    _: dataclasses.KW_ONLY
+    model: Callable[..., Any] | None = None
     symmetric: ClassVar[bool] = True
     must_depend_on_phi: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_callable("proximal", "loss", self.loss)
-        for leaf in _tree.leaves(self.lam):
+        check_callable("proximal", "loss", self.loss)
+        _check_model("proximal", self.model)
+        diagonal = self.lam.diagonal if isinstance(self.lam, LowRank) else self.lam
+        for leaf in () if callable(diagonal) else _tree.leaves(diagonal):
             check_lam(leaf, "proximal")
 
     @property
     def parameters(self) -> Any:
-        return self.lam
+        return evaluated(self.lam)
+
+    @property
+    def curvatures(self) -> tuple[Curvature, ...]:
+        return _curvatures(self.model)
 
     def check_call(self, call: Call) -> None:
         if not call.args:
@@ -134,34 +147,33 @@ class proximal(Condition):
                 "proximal: the solver's first positional argument is theta, but it was called "
                 "without positional arguments"
             )
-        spread_lam(self.lam, call.args[0], "proximal")
+        proximal_pull(call.parameters, call.args[0], "proximal")
 
     def template(self, call: Call) -> Any:
         return call.args[0]
 
-    def objective_of(self, call: Call, parameters: Any) -> Callable[[Any], Tensor]:
+    def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        if solver != "minimize":
+            return super().problem_for(solver, call)
         theta, *rest = call.args
-        thetas, lams = _tree.leaves(theta), spread_lam(parameters, theta, "proximal")
+        thetas = _tree.leaves(theta)
+        pull = proximal_pull(call.parameters, theta, "proximal")
+        loss = _composed(self.loss, self.model, rest, call.kwargs)
+        return lambda phi: loss(phi)[0] + pull.term(_tree.leaves(phi), thetas), {}
 
-        def objective(phi: Any) -> Tensor:
-            loss = self.loss(phi, *rest, **call.kwargs)
-            return loss + proximal_term(_tree.leaves(phi), thetas, lams)
-
-        return objective
-
-    def at(self, phi: Any, variables: Tensors, call: Call, parameters: Any) -> Snapshot:
+    def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         theta, *rest = call.args
-        value = scalar("proximal: loss", self.loss(phi, *rest, **call.kwargs))
-        lam = spread_lam(parameters, theta, "proximal")
+        value, outputs = _composed(self.loss, self.model, rest, call.kwargs)(phi)
+        scalar("proximal: loss", value)
+        pull = proximal_pull(call.parameters, theta, "proximal")
         slot = {id(t): i for i, t in enumerate(variables)}
         slots = [slot[id(t)] for t in _tree.leaves(phi)]
 
-        def linearize() -> Linearization:
-            smooth = gradient(value, variables)
-            residual, diagonal = add_proximal(smooth, variables, slots, _tree.leaves(theta), lam)
-            return Linearization(residual, variables, smooth=smooth, diagonal=diagonal)
+        def force(slope: Tensors) -> Any:
+            return pull.force(slope, variables, _tree.leaves(theta), slots)
 
-        return Snapshot((value,), linearize)
+        objective = Objective(value, variables, force, outputs, again)
+        return Snapshot((value,), objective.linearize)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,17 +188,22 @@ class root(Condition):
     symmetric: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_callable("root", "residual", self.residual)
+        check_callable("root", "residual", self.residual)
 
-    def at(self, phi: Any, variables: Tensors, call: Call, parameters: Any) -> Snapshot:
+    def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        if solver != "find_root":
+            return super().problem_for(solver, call)
+        return lambda phi: self.residual(phi, *call.args, **call.kwargs), {}
+
+    def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         residual = self.residual(phi, *call.args, **call.kwargs)
-        outputs = _like_phi("root: residual", residual, phi, variables)
-        return Snapshot(outputs, lambda: Linearization(outputs, variables))
+        outputs = like_phi("root: residual", residual, phi, variables)
+        return Snapshot(outputs, lambda _: Linearization(outputs, variables))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class fixed_point(Condition):
-    """φ = map(φ, *args): F = map(φ) − φ, as in deep equilibrium models.
+    """φ = map(φ, *args): F = φ − map(φ), as in deep equilibrium models.
 
     Args:
         map: `map(phi, *args)` returns tensors in the form of φ.
@@ -197,45 +214,46 @@ class fixed_point(Condition):
     must_depend_on_phi: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_callable("fixed_point", "map", self.map)
+        check_callable("fixed_point", "map", self.map)
 
-    def at(self, phi: Any, variables: Tensors, call: Call, parameters: Any) -> Snapshot:
+    def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        if solver != "find_root":
+            return super().problem_for(solver, call)
+
+        def residual(phi: Any) -> Any:
+            image = self.map(phi, *call.args, **call.kwargs)
+            return optree.tree_map(torch.sub, phi, image, namespace=_tree.NAMESPACE)
+
+        return residual, {}
+
+    def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         image = self.map(phi, *call.args, **call.kwargs)
-        outputs = _like_phi("fixed_point: map", image, phi, variables)
-        residual = tuple(t - p for t, p in zip(outputs, variables, strict=True))
-        return Snapshot(residual, lambda: Linearization(residual, variables))
+        outputs = like_phi("fixed_point: map", image, phi, variables)
+        residual = tuple(p - t for t, p in zip(outputs, variables, strict=True))
+        return Snapshot(residual, lambda _: Linearization(residual, variables))
 
 
-def _check_callable(condition: str, name: str, value: object) -> None:
-    if not callable(value):
-        raise InvalidArgumentError(
-            f"{condition}: {name} must be a function of (phi, ...), got {describe(value)}"
-        )
+def _composed(
+    function: Callable[..., Any], model: Callable[..., Any] | None, args: Any, kwargs: Any
+) -> Callable[[Any], tuple[Any, Tensors | None]]:
+    """phi ↦ function(model(phi)), and the model's outputs, none of which is behind another."""
+
+    def evaluate(phi: Any) -> tuple[Any, Tensors | None]:
+        if model is None:
+            return function(phi, *args, **kwargs), None
+        returned = model(phi, *args, **kwargs)
+        tensors, tree = _tree.flatten(returned, lambda t: torch.is_tensor(t) and t.requires_grad)
+        outputs = tuple(t.view_as(t) for t in tensors)
+        return function(tree.rebuild(outputs), *args, **kwargs), outputs
+
+    return evaluate
 
 
-def scalar(name: str, value: object) -> Tensor:
-    """The value, if it is one floating-point number in a tensor."""
-    if not torch.is_tensor(value) or value.numel() != 1 or not value.is_floating_point():
-        raise InvalidArgumentError(
-            f"{name} must return a scalar floating-point tensor, got {describe(value)}"
-        )
-    return value
+def _curvatures(model: Any) -> tuple[Curvature, ...]:
+    every: tuple[Curvature, ...] = ("auto", "hessian", "finite_difference")
+    return every if model is None else (*every, "gauss_newton")
 
 
-def _like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
-    phi_leaves, value_leaves = _tree.leaves(phi), _tree.leaves(value)
-    if len(phi_leaves) != len(variables):
-        raise InvalidSolutionError(
-            f"{name.split(':')[0]}: phi holds one tensor more than once; return distinct tensors"
-        )
-    if _tree.structure(value) != _tree.structure(phi):
-        raise InvalidArgumentError(
-            f"{name} must return the form of phi, {_tree.structure(phi)}, "
-            f"got {_tree.structure(value)}"
-        )
-    for label, f, p in zip(_tree.names(phi, "phi"), value_leaves, phi_leaves, strict=True):
-        if not torch.is_tensor(f) or f.shape != p.shape or f.dtype != p.dtype:
-            raise InvalidArgumentError(
-                f"{name}: for {label}, {describe(p)}, it returned {describe(f)}"
-            )
-    return tuple(value_leaves)
+def _check_model(condition: str, model: object) -> None:
+    if model is not None:
+        check_callable(condition, "model", model)

@@ -54,6 +54,9 @@ class Status(enum.IntEnum):
     NONFINITE_RHS = -5
     NONFINITE_OPERATOR = -6
     INNER_NOT_STATIONARY = -7
+    DIVERGED = -8
+    BAD_PRECONDITIONER = -9
+    DEGENERATE = -8
 
     @property
     def ok(self) -> bool:
@@ -103,6 +106,20 @@ _SENTENCES = {
         "phi does not solve the inner problem (its residual is not small), so the implicit "
         "gradient is not the derivative of this phi. Run the solver longer, or check that the "
         "condition describes what the solver solves"
+    ),
+    Status.DIVERGED: (
+        "the terms of the Neumann series grow instead of shrinking: an eigenvalue of scale times "
+        "the matrix lies outside the circle of radius 1 around 1 (negative curvature, or a scale "
+        "too large). Take a smaller scale, or CG(), MINRES() or NormalCG()"
+    ),
+    Status.BAD_PRECONDITIONER: (
+        "the preconditioner is not positive definite: for a residual r it gave a z that is not "
+        "finite or has r·z <= 0. It has to approximate the inverse of a positive definite matrix "
+        "and to be symmetric itself"
+    ),
+    Status.DEGENERATE: (
+        "a constraint of the inner problem is active by chance (its multiplier is zero), so phi "
+        "has a kink there and no derivative; the gradient is that of one side"
     ),
 }
 

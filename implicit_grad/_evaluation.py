@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from implicit_grad._ad import Linearization, is_transformed, leaves_behind
-from implicit_grad._conditions import Call, Condition, Snapshot
+from implicit_grad._condition import Again, Call, Condition, Snapshot
+from implicit_grad._curvature import CHANGED, Curvature
 from implicit_grad._errors import GraphError, InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._function import Problem, variables
 from implicit_grad._linear import LinearSolver
+from implicit_grad._polish import is_better, newton_candidates
 from implicit_grad._solution import checked
 from implicit_grad._state import RandomState, undisturbed
 from implicit_grad._tree import Tensors, Tree
 from implicit_grad.monitor import Reporting
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is chosen once for all calls of an implicit solver; see `implicit`."""
+
+    condition: Condition
+    linear_solver: LinearSolver
+    reporting: Reporting
+    curvature: Curvature = "auto"
+    polish: int = 0
 
 
 class Evaluation:
@@ -25,16 +40,10 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        run: Callable[[Call, Any], Any],
-        condition: Condition,
-        linear_solver: LinearSolver,
-        reporting: Reporting,
-        tree: Tree,
-        inputs: Tensors,
+        self, run: Callable[[Call], Any], setup: Setup, tree: Tree, inputs: Tensors
     ) -> None:
-        self.run, self.condition, self.tree = run, condition, tree
-        self.linear_solver, self.reporting = linear_solver, reporting
+        self.run, self.setup, self.condition, self.tree = run, setup, setup.condition, tree
+        self.linear_solver = setup.linear_solver.for_call()
         self.wanted = [t.requires_grad for t in inputs]
         self.devices = {t.device for t in inputs}
         self.captured: Tensors = ()
@@ -54,9 +63,9 @@ class Evaluation:
             for t, wanted in zip(inputs, self.wanted, strict=True)
         )
         versions = [t._version for t in lent]
-        call, parameters = self._call(lent)
+        call = self._call(lent)
         with torch.enable_grad():
-            returned = self.run(call, parameters)
+            returned = self.run(call)
         for before, tensor, wanted in zip(versions, lent, self.wanted, strict=True):
             if tensor._version != before and not wanted:
                 raise InvalidSolutionError(
@@ -67,6 +76,10 @@ class Evaluation:
         self.devices |= {t.device for t in phi}
         return phi
 
+    def values(self, inputs: Tensors) -> Tensors:
+        """φ for a caller who wants no gradient; polished, F is evaluated as well."""
+        return self.solve_and_record(inputs) if self.setup.polish else self.solve(inputs)
+
     def solve_and_record(self, inputs: Tensors) -> Tensors:
         """Solve, and evaluate the user's function at φ while what it refers to is still there.
 
@@ -74,15 +87,16 @@ class Evaluation:
         by the time backward runs; the graph recorded here does not change.
         """
         if self._phi is None:
-            self._phi = self.solve(inputs)
+            phi = self.solve(inputs)
             self._random = RandomState(self.devices)
-            with torch.enable_grad():
-                phi, a = variables(self._phi), self._variables(inputs)
-            snapshot = self._evaluate(phi, a)
-            self._record = snapshot, a
+            a = self._variables(inputs)
+            snapshot, at_phi = self._snapshot(phi, a)
+            for _ in range(self.setup.polish):
+                phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
+            self._phi, self._record = phi, (snapshot, a)
             leaves = leaves_behind(snapshot.outputs)
-            self._check_dependence(leaves, phi)
-            own = {id(t) for t in (*phi, *a)}
+            self._check_dependence(leaves, at_phi)
+            own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
         return tuple(t.detach() for t in self._phi)
 
@@ -90,7 +104,14 @@ class Evaluation:
         """F around φ from the record, and the tensors that stand for the arguments in it."""
         assert self._record is not None
         snapshot, a = self._record
-        return snapshot.linearize(), (*a, *self.captured)
+        return snapshot.linearize(self.setup.curvature), (*a, *self.captured)
+
+    def around(self, phi: Tensors) -> Linearization:
+        """F around another φ, on the recorded arguments."""
+        assert self._record is not None
+        snapshot, _ = self._snapshot(phi, self._record[1])
+        with torch.enable_grad():
+            return snapshot.linearize(self.setup.curvature)
 
     def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
         """F around φ evaluated anew, with a graph back to φ and the arguments."""
@@ -101,14 +122,17 @@ class Evaluation:
                 "captured (closed over, or parameters of a module in it) are not available: pass "
                 "these tensors to the solver as arguments"
             )
-        again = self._evaluate(phi, inputs).linearize()
+        if getattr(self.condition, "constraints", None):
+            raise GraphError("second derivatives of a minimum under constraints are not available")
+        curvature = "hessian" if self.setup.curvature == "auto" else self.setup.curvature
+        again = self._evaluate(phi, inputs).linearize(curvature)
         if not is_transformed((*phi, *inputs)):  # torch.func calls backward at once: no time passed
             self._check_same(again, inputs)
         return again
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
         """u with Aᵀu = v, and its report."""
-        return self.reporting.solve(self.linear_solver, around, v)
+        return self.setup.reporting.solve(self.linear_solver, around, v)
 
     def _check_same(self, again: Linearization, inputs: Tensors) -> None:
         """Raise if F's derivatives are no longer those that were recorded."""
@@ -121,20 +145,39 @@ class Evaluation:
             now = again.transposed(probe) + again.pullback(probe, [inputs[i] for i in wanted])
             for x, y in zip(before, now, strict=True):
                 if not float((x - y).norm()) <= torch.finfo(x.dtype).eps ** 0.5 * float(x.norm()):
-                    raise GraphError(
-                        "the condition's function has other derivatives when it is evaluated again "
-                        "for a second derivative: it refers to a variable that has changed since "
-                        "the solver ran, or it is random. Pass everything it needs as arguments"
-                    )
+                    raise GraphError(CHANGED)
 
-    def _evaluate(self, phi: Tensors, inputs: Tensors) -> Snapshot:
-        call, parameters = self._call(inputs)
+    def _polished(
+        self, phi: Tensors, snapshot: Snapshot, at_phi: Tensors, a: Tensors
+    ) -> tuple[Tensors, Snapshot, Tensors]:
+        """φ after one safeguarded Newton step, evaluated there."""
+        with torch.enable_grad():
+            around = snapshot.linearize(self.setup.curvature)
+        for candidate in newton_candidates(self.linear_solver, around, self.setup.reporting):
+            there, at_there = self._snapshot(candidate, a)
+            with torch.enable_grad():
+                better = is_better(there.linearize(self.setup.curvature), around)
+            if better:
+                return candidate, there, at_there
+        return phi, snapshot, at_phi
+
+    def _snapshot(self, phi: Tensors, a: Tensors) -> tuple[Snapshot, Tensors]:
+        """The user's function at φ on tensors of its own, and these tensors."""
+        with torch.enable_grad():
+            at_phi = variables(phi)
+        return self._evaluate(at_phi, a, again=lambda moved: self._value(moved, a)), at_phi
+
+    def _value(self, phi: Tensors, a: Tensors) -> Tensor:
+        """The objective elsewhere."""
+        value, *_ = self._evaluate(phi, a).outputs
+        return value
+
+    def _evaluate(self, phi: Tensors, inputs: Tensors, again: Again | None = None) -> Snapshot:
         with undisturbed(self.devices, self._random):
-            return self.condition.at(self.phi_tree.rebuild(phi), phi, call, parameters)
+            return self.condition.at(self.phi_tree.rebuild(phi), phi, self._call(inputs), again)
 
-    def _call(self, inputs: Tensors) -> tuple[Call, Any]:
-        args, kwargs, parameters = self.tree.rebuild(inputs)
-        return Call(args, kwargs), parameters
+    def _call(self, inputs: Tensors) -> Call:
+        return Call(*self.tree.rebuild(inputs))
 
     def _variables(self, inputs: Tensors) -> Tensors:
         return tuple(

@@ -67,9 +67,9 @@ class Problem:
             phi, a, v = split(inputs)
             around = self.linearize(phi, a)
             smooth = around.smooth_transposed(u)
-            product = around.with_diagonal(smooth, u)
+            product = around.with_scale(smooth, u)
             residual = tuple(p - w for p, w in zip(product, v, strict=True))
-            adjoint = Linearization(residual, u, smooth=smooth, diagonal=around.scale)
+            adjoint = Linearization(residual, u, curved=smooth, scale=around.scale)
             adjoint.is_adjoint = True
             return adjoint
 

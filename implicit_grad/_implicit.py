@@ -2,89 +2,34 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, overload
 
-import torch
-from torch import Tensor
-
-from implicit_grad import _tree
-from implicit_grad._conditions import Call, Condition, argmin, proximal
+from implicit_grad._condition import Condition
+from implicit_grad._conditions import argmin, proximal
+from implicit_grad._curvature import Curvature, check_curvature
 from implicit_grad._errors import InvalidArgumentError, describe
-from implicit_grad._evaluation import Evaluation
-from implicit_grad._function import ImplicitFunction
-from implicit_grad._krylov import CG, NormalCG
+from implicit_grad._evaluation import Setup
+from implicit_grad._krylov import CG
 from implicit_grad._linear import LinearSolver
+from implicit_grad._minres import MINRES
+from implicit_grad._neumann import Neumann
+from implicit_grad._normal import NormalCG
+from implicit_grad._solver import ImplicitSolver, Minimizer, RootFinder, Solver
 from implicit_grad.monitor import Monitor, OnFailure, Reporting
-
-
-@runtime_checkable
-class Minimizer(Protocol):
-    """A solver that is handed the objective and where to start (see `implicit_grad.solvers`)."""
-
-    def minimize(self, objective: Callable[[Any], Tensor], init: Any) -> Any:
-        """Return phi, in the form of init, that minimises objective(phi)."""
-        ...
-
-
-class ImplicitSolver:
-    """A solver whose output carries implicit gradients; made by `implicit`."""
-
-    def __init__(
-        self,
-        solver: Callable[..., Any] | Minimizer,
-        condition: Condition,
-        linear_solver: LinearSolver,
-        init: Callable[..., Any] | None,
-        reporting: Reporting,
-    ) -> None:
-        if callable(solver):
-            functools.update_wrapper(self, solver)
-        self.solver, self.condition, self.linear_solver = solver, condition, linear_solver
-        self.init, self.reporting = init, reporting
-
-    def __repr__(self) -> str:
-        name = getattr(self.solver, "__qualname__", None) or repr(self.solver)
-        return f"implicit({name}, {type(self.condition).__name__}, {self.linear_solver})"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the solver; the phi it returns has gradients with respect to all its arguments."""
-        self.condition.check_call(Call(args, kwargs))
-        inputs, tree = _tree.flatten((args, kwargs, self.condition.parameters))
-        evaluation = Evaluation(
-            self.run, self.condition, self.linear_solver, self.reporting, tree, inputs
-        )
-        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-            with torch.inference_mode(False):
-                phi = evaluation.solve(inputs)
-                return evaluation.phi_tree.rebuild(phi)
-        problem = evaluation.problem()
-        phi = ImplicitFunction.apply(problem, *inputs)
-        if evaluation.captured:
-            # Only at φ do we learn which tensors the user's function captured: attach them too.
-            phi = ImplicitFunction.apply(problem, *inputs, *evaluation.captured)
-        return evaluation.phi_tree.rebuild(phi)
-
-    def run(self, call: Call, parameters: Any) -> Any:
-        """The solver's own output."""
-        if not isinstance(self.solver, Minimizer):
-            return self.solver(*call.args, **call.kwargs)
-        if self.init is None and not call.args:
-            raise InvalidArgumentError(
-                "implicit: without a positional argument to start from, this minimiser needs init="
-            )
-        init = call.args[0] if self.init is None else self.init(*call.args, **call.kwargs)
-        return self.solver.minimize(self.condition.objective_of(call, parameters), init)
 
 
 @overload
 def implicit(
-    solver: Callable[..., Any] | Minimizer,
+    solver: Solver,
     condition: Condition,
     *,
     linear_solver: LinearSolver | None = None,
+    curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
+    polish: int = 0,
+    rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
 ) -> ImplicitSolver: ...
@@ -96,21 +41,27 @@ def implicit(
     *,
     condition: Condition,
     linear_solver: LinearSolver | None = None,
+    curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
+    polish: int = 0,
+    rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
-) -> Callable[[Callable[..., Any] | Minimizer], ImplicitSolver]: ...
+) -> Callable[[Solver], ImplicitSolver]: ...
 
 
 def implicit(
-    solver: Callable[..., Any] | Minimizer | None = None,
+    solver: Solver | None = None,
     condition: Condition | None = None,
     *,
     linear_solver: LinearSolver | None = None,
+    curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
+    polish: int = 0,
+    rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
-) -> ImplicitSolver | Callable[[Callable[..., Any] | Minimizer], ImplicitSolver]:
+) -> ImplicitSolver | Callable[[Solver], ImplicitSolver]:
     """Make any solver differentiable by the implicit function theorem.
 
     `solver(*args)` returns phi, a tensor or any container of tensors. The wrapped solver returns
@@ -123,10 +74,20 @@ def implicit(
         solver: any callable; its tensors arrive detached, with gradient recording on. Or one of
             `implicit_grad.solvers`, which is handed the condition's objective.
         condition: what phi solves: `argmin`, `proximal`, `root` or `fixed_point`.
-        linear_solver: for Aᵀu = v: `CG()` (the default) where A is symmetric, `NormalCG()` (the
-            default) where it need not be, or `Exact()`.
-        init: `init(*args)` is where a minimiser of `implicit_grad.solvers` starts; by default the
+        linear_solver: for Aᵀu = v: `CG()` (the default) where A is symmetric, `MINRES()` (the
+            default) where it is indefinite too, with constraints, `NormalCG()` (the default) where
+            it need not be symmetric; or `Neumann()`, `Exact()`.
+        curvature: products with the "hessian" of an argmin's or proximal's objective, with its
+            "gauss_newton" part (the condition has `model=`; changes the answer), or by
+            "finite_difference"s of gradients. "auto" takes the Hessian, and differences if an
+            operation has no second derivative in torch; the report says which.
+        init: `init(*args)` is where a solver of `implicit_grad.solvers` starts; by default the
             first argument.
+        polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller; the
+            gradient's error is then second order in what the solver left unsolved.
+        rtol_gradient: stop the linear solve as soon as the relative error of u is below this, by
+            a bound where the strong convexity is known, else by an estimate (the report says
+            which); and a solver of `implicit_grad.solvers` when ‖F‖ has fallen by this factor.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn" (`ImplicitGradWarning`), "raise"
             (`LinearSolveError`) or "ignore".
@@ -138,6 +99,7 @@ def implicit(
 
     Ridge regression, solved in closed form by code that autograd never sees:
 
+    >>> import torch
     >>> def ridge(X, y, lam):
     ...     return torch.linalg.solve(X.T @ X + lam * torch.eye(2), X.T @ y)
     >>> def objective(w, X, y, lam):
@@ -157,46 +119,108 @@ def implicit(
             f"fixed_point(...), got {describe(condition)}"
         )
     if linear_solver is None:
-        linear_solver = CG() if condition.symmetric else NormalCG()
+        linear_solver = _default_linear_solver(condition)
     if not isinstance(linear_solver, LinearSolver):
         raise InvalidArgumentError(
-            f"implicit: linear_solver must be CG(), NormalCG() or Exact(), got {linear_solver!r}"
+            "implicit: linear_solver must be CG(), MINRES(), NormalCG(), Neumann() or Exact(), "
+            f"got {linear_solver!r}"
         )
     if linear_solver.symmetric_only and not condition.symmetric:
         raise InvalidArgumentError(
             f"implicit: {type(linear_solver).__name__} needs a symmetric system, but the Jacobian "
-            f"of {type(condition).__name__} is general: use NormalCG() or Exact()"
+            f"of {type(condition).__name__} is general: use NormalCG(), Neumann() or Exact()"
+        )
+    if isinstance(linear_solver, (CG, Neumann)) and not condition.definite:
+        raise InvalidArgumentError(
+            f"implicit: {type(linear_solver).__name__} needs a positive definite system, but "
+            "multipliers of constraints make it indefinite: use MINRES() or Exact()"
+        )
+    _check_curvature(curvature, condition, linear_solver)
+    if not isinstance(polish, int) or isinstance(polish, bool) or polish < 0:
+        raise InvalidArgumentError(
+            f"implicit: polish={polish!r}: expected a number of Newton steps of at least 0"
+        )
+    if rtol_gradient is not None and not 0 < rtol_gradient < 1:
+        raise InvalidArgumentError(
+            f"implicit: rtol_gradient={rtol_gradient!r}: expected None or a number between 0 and 1"
         )
     reporting = Reporting(
         monitor=monitor,
         on_failure=on_failure,
-        curvature="hessian" if condition.symmetric else "jacobian",
         damping=getattr(linear_solver, "damping", 0.0),
-        strong_convexity=_strong_convexity(condition),
+        strong_convexity=_strong_convexity(condition, curvature),
+        rtol_gradient=rtol_gradient,
     )
-    if solver is None:
-        return lambda solver: implicit(
-            solver,
-            condition,
-            linear_solver=linear_solver,
-            init=init,
-            monitor=monitor,
-            on_failure=on_failure,
-        )
-    if not callable(solver) and not isinstance(solver, Minimizer):
+    setup = Setup(condition, linear_solver, reporting, curvature, polish)
+
+    def wrap(solver: Solver) -> ImplicitSolver:
+        return _wrapped(solver, setup, init)
+
+    return wrap if solver is None else wrap(solver)
+
+
+def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> ImplicitSolver:
+    """The solver with its setup, once they are known to go together."""
+    handed = isinstance(solver, (Minimizer, RootFinder))
+    if not callable(solver) and not handed:
         raise InvalidArgumentError(
-            f"implicit: solver must be callable or have a minimize method, got {describe(solver)}"
+            "implicit: solver must be callable or have a method minimize or find_root, got "
+            f"{describe(solver)}"
         )
-    if init is not None and not isinstance(solver, Minimizer):
+    if init is not None and not handed:
         raise InvalidArgumentError(
-            "implicit: init is for minimisers of implicit_grad.solvers; this solver is a function "
+            "implicit: init is for solvers of implicit_grad.solvers; this solver is a function "
             "and chooses its own start"
         )
-    return ImplicitSolver(solver, condition, linear_solver, init, reporting)
+    if handed:
+        condition = _with_bounds_of(solver, setup.condition)
+        setup = dataclasses.replace(setup, condition=condition)
+        solver = _to_accuracy(solver, setup.reporting.rtol_gradient)
+    return ImplicitSolver(solver, setup, init)
 
 
-def _strong_convexity(condition: Condition) -> float | None:
-    """μ in units of the operator's scale, where the condition knows it."""
+def _default_linear_solver(condition: Condition) -> LinearSolver:
+    if not condition.symmetric:
+        return NormalCG()
+    return CG() if condition.definite else MINRES()
+
+
+def _check_curvature(
+    curvature: Curvature, condition: Condition, linear_solver: LinearSolver
+) -> None:
+    check_curvature(curvature, "implicit")
+    name, offered = type(condition).__name__, condition.curvatures
+    substitute = getattr(linear_solver, "on_negative_curvature", None) == "gauss_newton"
+    if "gauss_newton" not in offered and (curvature == "gauss_newton" or substitute):
+        raise InvalidArgumentError(
+            "implicit: Gauss-Newton products need to know where the model ends and the loss "
+            f"begins: pass {name}(loss, ..., model=model) with loss(model(phi, *args), *args)"
+        )
+    check_curvature(curvature, f"implicit: with {name}", offered)
+
+
+def _strong_convexity(condition: Condition, curvature: Curvature) -> float | None:
+    """μ in units of the operator's scale, where it is known."""
     if isinstance(condition, proximal):
-        return 1.0 if condition.convex else None
+        return 1.0 if condition.convex or curvature == "gauss_newton" else None
     return condition.strong_convexity if isinstance(condition, argmin) else None
+
+
+def _with_bounds_of(solver: Any, condition: Condition) -> Condition:
+    """The condition with the minimiser's own bounds, which φ then rests on."""
+    bounds = getattr(solver, "bounds", None)
+    if bounds is None:
+        return condition
+    if not isinstance(condition, argmin) or condition.bounds is not None:
+        raise InvalidArgumentError(
+            f"implicit: {type(solver).__name__} has bounds, which go with argmin without bounds of "
+            "its own; give them once"
+        )
+    return dataclasses.replace(condition, bounds=bounds)
+
+
+def _to_accuracy(solver: Any, rtol_gradient: float | None) -> Any:
+    """The minimiser with the tolerance of the adaptive mode, if it has one and was not told."""
+    if rtol_gradient is None or getattr(solver, "rtol", 0.0) is not None:
+        return solver
+    return dataclasses.replace(solver, rtol=rtol_gradient)

@@ -1,32 +1,26 @@
-"""Conjugate gradients, with its curvature watched and its residual recomputed."""
+"""Conjugate gradients: for symmetric positive definite systems, and when they are not."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, LinearSolveError, Status
-from implicit_grad._linear import (
-    LinearSolution,
-    LinearSolver,
-    Operator,
-    dot,
-    norm,
-    relative_residual,
-)
+from implicit_grad._linear import LinearSolution, LinearSolver, Operator
+from implicit_grad._minres import MINRES
+from implicit_grad._preconditioners import Precondition, Preconditioner, checked
+from implicit_grad._recurrence import ConjugateGradients
+from implicit_grad._stopping import Budget, Iterative, check_damping
+from implicit_grad._warm_start import Slot, WarmStart
 
-# Energy gained over this many iterations decides whether CG still makes progress.
-_PATIENCE = 5
-# A restart from the recomputed residual must cut it by this factor to be worth the products.
-_RESTART_GAIN = 0.5
+OnNegativeCurvature = Literal["stop", "raise", "minres", "gauss_newton"]
+_POLICIES = ("stop", "raise", "minres", "gauss_newton")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CG(LinearSolver):
+class CG(Iterative):
     """Conjugate gradients for symmetric systems (Hestenes and Stiefel, 1952).
 
     Args:
@@ -38,256 +32,132 @@ class CG(LinearSolver):
         atol: or when the residual is at most `atol`, in the units of the right-hand side.
         damping: solve (A + damping·I) u = v instead. It changes the answer; off by default.
         on_negative_curvature: at the first direction p with pᵀAp ≤ 0, "stop" at the current
-            iterate (on the very first direction: v over A's scale, first-order MAML) or "raise".
+            iterate (on the very first direction: v over A's scale, first-order MAML), "raise",
+            solve the same system by "minres", or one with the "gauss_newton" matrix in A's place
+            (the condition has to know its `model`). The last two start again, with as many
+            iterations to spend.
+        preconditioner: `Jacobi()`, `Nystrom(rank=...)`, or a function of the flat residual r (φ's
+            tensors one after another) that approximates A⁻¹r, symmetric and positive definite.
+            None divides by A's scale (λ of `proximal`).
+        warm_start: a `WarmStart()`, to start from the last solution where that is nearer than 0.
+            The results then depend on the calls before.
 
     A solve that stops before convergence is not linear in v: the gradient of a sum of losses is
     then not exactly the sum of their gradients. Until such a direction is met every iterate x has
     vᵀx > 0; where all curvature is positive the safeguard changes no bit. After a stop, ‖x‖ is
     limited to that of the first-order solution.
 
-    >>> CG(maxiter=5)
-    CG(maxiter=5, rtol=None, atol=0.0, damping=0.0, on_negative_curvature='stop')
+    >>> CG(maxiter=5).on_negative_curvature
+    'stop'
     """
 
-    maxiter: int | None = None
-    rtol: float | None = None
-    atol: float = 0.0
     damping: float = 0.0
-    on_negative_curvature: Literal["stop", "raise"] = "stop"
+    on_negative_curvature: OnNegativeCurvature = "stop"
+    preconditioner: Preconditioner | Precondition | None = None
+    warm_start: WarmStart | Slot | None = None
 
     symmetric_only: ClassVar[bool] = True
+    least_maxiter: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        _check_stopping(self, least=0)
-        if not 0 <= self.damping < math.inf:
+        super().__post_init__()
+        check_damping(self, self.damping)
+        if self.on_negative_curvature not in _POLICIES:
+            names = " or ".join(f'"{name}"' for name in _POLICIES)
             raise InvalidArgumentError(
-                f"CG(damping={self.damping}): expected a finite number of at least 0"
+                f"CG(on_negative_curvature={self.on_negative_curvature!r}): expected {names}"
             )
-        if self.on_negative_curvature not in ("stop", "raise"):
+        given = self.preconditioner
+        if given is not None and not callable(given) and not isinstance(given, Preconditioner):
             raise InvalidArgumentError(
-                f"CG(on_negative_curvature={self.on_negative_curvature!r}): "
-                'expected "stop" or "raise"'
+                f"CG(preconditioner={given!r}): expected None, Jacobi(), Nystrom(rank=...) or a "
+                "function of the flat residual"
+            )
+        if not isinstance(self.warm_start, (WarmStart, Slot, type(None))):
+            raise InvalidArgumentError(
+                f"CG(warm_start={self.warm_start!r}): expected None or a WarmStart()"
             )
 
+    def for_call(self) -> LinearSolver:
+        """This solver, bound to the key that `WarmStart.at` has set now."""
+        if self.warm_start is None:
+            return self
+        return dataclasses.replace(self, warm_start=self.warm_start.slot())
+
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        if self.damping:
-            undamped = operator.matvec
-            operator = dataclasses.replace(
-                operator, matvec=lambda x: undamped(x) + self.damping * x
-            )
+        operator = operator.damped(self.damping)
         if self.maxiter == 0:
-            return LinearSolution(_over_scale(rhs, operator), Status.FIRST_ORDER)
-        budget = _Budget.of(self, operator, rhs, unit)
-        run = _Run(operator, rhs, budget)
+            return LinearSolution(operator.over_scale(rhs), Status.FIRST_ORDER)
+        budget = self.budget(operator, rhs, unit)
+        precondition = self._precondition(operator, rhs)
+        slot = None if self.warm_start is None else self.warm_start.slot()
+        run = ConjugateGradients(operator, rhs, budget, precondition)
+        start = None if slot is None else slot.get(rhs)
+        if start is not None and budget.maxiter > 1:  # the start takes one product of the budget
+            run.start_at(start / unit)
         run.iterate()
-        if not budget.fixed:
-            residual: float | None = run.refine()
+        if run.warm and run.status == Status.NEGATIVE_CURVATURE:
+            # vᵀx > 0 and the limit on ‖x‖ are promised to runs from 0 only
+            warm, run = run, ConjugateGradients(operator, rhs, budget, precondition)
+            run.iterate()
+            run.follow(warm)
+        solution = self._finish(run, operator, budget, verify)
+        if run.status == Status.NEGATIVE_CURVATURE:
+            solution = self._substitute(solution, operator, rhs, unit, verify)
+        if slot is not None and solution.status.ok:
+            slot.put(solution.x * unit)
+        return solution
+
+    def _precondition(self, operator: Operator, rhs: Tensor) -> Precondition | None:
+        given = self.preconditioner
+        if given is None:
+            return None
+        return checked(
+            given.build(operator, rhs) if isinstance(given, Preconditioner) else given, rhs
+        )
+
+    def _finish(
+        self, run: ConjugateGradients, operator: Operator, budget: Budget, verify: bool
+    ) -> LinearSolution:
+        """The run's solution; the residual is recomputed where something was promised about it."""
+        promised = not budget.fixed or operator.rtol_error is not None
+        return run.solution(run.refine() if verify or promised else None)
+
+    def _substitute(
+        self,
+        solution: LinearSolution,
+        operator: Operator,
+        rhs: Tensor,
+        unit: float,
+        verify: bool,
+    ) -> LinearSolution:
+        """What to return where negative curvature was met."""
+        policy = self.on_negative_curvature
+        if policy == "raise":
+            raise LinearSolveError(f"CG met negative curvature: {solution.status.sentence}")
+        if policy == "stop":
+            return solution
+        again: LinearSolver
+        if policy == "minres":
+            again = MINRES(maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)
         else:
-            residual = relative_residual(operator, run.x, rhs) if verify else None
-        if run.status == Status.NEGATIVE_CURVATURE and self.on_negative_curvature == "raise":
-            raise LinearSolveError(f"CG met negative curvature: {run.status.sentence}")
-        return run.solution(residual)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Budget:
-    """When to stop: at a residual norm, or after a number of iterations."""
-
-    target: float
-    maxiter: int
-    fixed: bool  # the number of iterations is a choice, and no tolerance was asked for
-
-    @staticmethod
-    def of(solver: CG | NormalCG, operator: Operator, rhs: Tensor, unit: float) -> _Budget:
-        """The rules of `CG`, for a right-hand side that was divided by `unit`."""
-        eps = torch.finfo(rhs.dtype).eps if operator.eps is None else operator.eps
-        fixed = solver.maxiter is not None and solver.rtol is None and solver.atol == 0.0
-        rtol = eps ** (2 / 3) if solver.rtol is None else max(solver.rtol, 10 * eps)
-        if fixed:
-            rtol = eps
-        maxiter = min(10 * rhs.numel(), 1000) if solver.maxiter is None else solver.maxiter
-        return _Budget(max(rtol * norm(rhs), solver.atol / unit), maxiter, fixed)
-
-    @property
-    def exhausted(self) -> Status:
-        """The status of a run that used all its iterations."""
-        return Status.TRUNCATED if self.fixed else Status.MAX_ITER
-
-
-class _Run:
-    """One run of CG: the iterate and everything that the recurrences carry."""
-
-    def __init__(self, operator: Operator, rhs: Tensor, budget: _Budget) -> None:
-        self.operator, self.rhs, self.budget = operator, rhs, budget
-        self.x = torch.zeros_like(rhs)
-        self.residual = rhs
-        self.status = budget.exhausted
-        self.iterations = 0
-        self.curvature = (math.inf, -math.inf)
-        self.coefficients: list[tuple[float, float, float]] = []
-        self.restarted = False
-
-    def iterate(self) -> None:
-        """Conjugate gradients on operator · d = residual, adding d to x."""
-        r = self.residual.clone()
-        p = _over_scale(r, self.operator).clone()
-        rz = dot(r, p)
-        rz_start, energy, gains = rz, 0.0, [math.inf] * _PATIENCE
-        x_norm, x_dot_p, p_norm = 0.0, 0.0, rz  # squares and products, weighted by the scale
-        self.status = self.budget.exhausted
-        while self.iterations < self.budget.maxiter:
-            product = self.operator.matvec(p)
-            self.iterations += 1
-            curvature = dot(p, product)
-            if not math.isfinite(curvature):
-                self.status = Status.NONFINITE_OPERATOR
-                self.x = torch.full_like(self.x, math.nan)
-                return
-            self._note(curvature / dot(p, p))
-            if curvature <= 0:
-                self._stop_at_negative_curvature(x_norm, rz_start)
-                return
-            alpha = rz / curvature
-            self.x.add_(p, alpha=alpha)
-            r.sub_(product, alpha=alpha)
-            x_norm += 2 * alpha * x_dot_p + alpha * alpha * p_norm
-            rr = dot(r, r)
-            z, weight = self._preconditioned(r)
-            gain, rz_before = alpha * rz, rz
-            rz = weight * (rr if z is r else dot(r, z))
-            beta = rz / rz_before
-            self.coefficients.append((alpha, beta, rz))
-            if math.sqrt(rr) <= self.budget.target:
-                self.status = Status.CONVERGED
-                return
-            energy, gains = energy + gain, [*gains[1:], gain]
-            if sum(gains) <= torch.finfo(r.dtype).eps ** 2 * energy:
-                self.status = Status.STAGNATED
-                return
-            x_dot_p = beta * (x_dot_p + alpha * p_norm)
-            p_norm = rz + beta * beta * p_norm
-            p.mul_(beta).add_(z, alpha=weight)
-
-    def refine(self) -> float:
-        """Hold the carried residual to its word: recompute it, and restart where it has drifted.
-
-        Returns the relative residual. The factor 2 is the slack between the two residuals.
-        """
-        before = math.inf
-        while True:
-            self.residual = self.rhs - self.operator.matvec(self.x)
-            size = norm(self.residual)
-            if self.status in (Status.CONVERGED, Status.STAGNATED):
-                small = size <= 2 * self.budget.target
-                self.status = Status.CONVERGED if small else Status.STAGNATED
-                room = self.iterations < self.budget.maxiter
-                if not small and room and size < _RESTART_GAIN * before:
-                    before, self.restarted = size, True
-                    self.iterate()
-                    continue
-            return size / norm(self.rhs)
-
-    def solution(self, residual: float | None) -> LinearSolution:
-        """The result, with CG's coefficients where a single run of recurrences made it."""
-        return LinearSolution(
-            self.x,
-            self.status,
-            self.iterations,
-            residual,
-            self.curvature if self.iterations else None,
-            () if self.restarted else tuple(self.coefficients),
+            if operator.convex is None:
+                raise LinearSolveError(
+                    'CG(on_negative_curvature="gauss_newton") met negative curvature and has no '
+                    "Gauss-Newton products to go on with: give the condition its model=, or pass "
+                    'curvature="gauss_newton" where it is offered'
+                )
+            operator = dataclasses.replace(
+                operator, matvec=operator.convex, rmatvec=operator.convex
+            )
+            again = dataclasses.replace(
+                self, damping=0.0, on_negative_curvature="stop", warm_start=None
+            )
+        second = again._solve(operator, rhs, unit, verify)
+        met = (*(solution.curvature or ()), *(second.curvature or ()))
+        return dataclasses.replace(
+            second,
+            iterations=solution.iterations + second.iterations,
+            curvature=(min(met), max(met)),
+            substitute=policy,
         )
-
-    def _preconditioned(self, r: Tensor) -> tuple[Tensor, float]:
-        """z and w with w·z = r over the scale; a scale that is a number costs no vector."""
-        scale = self.operator.scale
-        if isinstance(scale, Tensor):
-            return r / scale, 1.0
-        return r, 1.0 if scale is None else 1.0 / scale
-
-    def _note(self, curvature: float) -> None:
-        least, greatest = self.curvature
-        self.curvature = (min(least, curvature), max(greatest, curvature))
-
-    def _stop_at_negative_curvature(self, x_norm: float, rz_start: float) -> None:
-        """Keep x, a descent direction, but no longer than the first-order solution."""
-        self.status = Status.NEGATIVE_CURVATURE
-        if self.iterations == 1:
-            self.x = _over_scale(self.rhs, self.operator).clone()
-        elif x_norm > rz_start and not self.restarted:
-            self.x.mul_(math.sqrt(rz_start / x_norm))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NormalCG(LinearSolver):
-    """Conjugate gradients on the normal equations MᵀM x = Mᵀ rhs, for non-symmetric systems.
-
-    Two products an iteration and the condition number squared: the price of needing no symmetry.
-    Arguments as for `CG`; `rtol` is that of the system itself, ‖rhs − M x‖ ≤ rtol ‖rhs‖.
-
-    >>> NormalCG(rtol=1e-8).symmetric_only
-    False
-    """
-
-    maxiter: int | None = None
-    rtol: float | None = None
-    atol: float = 0.0
-
-    symmetric_only: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check_stopping(self, least=1)
-
-    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        """CGLS: the residual s of the system is carried, that of the normal equations is Mᵀs."""
-        budget = _Budget.of(self, operator, rhs, unit)
-        status, least, greatest = budget.exhausted, math.inf, -math.inf
-        x, s = torch.zeros_like(rhs), rhs.clone()
-        r = operator.rmatvec(s)
-        p, rr = r.clone(), dot(r, r)
-        iterations = 0
-        while iterations < budget.maxiter:
-            product = operator.matvec(p)
-            iterations += 1
-            stretch = dot(product, product)
-            if not math.isfinite(stretch + rr):
-                nan = torch.full_like(rhs, math.nan)
-                return LinearSolution(nan, Status.NONFINITE_OPERATOR, iterations)
-            if stretch == 0.0:
-                status = Status.SINGULAR
-                break
-            curvature = math.sqrt(stretch / dot(p, p))
-            least, greatest = min(least, curvature), max(greatest, curvature)
-            x.add_(p, alpha=rr / stretch)
-            s.sub_(product, alpha=rr / stretch)
-            if norm(s) <= budget.target:
-                status = Status.CONVERGED
-                break
-            r, rr_before = operator.rmatvec(s), rr
-            rr = dot(r, r)
-            p.mul_(rr / rr_before).add_(r)
-        residual = relative_residual(operator, x, rhs)
-        if status == Status.CONVERGED and residual * norm(rhs) > 2 * budget.target:
-            status = Status.STAGNATED
-        return LinearSolution(x, status, iterations, residual, (least, greatest))
-
-
-def _over_scale(rhs: Tensor, operator: Operator) -> Tensor:
-    """The solution if the operator were just its scale: no product taken."""
-    return rhs if operator.scale is None else rhs / operator.scale
-
-
-def _check_stopping(solver: CG | NormalCG, least: int) -> None:
-    name, maxiter = type(solver).__name__, solver.maxiter
-    if maxiter is not None and (
-        not isinstance(maxiter, int) or isinstance(maxiter, bool) or maxiter < least
-    ):
-        raise InvalidArgumentError(
-            f"{name}(maxiter={maxiter!r}): expected None or an integer of at least {least}"
-        )
-    if solver.rtol is not None and not 0 < solver.rtol < 1:
-        raise InvalidArgumentError(
-            f"{name}(rtol={solver.rtol!r}): expected None or a number between 0 and 1"
-        )
-    if not 0 <= solver.atol < math.inf:
-        raise InvalidArgumentError(f"{name}(atol={solver.atol!r}): expected a number of at least 0")

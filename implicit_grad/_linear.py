@@ -1,4 +1,4 @@
-"""The contract of linear solvers, and the dense one: find x with M x = rhs, M given by products."""
+"""The contract of linear solvers: find x with M x = rhs, M given by products."""
 
 from __future__ import annotations
 
@@ -6,37 +6,91 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import InvalidArgumentError, Status
+from implicit_grad._errors import Status
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """A square matrix known by its products with flat vectors.
+    """A square matrix M known by its products with flat vectors.
 
-    `scale` is its natural unit (λ of a proximal term, as a number or per element): what the matrix
-    would be if it were diagonal. None means 1. `eps` is the relative precision of the products,
-    None that of the vectors.
+    Attributes:
+        matvec: x ↦ M x.
+        rmatvec: x ↦ Mᵀx.
+        scale: S, its natural unit (λ of a proximal term, as a number or per element): what the
+            matrix would be if it were diagonal. None means 1.
+        eps: the relative precision of the products; None means that of the vectors.
+        convex: x ↦ C x for a positive semi-definite matrix C that may stand in for M where M is
+            indefinite (Gauss-Newton, S included); None where there is none.
+        mu: μ > 0 with M ⪰ μS, where it is known.
+        rtol_error: x is good enough when ‖x − M⁻¹rhs‖ ≤ rtol_error·‖x‖, ‖x‖² = xᵀSx.
     """
 
     matvec: Callable[[Tensor], Tensor]
     rmatvec: Callable[[Tensor], Tensor]
     scale: float | Tensor | None = None
     eps: float | None = None
+    convex: Callable[[Tensor], Tensor] | None = None
+    mu: float | None = None
+    rtol_error: float | None = None
+
+    def precision(self, like: Tensor) -> float:
+        """The relative precision of products with vectors like this one."""
+        return torch.finfo(like.dtype).eps if self.eps is None else self.eps
+
+    def over_scale(self, x: Tensor) -> Tensor:
+        """S⁻¹x: the solution if the matrix were just its scale; no product taken."""
+        return x if self.scale is None else x / self.scale
+
+    def scaled_norm(self, x: Tensor) -> float:
+        """√(xᵀSx), the norm in which distances between solutions are measured."""
+        return norm(x) if self.scale is None else math.sqrt(dot(x, x * self.scale))
+
+    def residual_norm(self, r: Tensor) -> float:
+        """√(rᵀS⁻¹r), the norm of residuals that belongs to `scaled_norm`."""
+        return math.sqrt(dot(r, self.over_scale(r)))
+
+    def damped(self, damping: float) -> Operator:
+        """M + damping·I, and likewise for the matrix that may stand in for M."""
+        if not damping:
+            return self
+
+        def shifted(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda x: product(x) + damping * x
+
+        return dataclasses.replace(
+            self,
+            matvec=shifted(self.matvec),
+            rmatvec=shifted(self.rmatvec),
+            convex=None if self.convex is None else shifted(self.convex),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearSolution:
     """What a linear solver found, and how it knows.
 
-    `residual` is ‖rhs − M x‖/‖rhs‖, computed from x and not carried along (None if not computed).
-    `curvature` holds the least and greatest pᵀMp/pᵀp met. `coefficients` are CG's: for each
-    iteration alpha, beta and the new residual's rᵀr (over the scale, if any); Ritz values and error
-    bounds follow from them.
+    Attributes:
+        x: the solution.
+        status: how the solve ended.
+        iterations: products taken by the iteration, those of a first attempt included; not those
+            that build a preconditioner or recompute the residual.
+        residual: ‖rhs − M x‖/‖rhs‖, computed from x and not carried along; None if not computed.
+        curvature: the least and greatest pᵀMp/pᵀp met.
+        coefficients: CG's: for each iteration alpha, beta and the new residual's rᵀS⁻¹r; Ritz
+            values and error bounds follow from them. Empty where a restart or a preconditioner of
+            another kind than S breaks the connection.
+        residual_norm: √(rᵀS⁻¹r) of the recomputed residual r, at most: with the rounding error of
+            recomputing it.
+        gap: the same norm of the difference between r and the residual that was carried along.
+        substitute: what was solved instead because M has negative curvature: "minres" for the
+            same system by MINRES, "gauss_newton" for C x = rhs (then `residual` is that of C).
+        error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
+            was a bound, or an estimate for want of μ.
     """
 
     x: Tensor
@@ -45,12 +99,30 @@ class LinearSolution:
     residual: float | None = None
     curvature: tuple[float, float] | None = None
     coefficients: tuple[tuple[float, float, float], ...] = ()
+    residual_norm: float | None = None
+    gap: float | None = None
+    substitute: Literal["minres", "gauss_newton"] | None = None
+    error_is_bound: bool | None = None
+
+    def in_units_of(self, unit: float) -> LinearSolution:
+        """The solution for a right-hand side that is `unit` times as large."""
+        return dataclasses.replace(
+            self,
+            x=self.x * unit,
+            coefficients=tuple((a, b, rr * unit * unit) for a, b, rr in self.coefficients),
+            residual_norm=None if self.residual_norm is None else self.residual_norm * unit,
+            gap=None if self.gap is None else self.gap * unit,
+        )
 
 
 class LinearSolver(abc.ABC):
     """Solves M x = rhs; `symmetric_only` says whether M has to be symmetric."""
 
     symmetric_only: ClassVar[bool]
+
+    def for_call(self) -> LinearSolver:
+        """The solver for the backward pass of one call; asked for when that call runs forward."""
+        return self
 
     def solve(self, operator: Operator, rhs: Tensor, verify: bool = True) -> LinearSolution:
         """Solve operator · x = rhs.
@@ -67,9 +139,7 @@ class LinearSolver(abc.ABC):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_RHS)
         limit = 126 if rhs.dtype == torch.float32 else 1022
         unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
-        solution = self._solve(operator, rhs / unit, unit, verify)
-        coefficients = tuple((a, b, rr * unit * unit) for a, b, rr in solution.coefficients)
-        return dataclasses.replace(solution, x=solution.x * unit, coefficients=coefficients)
+        return self._solve(operator, rhs / unit, unit, verify).in_units_of(unit)
 
     @abc.abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
@@ -89,54 +159,3 @@ def dot(x: Tensor, y: Tensor) -> float:
 def norm(x: Tensor) -> float:
     """‖x‖₂."""
     return math.sqrt(dot(x, x))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Exact(LinearSolver):
-    """Dense solution by LU factorisation, for small problems and as the reference in tests.
-
-    Takes one product per unknown, so it refuses systems of more than `max_size` unknowns.
-
-    >>> Exact(max_size=100).max_size
-    100
-    """
-
-    max_size: int = 2000
-
-    symmetric_only: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.max_size < 1:
-            raise InvalidArgumentError(f"Exact(max_size={self.max_size}): expected at least 1")
-
-    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        n = rhs.numel()
-        if n > self.max_size:
-            raise InvalidArgumentError(
-                f"Exact() would build a dense {n} × {n} matrix; its max_size is {self.max_size}. "
-                "Use CG() (or NormalCG() for root and fixed_point), or raise max_size"
-            )
-        identity = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        matrix = torch.stack([operator.matvec(column) for column in identity], dim=1)
-        if not bool(torch.isfinite(matrix).all()):
-            return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_OPERATOR, n)
-        factors, pivots, info = torch.linalg.lu_factor_ex(matrix)
-        pivot_sizes = factors.diagonal().abs()
-        singular = bool(info) or bool(
-            pivot_sizes.min() <= n * torch.finfo(rhs.dtype).eps * pivot_sizes.max()
-        )
-        x = torch.linalg.lu_solve(factors, pivots, rhs[:, None])[:, 0]
-        if singular and not bool(torch.isfinite(x).all()):
-            return LinearSolution(torch.full_like(rhs, math.nan), Status.SINGULAR, n)
-        status = Status.SINGULAR if singular else Status.EXACT
-        residual = norm(rhs - matrix @ x) / norm(rhs)
-        return LinearSolution(x, status, n, residual, _extreme_eigenvalues(matrix))
-
-
-def _extreme_eigenvalues(matrix: Tensor) -> tuple[float, float] | None:
-    """Least and greatest eigenvalue of a matrix that is symmetric but for rounding, else None."""
-    rounding = len(matrix) * torch.finfo(matrix.dtype).eps * float(matrix.abs().max())
-    if float((matrix - matrix.mT).abs().max()) > rounding:
-        return None
-    eigenvalues = torch.linalg.eigvalsh(matrix)
-    return float(eigenvalues[0]), float(eigenvalues[-1])

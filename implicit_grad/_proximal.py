@@ -1,45 +1,110 @@
-"""The proximal term λ/2 ‖φ − θ‖²: the forms that λ may have, and what it adds to F and A."""
+"""The proximal term ½ (φ − θ)ᵀΛ(φ − θ): the forms that Λ may have, and what it adds to F and A."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
 from implicit_grad import _tree
+from implicit_grad._curvature import Force
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._tree import Tensors
 
 
-def proximal_term(phi: Sequence[Tensor], theta: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor:
-    """λ/2 ‖φ − θ‖²."""
-    terms = [(w * (p - t) ** 2).sum() for p, t, w in zip(phi, theta, lam, strict=True)]
-    return torch.stack(terms).sum() / 2
+class LowRank(NamedTuple):
+    """Λ = diag(diagonal) + U Uᵀ: a λ that also holds φ back along a few directions at once.
+
+    Args:
+        diagonal: λ > 0 in any of its other forms: a number, a tensor, or a container of them.
+        factor: U, in the form of θ, each tensor with one more dimension at its end, the rank.
+
+    >>> lam = LowRank(0.5, torch.ones(3, 1))  # for a theta of shape (3,): 0.5 I + 1 1ᵀ
+    >>> proximal_pull(lam, torch.zeros(3), "here").term([torch.ones(3)], [torch.zeros(3)])
+    tensor(5.2500)
+    """
+
+    diagonal: Any
+    factor: Any
 
 
-def add_proximal(
-    smooth: Tensors,
-    phi: Sequence[Tensor],
-    slots: Sequence[int],
-    theta: Sequence[Tensor],
-    lam: Sequence[Tensor],
-) -> tuple[Tensors, Tensors]:
-    """F = smooth + λ(φ − θ) and the diagonal λ. φ[slots[i]] is what θ[i] holds back."""
-    residual: list[Tensor] = list(smooth)
-    diagonal: dict[int, Tensor] = {}
-    for slot, t, weight in zip(slots, theta, lam, strict=True):
-        residual[slot] = residual[slot] + weight * (phi[slot] - t)
-        # tied weights are pulled at by every θ that stands in their places
-        diagonal[slot] = diagonal[slot] + weight if slot in diagonal else weight
-    return tuple(residual), tuple(diagonal[slot] for slot in range(len(residual)))
+class Pull(NamedTuple):
+    """Λ spread over the leaves of θ: a weight for each, and U's part for each if it has one."""
+
+    weights: tuple[Tensor, ...]
+    factors: tuple[Tensor, ...] = ()
+
+    def of(self, kept: Sequence[int]) -> Pull:
+        """The pull on some of the leaves only."""
+        return Pull(
+            tuple(self.weights[i] for i in kept),
+            tuple(self.factors[i] for i in kept if self.factors),
+        )
+
+    def detached(self) -> Pull:
+        """The same without its graph."""
+        return Pull(*(tuple(t.detach() for t in part) for part in self))
+
+    def term(self, phi: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
+        """½ (φ − θ)ᵀΛ(φ − θ)."""
+        away = [p - t for p, t in zip(phi, theta, strict=True)]
+        terms = [(w * d**2).sum() for w, d in zip(self.weights, away, strict=True)]
+        if self.factors:
+            terms.append(self._coordinates(away).square().sum())
+        return torch.stack(terms).sum() / 2
+
+    def along_factors(self, away: Sequence[Tensor]) -> list[Tensor]:
+        """U Uᵀ(φ − θ)."""
+        coordinates = self._coordinates(away)
+        return [factor @ coordinates for factor in self.factors]
+
+    def force(
+        self,
+        slope: Tensors,
+        phi: Sequence[Tensor],
+        theta: Sequence[Tensor],
+        slots: Sequence[int] | None = None,
+    ) -> Force:
+        """F = slope + Λ(φ − θ); φ[slots[i]] is what θ[i] holds back."""
+        slots = range(len(theta)) if slots is None else slots
+        residual: list[Tensor] = list(slope)
+        pulled = [torch.zeros_like(p) for p in phi]
+        scale: dict[int, Tensor] = {}
+        away = [phi[slot] - t for slot, t in zip(slots, theta, strict=True)]
+        along = self.along_factors(away) if self.factors else None
+        for i, slot in enumerate(slots):
+            weight = self.weights[i]
+            residual[slot] = residual[slot] + weight * away[i]
+            if along is not None:
+                residual[slot] = residual[slot] + along[i]
+                pulled[slot] = pulled[slot] + along[i]
+            # tied weights are pulled at by every θ that stands in their places
+            scale[slot] = scale[slot] + weight if slot in scale else weight
+        return Force(
+            tuple(residual),
+            tuple(pulled) if self.factors else (),
+            tuple(scale[slot] for slot in range(len(residual))),
+        )
+
+    def _coordinates(self, away: Sequence[Tensor]) -> Tensor:
+        """Uᵀ(φ − θ)."""
+        parts = [
+            torch.tensordot(d, u, dims=d.dim()) for d, u in zip(away, self.factors, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
 
 
-def spread_lam(lam: Any, theta: Any, where: str) -> list[Tensor]:
-    """One λ tensor for each leaf of θ; λ may be given for whole branches of θ at once."""
+def evaluated(lam: Any) -> Any:
+    """λ, or what it returns if it is a function (a module with parameters to be learned)."""
+    return lam() if callable(lam) else lam
+
+
+def proximal_pull(lam: Any, theta: Any, where: str) -> Pull:
+    """The pull of λ on each leaf of θ; λ may be given for whole branches of θ at once."""
     theta_leaves = _tree.leaves(theta)
     for leaf in theta_leaves:
         if not (torch.is_tensor(leaf) and leaf.is_floating_point()):
@@ -47,22 +112,31 @@ def spread_lam(lam: Any, theta: Any, where: str) -> list[Tensor]:
                 f"{where}: theta, the solver's first argument, must hold floating-point tensors "
                 f"only; it holds {describe(leaf)}"
             )
+    if isinstance(lam, LowRank):
+        return Pull(_weights(lam.diagonal, theta, where), _factors(lam.factor, theta, where))
+    return Pull(_weights(lam, theta, where))
+
+
+def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
     if not _tree.leaves(lam):
         check_lam(lam, where)
     try:
-        spread = optree.broadcast_prefix(lam, theta, namespace=_tree._NAMESPACE)
+        spread = optree.broadcast_prefix(lam, theta, namespace=_tree.NAMESPACE)
     except ValueError as error:
         raise InvalidArgumentError(
             f"{where}: lam must be a number, a tensor, or a container in the form of theta: {error}"
         ) from None
-    lams: list[Tensor] = []
     made: dict[Any, Tensor] = {}
     for distinct in {id(value): value for value in spread}.values():
         check_lam(distinct, where)
-    for i, (value, t) in enumerate(zip(spread, theta_leaves, strict=True)):
+
+    def weight(value: Any, i: int, t: Tensor) -> Any:
+        # one tensor for one λ, so that a λ for all of θ is seen to be one number
         if not torch.is_tensor(value):
             key = (value, t.dtype, t.device)
             value = made.setdefault(key, torch.tensor(value, dtype=t.dtype, device=t.device))
+        elif value.device != t.device:
+            value = made.setdefault((id(value), t.device), value.to(t.device))
         if value.dim() > t.dim() or any(
             a not in (1, b) for a, b in zip(reversed(value.shape), reversed(t.shape), strict=False)
         ):
@@ -70,8 +144,39 @@ def spread_lam(lam: Any, theta: Any, where: str) -> list[Tensor]:
                 f"{where}: lam of shape {tuple(value.shape)} does not fit "
                 f"{_tree.names(theta, 'theta')[i]} of shape {tuple(t.shape)}"
             )
-        lams.append(value)
-    return lams
+        return value
+
+    return _for_each_leaf(weight, spread, theta)
+
+
+def _factors(factor: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
+    if _tree.structure(factor) != _tree.structure(theta):
+        raise InvalidArgumentError(
+            f"{where}: the factor of a low-rank lam must have theta's form, "
+            f"{_tree.structure(theta)}, got {_tree.structure(factor)}"
+        )
+    ranks = {u.shape[-1] for u in _tree.leaves(factor) if torch.is_tensor(u) and u.dim()}
+
+    def part(u: Any, i: int, t: Tensor) -> Any:
+        good = torch.is_tensor(u) and u.is_floating_point() and u.shape[:-1] == t.shape
+        if not good or u.dim() != t.dim() + 1 or len(ranks) != 1:
+            raise InvalidArgumentError(
+                f"{where}: the factor of a low-rank lam must have one more dimension than "
+                f"{_tree.names(theta, 'theta')[i]} of shape {tuple(t.shape)}, the same rank for "
+                f"all tensors; got {describe(u)}"
+            )
+        if not bool(torch.isfinite(u).all()):
+            raise InvalidArgumentError(f"{where}: the factor of lam holds NaN or Inf")
+        return u
+
+    return _for_each_leaf(part, _tree.leaves(factor), theta)
+
+
+def _for_each_leaf(
+    make: Callable[[Any, int, Tensor], Any], values: Sequence[Any], theta: Any
+) -> tuple[Tensor, ...]:
+    pairs = zip(values, _tree.leaves(theta), strict=True)
+    return tuple(make(value, i, t) for i, (value, t) in enumerate(pairs))
 
 
 def check_lam(lam: Any, where: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -30,12 +31,24 @@ class RandomState:
 
 
 @contextlib.contextmanager
+def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
+    """Attention as products and a softmax, and `recurrent` layers without cuDNN.
+
+    The fused kernels of both have no second derivative.
+    """
+    without_cudnn = torch.backends.cudnn.flags(enabled=False)
+    with sdpa_kernel(SDPBackend.MATH), without_cudnn if recurrent else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def undisturbed(devices: set[torch.device], replay: RandomState | None = None) -> Iterator[None]:
     """Run user code with gradients on, leaving random generators and module buffers as they were.
 
     `replay` is the random state to evaluate under, so that repeated evaluations draw the same
     dropout masks. Autocast is off: products with second derivatives are taken in the tensors' own
-    precision, whatever surrounds the backward pass.
+    precision, whatever surrounds the backward pass. Attention is computed step by step, because
+    fused kernels have no second derivative.
     """
     before = RandomState(devices)
     if replay is not None:
@@ -43,6 +56,7 @@ def undisturbed(devices: set[torch.device], replay: RandomState | None = None) -
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_private_buffers())
+            stack.enter_context(differentiable_twice())
             for device_type in {"cpu", *(d.type for d in devices)}:
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             stack.enter_context(torch.enable_grad())

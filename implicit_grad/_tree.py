@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
-_NAMESPACE = "implicit_grad"
+NAMESPACE = "implicit_grad"
 
 
 class Tree:
@@ -39,7 +39,7 @@ def flatten(
     A tensor that occurs several times (tied weights) is listed once, so that it is one variable
     with one gradient.
     """
-    leaves, structure = optree.tree_flatten(container, namespace=_NAMESPACE)
+    leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
     slot_of: dict[int, int] = {}
     variables: list[Any] = []
     slots: list[int | None] = []
@@ -57,17 +57,17 @@ def flatten(
 
 def leaves(container: Any) -> list[Any]:
     """All leaves of a container, repeated ones included."""
-    return optree.tree_leaves(container, namespace=_NAMESPACE)
+    return optree.tree_leaves(container, namespace=NAMESPACE)
 
 
 def structure(container: Any) -> Any:
     """The form of a container without its leaves; two of them compare with ==."""
-    return optree.tree_structure(container, namespace=_NAMESPACE)
+    return optree.tree_structure(container, namespace=NAMESPACE)
 
 
 def names(container: Any, root: str) -> list[str]:
     """A readable name for every leaf, such as `phi['weight']`, for error messages."""
-    return [a.codify(root) for a in optree.tree_accessors(container, namespace=_NAMESPACE)]
+    return [a.codify(root) for a in optree.tree_accessors(container, namespace=NAMESPACE)]
 
 
 class Flat:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from implicit_grad import _tree
 from implicit_grad._ad import leaves_behind, walk
 from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._proximal import Pull
 from implicit_grad._tree import Tensors
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
@@ -70,7 +71,7 @@ class Weights:
     """A learner's trainable weights: where they live, what they came from, what pulls them."""
 
     def __init__(
-        self, module: nn.Module, theta: Tensors, lam: list[Tensor], trainable: list[bool]
+        self, module: nn.Module, theta: Tensors, pull: Pull, trainable: list[bool]
     ) -> None:
         self.trainable = trainable
         named = list(module.named_parameters())
@@ -78,7 +79,7 @@ class Weights:
         self.frozen = [n for (n, _), t in zip(named, trainable, strict=True) if not t]
         self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
-        self.lam = [lam[i] for i in kept]
+        self.pull = pull.of(kept)
         index = {id(named[i][1]): position for position, i in enumerate(kept)}
         # learn2learn's clones may hold one tensor under several names, in several modules
         self._places = [
@@ -87,11 +88,12 @@ class Weights:
             for name, p in m._parameters.items()
             if p is not None and id(p) in index
         ]
-        self._recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
-        self.inputs, self.inputs_tree = _tree.flatten((self.theta, self.lam))
+        self.recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
+        self.inputs, self.inputs_tree = _tree.flatten((self.theta, self.pull))
         self.gate = Gate()
         self.current = self.theta
         self._release: Callable[[], None] | None = None
+        self._keeping: object = None
         self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
 
     def start(self) -> None:
@@ -99,13 +101,18 @@ class Weights:
         self.attach(tuple(t.detach().clone() for t in self.theta), self.theta)
 
     def attach(
-        self, values: Tensors, sources: Tensors, release: Callable[[], None] | None = None
+        self,
+        values: Tensors,
+        sources: Tensors,
+        release: Callable[[], None] | None = None,
+        keeping: object = None,
     ) -> None:
         """Install the values as weights whose gradients go to the sources.
 
-        `release` frees what their gradient needs, once they are superseded.
+        `release` frees what their gradient needs, once they are superseded; `keeping` is kept alive
+        as long as they are in place.
         """
-        self.gate, self._release = Gate(), release
+        self.gate, self._release, self._keeping = Gate(), release, keeping
         self.install(FastWeights.apply(self.gate, values, *sources))
 
     def supersede(self) -> None:
@@ -119,7 +126,7 @@ class Weights:
         self.current = weights
         for parameters, name, i in self._places:
             parameters[name] = weights[i]  # type: ignore[assignment]  # as learn2learn does
-        for rnn in self._recurrent:
+        for rnn in self.recurrent:
             rnn._flat_weights = [getattr(rnn, name, None) for name in rnn._flat_weights_names]
         self.calls.clear()
 
@@ -164,8 +171,12 @@ class Weights:
         with torch.no_grad():
             pulled = [
                 torch.lerp(p, t, (w * lr).to(p.dtype))
-                for p, t, w in zip(self.current, self.theta, self.lam, strict=True)
+                for p, t, w in zip(self.current, self.theta, self.pull.weights, strict=True)
             ]
+            if self.pull.factors:
+                away = [p - t for p, t in zip(self.current, self.theta, strict=True)]
+                along = self.pull.along_factors(away)
+                pulled = [p.sub_(f, alpha=lr) for p, f in zip(pulled, along, strict=True)]
             return tuple(
                 p if g is None else p.sub_(g, alpha=lr) for p, g in zip(pulled, slope, strict=True)
             )
@@ -194,10 +205,6 @@ class Weights:
         beyond = [node for node in visited if node not in gates]
         around = any(self.is_own(n) or id(getattr(n, "variable", None)) in own for n in beyond)
         return len(beyond) < len(visited) and not around
-
-    def lam_values(self) -> list[Tensor]:
-        """λ without its graph."""
-        return [w.detach() for w in self.lam]
 
     def is_own(self, node: Any) -> bool:
         """Whether a node of the graph is the one that made the present weights."""

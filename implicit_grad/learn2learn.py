@@ -8,22 +8,23 @@ Implicit Gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._adaptation import minimise_closure, step_on_tensor
+from implicit_grad._adaptation import Method, minimise_closure, step_on_tensor
+from implicit_grad._curvature import Curvature, check_curvature
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._krylov import CG
+from implicit_grad._learned import registrable
 from implicit_grad._linear import LinearSolver
-from implicit_grad._proximal import spread_lam
+from implicit_grad._proximal import evaluated, proximal_pull
+from implicit_grad._state import differentiable_twice
 from implicit_grad._weights import Weights
 from implicit_grad.monitor import Monitor, OnFailure, Reporting
 from implicit_grad.solvers import GradientDescent
-
-Curvature = Literal["hessian", "gauss_newton"]
 
 
 def imaml(
@@ -32,7 +33,7 @@ def imaml(
     *,
     linear_solver: LinearSolver | None = None,
     solver: Any = None,
-    curvature: Curvature = "hessian",
+    curvature: Curvature = "auto",
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
 ) -> ImplicitMAML:
@@ -80,17 +81,17 @@ def imaml(
         first_order=options.first_order,
         allow_unused=options.allow_unused,
         allow_nograd=options.allow_nograd,
-        lam=_registrable(lam, options.module),
+        lam=registrable(lam, options.module),
         linear_solver=linear_solver,
         solver=solver,
         reporting=Reporting(
             monitor=monitor,
             on_failure=on_failure,
-            curvature=curvature,
             damping=getattr(linear_solver, "damping", 0.0),
             strong_convexity=1.0 if curvature == "gauss_newton" else None,
             inner_solved=solver is not None,
         ),
+        curvature=curvature,
     )
 
 
@@ -109,14 +110,17 @@ class ImplicitMAML(nn.Module):
         linear_solver: LinearSolver,
         solver: Any,
         reporting: Reporting,
+        curvature: Curvature,
     ) -> None:
         super().__init__()
         self.module = module
         self.lr, self.first_order = lr, first_order
         self.allow_unused, self.allow_nograd = allow_unused, allow_nograd
         self.lam = lam
-        self.linear_solver, self.solver, self.reporting = linear_solver, solver, reporting
+        self.linear_solver, self.solver = linear_solver, solver
+        self.reporting, self.curvature = reporting, curvature
         self._weights: Weights | None = None
+        self._verdict: list[bool] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -126,8 +130,11 @@ class ImplicitMAML(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's output."""
-        output = self.module(*args, **kwargs)
-        if self._weights is not None and self.reporting.curvature == "gauss_newton":
+        if self._weights is None:
+            return self.module(*args, **kwargs)
+        with differentiable_twice(bool(self._weights.recurrent)):
+            output = self.module(*args, **kwargs)
+        if self._method(False, False).needs_outputs:
             output = self._weights.remembered(output)
         return output
 
@@ -153,8 +160,9 @@ class ImplicitMAML(nn.Module):
             linear_solver=self.linear_solver,
             solver=self.solver,
             reporting=self.reporting,
+            curvature=self.curvature,
         )
-        learner.training = self.training
+        learner.training, learner._verdict = self.training, self._verdict
         learner._weights = self._weights_of(learner.module)
         learner._weights.start()
         return learner
@@ -190,33 +198,39 @@ class ImplicitMAML(nn.Module):
         if self._weights is None:  # adapting the original itself, as MAML allows
             self._weights = self._weights_of(self.module)
         self._weights.check_trainable(allow_nograd)
-        common = (self.linear_solver, self.reporting, first_order, allow_unused)
+        method = self._method(first_order, allow_unused)
         if torch.is_tensor(loss):
             if steps is not None:
                 raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
-            step_on_tensor(self._weights, loss, self.lr, *common)
+            step_on_tensor(self._weights, loss, self.lr, method)
         elif callable(loss):
-            minimise_closure(self._weights, loss, self._minimiser(steps), *common)
+            minimise_closure(self._weights, loss, self._minimiser(steps), method)
         else:
             raise InvalidArgumentError(
                 "adapt: loss must be a scalar tensor, or a function without arguments that "
                 f"returns one, got {describe(loss)}"
             )
 
+    def _method(self, first_order: bool, allow_unused: bool) -> Method:
+        return Method(
+            linear_solver=self.linear_solver,
+            reporting=self.reporting,
+            curvature=self.curvature,
+            first_order=first_order,
+            allow_unused=allow_unused,
+            verdict=self._verdict,
+        )
+
     def _weights_of(self, module: nn.Module) -> Weights:
         """The weights of `module`, which come from this module's parameters."""
         theta = tuple(self.module.parameters())
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
         with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
-            lams = spread_lam(lam, theta, "imaml")
-        lams = [
-            w if isinstance(w, nn.Parameter) else w.to(t.device)
-            for w, t in zip(lams, theta, strict=True)
-        ]
+            pull = proximal_pull(evaluated(lam), theta, "imaml")
         trainable = [t.requires_grad for t in theta]
         if self._weights is not None:  # under no_grad, fast weights do not tell
             trainable = self._weights.trainable
-        return Weights(module, theta, lams, trainable)
+        return Weights(module, theta, pull, trainable)
 
     def _minimiser(self, steps: int | None) -> Callable[[Any, Any], Any]:
         if self.solver is None:
@@ -232,38 +246,6 @@ class ImplicitMAML(nn.Module):
 
 def _either(given: bool | None, default: bool) -> bool:
     return default if given is None else given
-
-
-def _registrable(lam: Any, module: nn.Module) -> Any:
-    """λ, checked against the model, in a form that nn.Module registers if it is to be learned."""
-    names = [name for name, _ in module.named_parameters()]
-    if isinstance(lam, Mapping):
-        if set(lam) != set(names):
-            raise InvalidArgumentError(
-                f"imaml: lam must have one entry for each parameter, {names}; got {list(lam)}"
-            )
-        lam = [lam[name] for name in names]
-    several = isinstance(lam, (Sequence, nn.ParameterList))
-    values = tuple(lam) if several else (lam,)
-    if several and len(values) != len(names):
-        raise InvalidArgumentError(
-            f"imaml: lam must have one entry for each of the {len(names)} parameters, got "
-            f"{len(values)}"
-        )
-    for value in values:
-        if torch.is_tensor(value) and value.requires_grad and not isinstance(value, nn.Parameter):
-            raise InvalidArgumentError(
-                "imaml: a lam that is to be learned must be a torch.nn.Parameter, so that it "
-                "appears in parameters()"
-            )
-    spread_lam(values if several else lam, tuple(module.parameters()), "imaml")
-    if several and any(isinstance(value, nn.Parameter) for value in values):
-        fixed = [torch.is_tensor(v) and not isinstance(v, nn.Parameter) for v in values]
-        return nn.ParameterList(  # it would make a parameter to be learned of any tensor
-            nn.Parameter(v, requires_grad=False) if stays else v
-            for v, stays in zip(values, fixed, strict=True)
-        )
-    return values if several else lam
 
 
 def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:
@@ -284,14 +266,12 @@ def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
     if not isinstance(linear_solver, LinearSolver):
         raise InvalidArgumentError(
-            f"imaml: linear_solver must be CG(...) or Exact(), got {linear_solver!r}"
+            "imaml: linear_solver must be CG(), MINRES(), Neumann() or Exact(), got "
+            f"{linear_solver!r}"
         )
     if solver is not None and not callable(getattr(solver, "minimize", solver)):
         raise InvalidArgumentError(
             "imaml: solver must have minimize(objective, init) or be such a function, got "
             f"{describe(solver)}"
         )
-    if curvature not in ("hessian", "gauss_newton"):
-        raise InvalidArgumentError(
-            f'imaml: curvature={curvature!r}: expected "hessian" or "gauss_newton"'
-        )
+    check_curvature(curvature, "imaml")

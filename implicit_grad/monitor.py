@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from implicit_grad._ad import Linearization
-from implicit_grad._adjoint import solve_adjoint
+from implicit_grad._adjoint import Accuracy, Solved, solve_adjoint
+from implicit_grad._bounds import error_bound, ritz_values
 from implicit_grad._errors import (
     ImplicitGradWarning,
     InvalidArgumentError,
@@ -33,7 +34,8 @@ class Report:
 
     Attributes:
         status: how it ended; `status.sentence` says what that means.
-        iterations: products taken by the iteration.
+        iterations: of the linear solver.
+        products: products with A or Aᵀ that the solve took, all told.
         linear_residual: ‖v − Aᵀu‖/‖v‖, recomputed from u; None where there was nothing to check.
         inner_residual: ‖F(φ)‖₂, in the units of F; 0 if the inner problem is solved exactly.
         min_curvature: least pᵀAp/pᵀp that the solver met (`NormalCG`: least ‖Aᵀp‖/‖p‖); below 0, A
@@ -42,23 +44,32 @@ class Report:
             eigenvalue in units of A's scale (λ for `proximal`, else 1).
         ritz_max: greatest Ritz value, from below, likewise.
         solve_error_bound: a bound on the 2-norm of the error of dθ that the linear solve makes
-            (for other conditions than `proximal`, of u); None unless the strong convexity is known.
+            (for other conditions than `proximal`, of u); None unless the strong convexity is known,
+            and for a `LowRank` λ.
+        error_is_bound: whether `rtol_gradient` ended the solve by a bound (True) or, for want of a
+            known strong convexity, by an estimate (False); None if something else did.
         outer_loss_error: −uᵀF, the first-order estimate of how much the outer loss would change
             if the inner problem were solved exactly.
-        curvature: the operator: "hessian", "gauss_newton" or "jacobian".
+        curvature: the operator: "hessian", "gauss_newton", "finite_difference", "lagrangian" (of
+            a minimum under constraints) or "jacobian".
+        substitute: what CG solved instead, once it had met negative curvature and was told to:
+            "minres" or "gauss_newton"; None if nothing.
         damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
     """
 
     status: Status
     iterations: int
+    products: int
     linear_residual: float | None
     inner_residual: float
     min_curvature: float | None
     ritz_min: float | None
     ritz_max: float | None
     solve_error_bound: float | None
+    error_is_bound: bool | None
     outer_loss_error: float
     curvature: str
+    substitute: str | None
     damping: float
 
 
@@ -93,9 +104,9 @@ class Reporting:
 
     monitor: Monitor | None = None
     on_failure: OnFailure = "warn"
-    curvature: str = "hessian"
     damping: float = 0.0
     strong_convexity: float | None = None
+    rtol_gradient: float | None = None
     inner_solved: bool = True
 
     def __post_init__(self) -> None:
@@ -110,16 +121,24 @@ class Reporting:
 
     def solve(self, solver: LinearSolver, around: Linearization, v: Tensors) -> Tensors:
         """u with Aᵀu = v; the residual is recomputed where someone will read it."""
-        u, solution = solve_adjoint(solver, around, v, verify=self.monitor is not None)
-        self._tell(solution, around, u)
-        return u
+        accuracy = Accuracy(self._mu(around), self.rtol_gradient)
+        solved = solve_adjoint(solver, around, v, self.monitor is not None, accuracy)
+        self._tell(solved, around)
+        return solved.x
 
-    def _tell(self, solution: LinearSolution, around: Linearization, u: Tensors) -> None:
+    def say(self, sentence: str) -> None:
+        """Warn of trouble, or raise, as was asked for."""
+        if self.on_failure == "raise":
+            raise LinearSolveError(sentence)
+        if self.on_failure == "warn":
+            warnings.warn(sentence, ImplicitGradWarning, stacklevel=2)
+
+    def _tell(self, solved: Solved, around: Linearization) -> None:
         """Record the solve, and warn or raise if it failed."""
-        quiet = self.on_failure == "ignore" or (solution.status.ok and not self.inner_solved)
-        if self.monitor is None and quiet:
+        fine = solved.linear.status.ok and not self.inner_solved and not around.degenerate
+        if self.monitor is None and (fine or self.on_failure == "ignore"):
             return  # nobody would read a report: measure nothing
-        report = self._report(solution, around, u)
+        report = self._report(solved, around)
         if self.monitor is not None:
             self.monitor.reports.append(report)
         if report.status.ok or self.on_failure == "ignore":
@@ -129,76 +148,53 @@ class Reporting:
         # no figures here: Python shows a warning once only if its text does not change
         warnings.warn(report.status.sentence, ImplicitGradWarning, stacklevel=2)
 
-    def _report(self, solution: LinearSolution, around: Linearization, u: Tensors) -> Report:
-        flat = Flat(around.phi)
+    def _report(self, solved: Solved, around: Linearization) -> Report:
+        flat, solution = Flat(around.phi), solved.linear
         with torch.no_grad():
             residual, phi = flat.ravel(around.residual), flat.ravel(around.phi)
             inner, size = norm(residual), norm(phi)
-            outer_error = -dot(flat.ravel(u), residual)
+            outer_error = -dot(flat.ravel(solved.x), residual)
         status = solution.status
         least, greatest = solution.curvature or (None, None)
-        if status == Status.EXACT and self.curvature != "jacobian" and least is not None:
+        if status == Status.EXACT and around.is_hessian and least is not None:
             status = Status.NEGATIVE_CURVATURE if least < 0 else status  # not a minimum
+        if status.ok and around.degenerate:
+            status = Status.DEGENERATE
         if status.ok and self.inner_solved and greatest is not None and not around.is_adjoint:
             # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
             if not inner <= INNER_TOLERANCE * greatest * max(size, SMALL):
                 status = Status.INNER_NOT_STATIONARY
-        ritz = ritz_values(solution)
+        ritz = ritz_values(solution.coefficients)
         return Report(
             status=status,
             iterations=solution.iterations,
+            products=solved.products,
             linear_residual=solution.residual,
             inner_residual=inner,
             min_curvature=least,
             ritz_min=ritz[0] if ritz else None,
             ritz_max=ritz[-1] if ritz else None,
             solve_error_bound=self._error_bound(solution, around),
+            error_is_bound=solution.error_is_bound,
             outer_loss_error=outer_error,
-            curvature=self.curvature,
+            curvature=around.curvature,
+            substitute=solution.substitute,
             damping=self.damping,
         )
 
+    def _mu(self, around: Linearization) -> float | None:
+        return None if around.is_adjoint else self.strong_convexity
+
     def _error_bound(self, solution: LinearSolution, around: Linearization) -> float | None:
-        if self.strong_convexity is None or self.damping or around.is_adjoint:
+        mu = self._mu(around)
+        if mu is None or self.damping or around.pulled:
             return None
-        if not solution.status.ok:
+        bound = error_bound(solution, mu)
+        if bound is None:
             return None
-        energy = radau_bound(solution, self.strong_convexity)
-        if energy is None:
-            return None
+        # dθ = S u, so ‖S e‖₂ ≤ √(max S)·√(eᵀSe)
         largest = max((float(s.max()) for s in around.scale or () if s.numel()), default=1.0)
-        return math.sqrt(largest * energy / self.strong_convexity)
-
-
-def radau_bound(solution: LinearSolution, mu: float) -> float | None:
-    """A bound on (x − x*)ᵀM(x − x*), if M ⪰ μ times its scale.
-
-    The Gauss-Radau quadrature of Golub and Meurant, in the form of Meurant and Tichý (2013, On
-    computing quadrature-based bounds for the A-norm of the error in conjugate gradients).
-    """
-    if not solution.coefficients:
-        return None
-    gamma = 1 / mu
-    for alpha, beta, _ in solution.coefficients:
-        if alpha >= gamma:  # rounding, or a μ that is too large
-            return None
-        gamma = (gamma - alpha) / (mu * (gamma - alpha) + beta)
-    return gamma * solution.coefficients[-1][2]
-
-
-def ritz_values(solution: LinearSolution) -> list[float]:
-    """Eigenvalues of the Lanczos matrix behind CG's coefficients, in ascending order."""
-    size = len(solution.coefficients)
-    if not size:
-        return []
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    for j, (alpha, beta, _) in enumerate(solution.coefficients):
-        matrix[j, j] += 1 / alpha
-        if j + 1 < size:
-            matrix[j + 1, j + 1] = beta / alpha
-            matrix[j, j + 1] = matrix[j + 1, j] = math.sqrt(beta) / alpha
-    values: list[float] = torch.linalg.eigvalsh(matrix).tolist()
-    return values
+        return math.sqrt(largest) * bound
 
 
 def _figures(report: Report) -> str:

@@ -210,15 +210,15 @@ BAD = {
     "CG with root": (
         made(condition=ig.root(loss), linear_solver=ig.CG()),
         ARGUMENT,
-        r"CG needs a symmetric system.*root is general: use NormalCG\(\) or Exact\(\)",
+        r"CG needs a symmetric system.*root is general: use NormalCG\(\), Neumann\(\) or Exact\(\)",
     ),
     "on_failure misspelt": (made(on_failure="rise"), ARGUMENT, "on_failure='rise': expected"),
     "monitor a class": (made(monitor=ig.Monitor), ARGUMENT, "monitor must be an implicit_grad"),
-    "init with a function": (made(init=good), ARGUMENT, "init is for minimisers"),
+    "init with a function": (made(init=good), ARGUMENT, "init is for solvers"),
     "minimiser of a root": (
         lambda theta, X: ig.implicit(ig.solvers.GradientDescent(lr=1, steps=1), ig.root(loss))(X),
         ARGUMENT,
-        "root has no objective for a minimiser",
+        "root has not an objective to minimise",
     ),
     "CG maxiter < 0": (lambda *_: ig.CG(maxiter=-1), ARGUMENT, r"CG\(maxiter=-1\): expected None"),
     "CG maxiter a float": (lambda *_: ig.CG(maxiter=5.0), ARGUMENT, r"CG\(maxiter=5.0\)"),

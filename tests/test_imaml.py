@@ -1047,16 +1047,16 @@ BAD_CALLS = {
     ),
     "linear_solver": (
         lambda: ig.imaml(plain(), linear_solver="cg"),
-        r"linear_solver must be CG\(\.\.\.\) or Exact\(\), got 'cg'",
+        r"linear_solver must be CG\(\), MINRES\(\), Neumann\(\) or Exact\(\), got 'cg'",
     ),
     "linear_solver class": (
         lambda: ig.imaml(plain(), linear_solver=ig.CG),
-        r"linear_solver must be CG\(\.\.\.\) or Exact\(\), got <class",
+        r"linear_solver must be CG\(\), MINRES\(\), Neumann\(\) or Exact\(\), got <class",
     ),
     "solver": (lambda: ig.imaml(plain(), solver=3), r"solver must have minimize.*got an int"),
     "curvature": (
         lambda: ig.imaml(plain(), curvature="gauss-newton"),
-        'curvature=\'gauss-newton\': expected "hessian" or "gauss_newton"',
+        'curvature=\'gauss-newton\': expected one of "auto", "hessian"',
     ),
     "monitor": (lambda: ig.imaml(plain(), monitor=[]), r"must be an implicit_grad\.Monitor\(\)"),
     "on_failure": (lambda: ig.imaml(plain(), on_failure="no"), "on_failure='no': expected"),

@@ -11,9 +11,11 @@ from torch import Tensor
 
 import implicit_grad as ig
 from implicit_grad._ad import Linearization
+from implicit_grad._dense import Exact
 from implicit_grad._errors import Status
-from implicit_grad._krylov import CG, NormalCG
-from implicit_grad._linear import Exact, Operator
+from implicit_grad._krylov import CG
+from implicit_grad._linear import Operator
+from implicit_grad._normal import NormalCG
 
 F32, F64 = torch.float32, torch.float64
 
@@ -137,7 +139,7 @@ def test_products_and_transposed_products_agree(seed, n, diagonal):
     y = torch.randn(2, dtype=F64, generator=random).requires_grad_()
     curved = (torch.tanh(a @ x) * y.sum(), (b @ x).sum() * y**2)
     scale = (torch.rand(n, dtype=F64, generator=random), torch.rand((), dtype=F64))
-    parts = {"smooth": curved, "diagonal": scale} if diagonal else {}
+    parts = {"curved": curved, "scale": scale} if diagonal else {}
     around = Linearization(curved, (x, y), **parts)
     u, w = (u[0], u[0, :1].expand(2)), (w[0], w[0, :1].expand(2))
 

@@ -3,61 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from implicit_grad import _tree
-from implicit_grad._ad import gradient
-from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._tree import Tensors
+from implicit_grad.solvers._descent import Stepwise, Watch
+from implicit_grad.solvers._objective import moved
+from implicit_grad.solvers._options import require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GradientDescent:
-    """φ ← φ − lr ∇objective(φ), for a number of steps or until ‖∇objective‖₂ ≤ tol.
+class GradientDescent(Stepwise):
+    """φ ← φ − lr ∇objective(φ).
+
+    With lr = 1/L, L the largest curvature and κ = L/μ, the error falls by 1 − 1/κ a step.
 
     Args:
-        lr: step length.
-        steps: number of steps; with `tol`, the most to take (None: 10,000).
-        tol: stop when the gradient's norm is at most this, in the objective's units.
+        lr: step length, in the units of φ² over the objective's.
+        steps: the most steps to take; None means 10,000.
+        tol: stop when ‖∇objective‖₂ is at most this, in the objective's units over φ's.
+        rtol: or when it is at most `rtol` times its value at init, 0 < rtol < 1.
 
+    >>> import torch
     >>> half_square = lambda phi: (phi * phi).sum() / 2
     >>> GradientDescent(lr=0.5, steps=3).minimize(half_square, torch.tensor([8.0]))
     tensor([1.])
     """
 
     lr: float
-    steps: int | None = None
-    tol: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise InvalidArgumentError(f"GradientDescent(lr={self.lr!r}): expected a number > 0")
-        if self.steps is None and self.tol is None:
-            raise InvalidArgumentError("GradientDescent: give steps, tol or both")
-        if self.steps is not None and self.steps < 0:
-            raise InvalidArgumentError(
-                f"GradientDescent(steps={self.steps!r}): expected an integer of at least 0"
-            )
+        super().__post_init__()
+        require_positive(self, "lr")
 
-    def minimize(self, objective: Callable[[Any], Tensor], init: Any) -> Any:
-        """Descend from init; phi has the form of init."""
-        start, tree = _tree.flatten(init)
-        phi = tuple(t.detach().clone() for t in start)
-        for _ in range(10_000 if self.steps is None else self.steps):
-            here = tuple(p.requires_grad_() for p in phi)
-            with torch.enable_grad():
-                value = objective(tree.rebuild(here))
-            with torch.no_grad():
-                slope = gradient(value, here)
-                if self.tol is not None and _norm(slope) <= self.tol:
-                    break
-                phi = tuple(p.detach() - self.lr * g for p, g in zip(here, slope, strict=True))
-        return tree.rebuild(tuple(p.detach() for p in phi))
-
-
-def _norm(tensors: tuple[Tensor, ...]) -> float:
-    return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
+    def _descend(self, watch: Watch, start: Tensors) -> Tensors:
+        phi = start
+        for step in range(self.most_steps):
+            phi = moved(phi, watch.at(phi, step).slope, -self.lr)
+        return phi

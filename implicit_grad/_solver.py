@@ -1,0 +1,106 @@
+"""A solver whose output carries implicit gradients, and what may stand for a solver."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from implicit_grad import _tree
+from implicit_grad._condition import Call
+from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._evaluation import Evaluation, Setup
+from implicit_grad._function import ImplicitFunction
+from implicit_grad._tree import Tensors
+
+
+@runtime_checkable
+class Minimizer(Protocol):
+    """A solver that is handed the objective and where to start (see `implicit_grad.solvers`).
+
+    For constrained problems it also takes the keywords `bounds`, `equality` and `inequality`.
+    """
+
+    def minimize(self, objective: Callable[[Any], Tensor], init: Any) -> Any:
+        """Return phi, in the form of init, that minimises objective(phi)."""
+        ...
+
+
+@runtime_checkable
+class RootFinder(Protocol):
+    """The same for root and fixed-point problems."""
+
+    def find_root(self, residual: Callable[[Any], Any], init: Any) -> Any:
+        """Return phi, in the form of init, with residual(phi) = 0."""
+        ...
+
+
+Solver = Callable[..., Any] | Minimizer | RootFinder
+
+
+class ImplicitSolver:
+    """A solver whose output carries implicit gradients; made by `implicit`."""
+
+    def __init__(self, solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> None:
+        if callable(solver):
+            functools.update_wrapper(self, solver)
+        self.solver, self.setup, self.init = solver, setup, init
+
+    def __repr__(self) -> str:
+        name = getattr(self.solver, "__qualname__", None) or repr(self.solver)
+        condition, linear_solver = self.setup.condition, self.setup.linear_solver
+        return f"implicit({name}, {type(condition).__name__}, {linear_solver})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the solver; the phi it returns has gradients with respect to all its arguments."""
+        evaluation, inputs = self.evaluation(args, kwargs)
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            with torch.inference_mode(False):
+                phi = evaluation.values(inputs)
+                return evaluation.phi_tree.rebuild(phi)
+        problem = evaluation.problem()
+        phi = ImplicitFunction.apply(problem, *inputs)
+        if evaluation.captured:
+            # Only at φ do we learn which tensors the user's function captured: attach them too.
+            phi = ImplicitFunction.apply(problem, *inputs, *evaluation.captured)
+        return evaluation.phi_tree.rebuild(phi)
+
+    def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
+        """One call, checked but not yet run, and the tensors that it depends on."""
+        call = Call(args, kwargs, self.setup.condition.parameters)
+        self.setup.condition.check_call(call)
+        inputs, tree = _tree.flatten((call.args, call.kwargs, call.parameters))
+        return Evaluation(self.run, self.setup, tree, inputs), inputs
+
+    def run(self, call: Call) -> Any:
+        """The solver's own output."""
+        method = _method(self.solver)
+        if method is None:
+            assert callable(self.solver)
+            return self.solver(*call.args, **call.kwargs)
+        if self.init is None and not call.args:
+            raise InvalidArgumentError(
+                "implicit: without a positional argument to start from, this solver needs init="
+            )
+        init = call.args[0] if self.init is None else self.init(*call.args, **call.kwargs)
+        function, constraints = self.setup.condition.problem_for(method, call)
+        try:
+            return getattr(self.solver, method)(function, init, **constraints)
+        except TypeError as error:
+            if not any(
+                f"unexpected keyword argument '{name}'" in str(error) for name in constraints
+            ):
+                raise
+            raise InvalidArgumentError(
+                f"implicit: {self.solver!r} does not take constraints ({', '.join(constraints)}): "
+                "use SciPyMinimize or GurobiQP of implicit_grad.solvers, or a solver function"
+            ) from error
+
+
+def _method(solver: Solver) -> str | None:
+    """The method by which a solver is handed the problem; None for a function."""
+    names = (name for name in ("minimize", "find_root") if hasattr(solver, name))
+    return next(names, None)

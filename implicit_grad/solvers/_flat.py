@@ -1,0 +1,102 @@
+"""Functions of φ as functions of one flat NumPy vector, with the derivatives that solvers ask for.
+
+NumPy's side is always float64; the tensors keep the dtypes and devices that they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from implicit_grad import _tree
+from implicit_grad._ad import gradient, vjp
+from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._tree import Flat, Tensors
+from implicit_grad.solvers._objective import Variables
+
+Vector = npt.NDArray[np.float64]
+
+
+class Coordinates:
+    """The flat vector that stands for a container of tensors."""
+
+    def __init__(self, variables: Variables) -> None:
+        self._variables, self._flat = variables, Flat(variables.start)
+        self.eps = self._flat.eps
+        self.start = self.vector(variables.start)
+
+    def vector(self, tensors: Tensors) -> Vector:
+        """Tensors in the form of φ, one after another."""
+        flat: Vector = self._flat.ravel(tensors).detach().cpu().double().numpy()
+        return flat
+
+    def tensors(self, x: Vector) -> Tensors:
+        """The tensors that x stands for, in memory of their own: solvers write to their x again."""
+        return self._flat.unravel(torch.tensor(x, dtype=torch.float64))
+
+    def result(self, x: Vector) -> Any:
+        """The container that x stands for."""
+        return self._variables.result(self.tensors(x))
+
+    def function(self, name: str, function: Callable[[Any], Any]) -> FlatFunction:
+        """A function of the container, whose outputs are tensors in any container."""
+
+        def outputs(phi: Tensors) -> Tensor:
+            returned = function(self._variables.tree.rebuild(phi))
+            leaves = _tree.leaves(returned)
+            if not leaves or not all(torch.is_tensor(t) and t.is_floating_point() for t in leaves):
+                raise InvalidArgumentError(
+                    f"{self._variables.name}: {name} must return floating-point tensors, got "
+                    f"{describe(returned)}"
+                )
+            return torch.cat([t.reshape(-1).cpu().double() for t in leaves])
+
+        return FlatFunction(outputs, self)
+
+
+class FlatFunction:
+    """f(x), its Jacobian, and the Hessian of weights·f."""
+
+    def __init__(self, outputs: Callable[[Tensors], Tensor], coordinates: Coordinates) -> None:
+        self._outputs, self._coordinates = outputs, coordinates
+
+    def __call__(self, x: Vector) -> Vector:
+        with torch.no_grad():
+            values: Vector = self._outputs(self._coordinates.tensors(x)).numpy()
+            return values
+
+    def jacobian(self, x: Vector) -> Vector:
+        """One row for each output."""
+        phi, outputs = self._recorded(x)
+        rows = [vjp([outputs], phi, [row]) for row in torch.eye(len(outputs), dtype=torch.float64)]
+        return np.stack([self._coordinates.vector(row) for row in rows])
+
+    def hessian(self, x: Vector, weights: Vector | None = None) -> Vector:
+        """The matrix of second derivatives of weights·f; all weights are 1 by default."""
+        product = self._curved(x, weights)
+        return np.stack([product(row) for row in np.eye(len(x))])
+
+    def hessian_product(self, x: Vector, p: Vector) -> Vector:
+        """The same matrix times p."""
+        return self._curved(x, None)(p)
+
+    def _curved(self, x: Vector, weights: Vector | None) -> Callable[[Vector], Vector]:
+        phi, outputs = self._recorded(x)
+        w = torch.ones_like(outputs) if weights is None else torch.tensor(weights)
+        with torch.enable_grad():
+            slope = gradient(outputs @ w, phi)
+
+        def product(p: Vector) -> Vector:
+            return self._coordinates.vector(vjp(slope, phi, self._coordinates.tensors(p)))
+
+        return product
+
+    def _recorded(self, x: Vector) -> tuple[Tensors, Tensor]:
+        phi = tuple(t.requires_grad_() for t in self._coordinates.tensors(x))
+        with torch.enable_grad():
+            return phi, self._outputs(phi)
