@@ -3,7 +3,7 @@
 #   make test     style, types, tests
 #   make lint     style and types only
 #   make demo     few-shot learning: implicit MAML next to first-order MAML (DEMO=--help lists more)
-#   make bench    what an adaptation step costs, into out/
+#   make bench    the quick measurements (minutes), into out/
 #   make clean    remove everything made here, the environment too
 #
 # PYTHON=python3.12 picks another interpreter, PYTEST="-x -k lam" other tests.
@@ -39,8 +39,9 @@ demo: $(READY)
 	@$(BIN)/python examples/few_shot.py $(DEMO)
 
 bench: $(READY)
-	$(SAY) 'measurements: benchmarks/adaptation.py --out out (omniglot.py takes hours: run it yourself)'
-	@$(BIN)/python benchmarks/adaptation.py --out out
+	$(SAY) 'measurements into out/ (omniglot.py and indefinite.py need data and time: run them yourself)'
+	@for script in adaptation certificates adaptive; do \
+	  $(BIN)/python benchmarks/$$script.py --out out || exit 1; done
 
 $(READY): $(CREATED) setup.py .ci/requirements.txt
 	$(SAY) 'environment 2/2: torch, learn2learn and the rest (the first time several GB and minutes)'

@@ -10,7 +10,6 @@ tensors alive at once in one task (adaptation and meta-gradient), as torch's all
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import learn2learn as l2l
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from tables import Row, write
 from torch import Tensor, nn
 
 import implicit_grad as ig
@@ -59,9 +58,9 @@ def task(learner: nn.Module, images: Tensor, labels: Tensor, steps: int) -> tupl
     return (middle - start) / steps, time.perf_counter() - middle
 
 
-def measure_time(repeats: int, steps: int) -> list[dict[str, object]]:
+def measure_time(repeats: int, steps: int) -> list[Row]:
     """One row for each network and method."""
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     images, labels = torch.rand(5, 1, 28, 28), torch.arange(5)
     for name, make in NETS.items():
         methods = learners(make())
@@ -87,11 +86,11 @@ def measure_time(repeats: int, steps: int) -> list[dict[str, object]]:
     return rows
 
 
-def measure_memory() -> list[dict[str, object]]:
+def measure_memory() -> list[Row]:
     """One row for each method and number of steps, on the convolutional network."""
     images, labels = torch.rand(5, 1, 28, 28), torch.arange(5)
     net = NETS["OmniglotCNN"]()
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for method, learner in learners(net).items():
         task(learner, images, labels, 1)  # so that .grad is there before
         for steps in track(UNROLLED_STEPS if method == "MAML" else STEPS, f"memory, {method}"):
@@ -103,19 +102,7 @@ def measure_memory() -> list[dict[str, object]]:
     return rows
 
 
-def write(rows: list[dict[str, object]], path: Path, console: Console) -> None:
-    """The rows as a CSV file and as a table on the console."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    table = Table(*rows[0].keys(), title=str(path))
-    for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-
-
-def draw(times: list[dict[str, object]], memory: list[dict[str, object]], path: Path) -> None:
+def draw(times: list[Row], memory: list[Row], path: Path) -> None:
     """Step time over first-order MAML's, and memory against steps."""
     import matplotlib
 

@@ -114,7 +114,7 @@ def draw(losses: dict[str, list[float]], paths: list[list[dict[str, float]]], pa
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes: Any = figure.subplots()
     for name, style in (("validation", "-"), ("test", "--")):
-        axes.plot(GRID, losses[name], style, color="0.35", label=f"{name} loss, a fit a point")
+        axes.plot(GRID, losses[name], style, color="0.35", label=f"{name} loss, 52 fits")
     for rows, colour, marker in zip(paths, ("tab:blue", "tab:orange"), "os", strict=True):
         C = [math.exp(row["log_C"]) for row in rows]
         label = f"descent from C = {C[0]:g}, {len(C)} fits"

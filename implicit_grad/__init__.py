@@ -11,6 +11,7 @@ from implicit_grad._errors import (
     InvalidArgumentError,
     InvalidSolutionError,
     LinearSolveError,
+    MissingPackageError,
     Status,
 )
 from implicit_grad._implicit import implicit
@@ -41,6 +42,7 @@ __all__ = [
     "LearnedLam",
     "LinearSolveError",
     "LowRank",
+    "MissingPackageError",
     "Monitor",
     "Neumann",
     "NormalCG",

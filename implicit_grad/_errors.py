@@ -31,6 +31,10 @@ class GraphError(ImplicitGradError):
     """The gradient that autograd asks for does not exist, or can no longer be computed."""
 
 
+class MissingPackageError(ImplicitGradError, ModuleNotFoundError):
+    """A minimiser needs a package that is not installed; `name` is the package."""
+
+
 class LinearSolveError(ImplicitGradError):
     """The backward solve failed and `on_failure="raise"`; `report` holds what is known about it."""
 
@@ -39,6 +43,7 @@ class LinearSolveError(ImplicitGradError):
         self.report = report
 
 
+@enum.unique
 class Status(enum.IntEnum):
     """How a backward solve ended: positive is success, negative is trouble (PETSc's convention)."""
 
@@ -54,9 +59,9 @@ class Status(enum.IntEnum):
     NONFINITE_RHS = -5
     NONFINITE_OPERATOR = -6
     INNER_NOT_STATIONARY = -7
-    DIVERGED = -8
-    BAD_PRECONDITIONER = -9
     DEGENERATE = -8
+    DIVERGED = -9
+    BAD_PRECONDITIONER = -10
 
     @property
     def ok(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 import re
@@ -36,6 +37,10 @@ from implicit_grad.solvers import (
 )
 
 ARGUMENT, SOLUTION = ig.InvalidArgumentError, ig.InvalidSolutionError
+NEEDS_SCIPY = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="no SciPy")
+
+
+START = torch.tensor([1.0, 2.0], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -433,6 +438,13 @@ def test_newton_halves_steps_that_overshoot():
     assert abs(float(NewtonCG(maxiter=10).minimize(objective, init))) < 1e-12
 
 
+def test_newton_halves_steps_that_gain_too_little():
+    """From just below 1 its own step leads to just above −1, and to hardly less."""
+    init = torch.tensor([1 - 1e-6], dtype=torch.float64)
+    end = NewtonCG(maxiter=1).minimize(lambda x: torch.sqrt(1 + x * x).sum(), init)
+    assert abs(float(end)) < 1e-5
+
+
 def test_newton_ends_where_the_objective_is_not_defined():
     """Trial points with NaN are too far; the minimum of x − ln x is 1."""
     init = torch.tensor([1e-3], dtype=torch.float64)
@@ -519,6 +531,35 @@ def test_torch_optimizers_do_what_they_do_in_a_training_loop(optimizer, schedule
         assert torch.equal(found, expected)
 
 
+class LookAhead(torch.optim.Optimizer):
+    """Evaluates at a trial point before it takes a step of gradient descent."""
+
+    def __init__(self, params, trial):
+        super().__init__(params, {})
+        self.trial = trial
+
+    @torch.no_grad()
+    def step(self, closure):
+        (p,) = self.param_groups[0]["params"]
+        loss, before = closure(), p.clone()
+        slope = p.grad.clone()
+        p.fill_(self.trial)
+        closure()
+        p.copy_(before - 0.5 * slope)
+        return loss
+
+
+@pytest.mark.parametrize("trial", [-1.0, 0.0], ids=["where the objective is NaN", "at the minimum"])
+def test_only_the_points_before_steps_are_watched(trial):
+    """A line search may try where the objective is not defined, or the gradient small."""
+
+    def objective(p):
+        return (p * p / 2 + torch.where(p < 0, torch.nan, 0.0)).sum()
+
+    solver = TorchOptim(factory=lambda params: LookAhead(params, trial), steps=3, tol=1e-6)
+    assert solver.minimize(objective, torch.tensor([8.0])) == 1.0
+
+
 def test_torchopt_does_what_it_does_by_hand():
     torchopt = pytest.importorskip("torchopt")
     problem = logistic()
@@ -542,18 +583,16 @@ def test_torchopt_does_what_it_does_by_hand():
 
 
 SCIPY = (
-    pytest.importorskip("scipy", reason="SciPy's own tests")
-    and (
-        "Nelder-Mead Powell CG BFGS Newton-CG L-BFGS-B TNC COBYLA COBYQA SLSQP trust-constr dogleg "
-        "trust-ncg trust-exact trust-krylov"
-    ).split()
-)
+    "Nelder-Mead Powell CG BFGS Newton-CG L-BFGS-B TNC COBYLA COBYQA SLSQP trust-constr dogleg "
+    "trust-ncg trust-exact trust-krylov"
+).split()
 LOOSE = {"Nelder-Mead": 1e-6, "Powell": 1e-6, "COBYLA": 1e-6, "COBYQA": 1e-6, "SLSQP": 1e-5}
 BOUNDED = {"Nelder-Mead", "Powell", "L-BFGS-B", "TNC", "COBYLA", "COBYQA", "SLSQP", "trust-constr"}
 CONSTRAINED = {"COBYLA", "COBYQA", "SLSQP", "trust-constr"}
 TOO_HARD = {"COBYLA"}
 
 
+@NEEDS_SCIPY
 @pytest.mark.parametrize("make", [shapes, tied, logistic, rosenbrock, single])
 @pytest.mark.parametrize("method", SCIPY)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # SciPy's trust-krylov
@@ -590,6 +629,7 @@ def bounded_quadratic() -> tuple[Callable[[Any], Tensor], Any, Any, Any]:
     return objective, init, bounds, minimum
 
 
+@NEEDS_SCIPY
 @pytest.mark.parametrize("as_field", [False, True], ids=["keyword", "field"])
 @pytest.mark.parametrize("method", [m for m in SCIPY if m in BOUNDED])
 def test_scipy_under_bounds(method, as_field):
@@ -606,6 +646,22 @@ def test_scipy_under_bounds(method, as_field):
         dataclasses.replace(solver, bounds=(0, None)).minimize(objective, init, bounds=bounds)
 
 
+@NEEDS_SCIPY
+@pytest.mark.parametrize("method", sorted(BOUNDED))
+def test_a_start_out_of_bounds_is_brought_in(method):
+    """Which SciPy would warn about in one method, and do silently in others."""
+    seen = []
+
+    def objective(x):
+        seen.append(x.detach().item())
+        return ((x - 0.3) ** 2).sum()
+
+    init = torch.tensor([9.0], dtype=torch.float64)
+    phi = SciPyMinimize(method=method, tol=1e-8).minimize(objective, init, bounds=(0.0, 2.0))
+    assert abs(float(phi) - 0.3) < 1e-5
+    assert seen[0] == 2.0 and init == 9.0
+
+
 BOUND_FORMS = {
     "a number": ((0.0, 1.0), [0.0, 0.5, 1.0]),
     "None": (None, [-1.0, 0.5, 2.0]),
@@ -617,6 +673,7 @@ BOUND_FORMS = {
 }
 
 
+@NEEDS_SCIPY
 @pytest.mark.parametrize("form", BOUND_FORMS)
 @pytest.mark.parametrize("solver", [SciPyMinimize(tol=1e-10), GurobiQP()], ids=["SciPy", "Gurobi"])
 def test_forms_of_bounds(form, solver):
@@ -643,6 +700,7 @@ def constrained_projection() -> tuple[Callable[[Tensor], Tensor], dict[str, Any]
     return lambda p: (p - y).square().sum(), given, minimum
 
 
+@NEEDS_SCIPY
 @pytest.mark.parametrize("method", sorted(CONSTRAINED))
 def test_scipy_under_constraints(method):
     objective, given, minimum = constrained_projection()
@@ -652,6 +710,7 @@ def test_scipy_under_constraints(method):
     assert (phi - minimum).abs().max() < (1e-5 if method == "trust-constr" else 1e-6)
 
 
+@NEEDS_SCIPY
 @pytest.mark.parametrize("method", sorted(CONSTRAINED))
 def test_scipy_on_a_curved_constraint(method):
     """The lowest x + y on the circle of radius 2 is (−√2, −√2); so it is in the disc."""
@@ -663,27 +722,25 @@ def test_scipy_on_a_curved_constraint(method):
         assert (phi + math.sqrt(2)).abs().max() < 1e-5
 
 
-def test_scipy_gets_exact_second_derivatives():
-    """Exact Hessians make trust-region methods quadratic: few iterations from far."""
-    problem = rosenbrock()
+@NEEDS_SCIPY
+@pytest.mark.parametrize("method", ["Newton-CG", "dogleg", "trust-exact", "trust-ncg", "BFGS"])
+def test_scipy_takes_the_steps_that_it_takes_with_exact_derivatives(method):
+    """Four iterations from the start, next to SciPy's own Rosenbrock function."""
     from scipy.optimize import minimize, rosen, rosen_der, rosen_hess
 
-    for method in ("trust-exact", "dogleg", "Newton-CG"):
-        calls = []
-
-        def counted(x, calls=calls):
-            calls.append(x)
-            return problem.objective(x)
-
-        SciPyMinimize(method=method, tol=1e-10).minimize(counted, problem.init)
-        start = problem.init.numpy()
-        reference = minimize(rosen, start, jac=rosen_der, hess=rosen_hess, method=method, tol=1e-10)
-        assert len(calls) <= reference.nfev + reference.njev + reference.nhev + 45 * reference.nit
-    values = minimize(rosen, start, jac=rosen_der, hess=rosen_hess, method="trust-exact", tol=1e-10)
-    found = SciPyMinimize(method="trust-exact", tol=1e-10).minimize(problem.objective, problem.init)
-    assert np.allclose(found.numpy(), values.x, rtol=0, atol=1e-12)
+    problem, options = rosenbrock(), {"maxiter": 4}
+    hessian = None if method == "BFGS" else rosen_hess
+    start = problem.init.numpy()
+    reference = minimize(rosen, start, jac=rosen_der, hess=hessian, method=method, options=options)
+    with pytest.warns(ig.ImplicitGradWarning, match=f"{method} stopped"):
+        phi = SciPyMinimize(method=method, options=options).minimize(
+            problem.objective, problem.init
+        )
+    assert np.allclose(phi.numpy(), reference.x, rtol=1e-9)
+    assert slope_at(problem.objective, phi).norm() > 1e-2
 
 
+@NEEDS_SCIPY
 def test_scipys_tolerance_is_the_gradients():
     problem = rosenbrock()
     for method, tol in itertools.product(("L-BFGS-B", "TNC", "BFGS", "trust-ncg"), (1e-3, 1e-7)):
@@ -691,6 +748,7 @@ def test_scipys_tolerance_is_the_gradients():
         assert slope_at(problem.objective, phi).abs().max() <= tol
 
 
+@NEEDS_SCIPY
 def test_scipys_failure_is_a_warning_with_its_message():
     problem = rosenbrock()
     few = SciPyMinimize(method="BFGS", options={"maxiter": 3})
@@ -700,8 +758,11 @@ def test_scipys_failure_is_a_warning_with_its_message():
     infeasible = {"equality": lambda p: p.sum() - 1, "inequality": lambda p: p.square().sum()}
     with pytest.warns(ig.ImplicitGradWarning, match="SLSQP stopped"):
         SciPyMinimize(method="SLSQP").minimize(torch.sum, problem.init, **infeasible)
+    with pytest.warns(ig.ImplicitGradWarning, match="SLSQP stopped"):  # gradient or not
+        SciPyMinimize(method="SLSQP").minimize(lambda p: 0 * p.sum(), problem.init, **infeasible)
 
 
+@NEEDS_SCIPY
 def test_scipys_failure_at_rounding_level_is_none():
     """The line search cannot go on, SciPy says so, and the gradient is as good as zero."""
     from scipy.optimize import minimize
@@ -722,6 +783,7 @@ def test_scipys_failure_at_rounding_level_is_none():
     assert slope_at(objective, phi).norm() < 1e-5
 
 
+@NEEDS_SCIPY
 def test_at_a_bound_only_the_projected_gradient_counts_for_success():
     """The gradient at the bounds is large, and the run ends for want of iterations."""
     bounds = (torch.tensor([0.5, 0.5]), None)
@@ -737,6 +799,7 @@ ROOT_METHODS = (
 ).split()
 
 
+@NEEDS_SCIPY
 @pytest.mark.parametrize("method", ROOT_METHODS)
 @pytest.mark.filterwarnings("ignore:An ill-conditioned matrix")  # SciPy's anderson
 def test_every_root_finder_of_scipy_reaches_the_root(method):
@@ -744,21 +807,14 @@ def test_every_root_finder_of_scipy_reaches_the_root(method):
 
     def residual(phi):
         x = torch.cat([phi["x"], phi["y"].reshape(1)])
-        # mixing methods go along −f with a step of 1/alpha, so f has to fall that way
         f = b - x + torch.tanh(W @ x) / 3
         return {"x": f[:2], "y": f[2]}
 
     init = {"x": torch.zeros(2, dtype=torch.float64), "y": torch.zeros((), dtype=torch.float64)}
-    sign = -1 if method in ("linearmixing", "excitingmixing", "diagbroyden") else 1
-    options = {"jac_options": {"alpha": 0.8}} if sign < 0 else None
-
-    def oriented(phi):
-        return optree.tree_map(lambda f: f * sign if method != "x" else f, residual(phi))
-
+    mixing = method in ("linearmixing", "excitingmixing", "diagbroyden")
+    options = {"jac_options": {"alpha": 0.8}} if mixing else None
     with torch.no_grad():
-        phi = SciPyRoot(method=method, tol=1e-11, options=options).find_root(
-            oriented if sign > 0 else residual, init
-        )
+        phi = SciPyRoot(method=method, tol=1e-11, options=options).find_root(residual, init)
     assert flat(residual(phi)).norm() < 1e-9
     x = torch.zeros(3, dtype=torch.float64)
     for _ in range(200):
@@ -767,6 +823,61 @@ def test_every_root_finder_of_scipy_reaches_the_root(method):
     assert phi["y"].shape == ()
 
 
+@NEEDS_SCIPY
+def test_root_finders_failure_at_rounding_level_is_none():
+    from scipy.optimize import root
+
+    def residual(x):
+        return x**3 + x - 2 / 3
+
+    reference = root(residual, START.numpy(), tol=0.0)
+    assert not reference.success and abs(reference.fun).max() < 1e-15
+    phi = SciPyRoot(tol=0.0).find_root(residual, START)  # no warning
+    assert residual(phi).norm() < 1e-15
+
+
+@NEEDS_SCIPY
+@pytest.mark.parametrize("method", ["hybr", "lm", "krylov"])
+def test_jacobians_are_autograds_where_they_are_used(method):
+    recorded = []
+
+    def residual(x):
+        recorded.append(torch.is_grad_enabled() and x.requires_grad)
+        return x**3 + x - 2
+
+    SciPyRoot(method=method).find_root(residual, START)
+    assert any(recorded) == (method != "krylov")
+    assert len(recorded) < 40
+
+
+def test_flat_functions_derivatives():
+    """Against torch.autograd.functional, for a function of two tensors with two outputs."""
+    from implicit_grad.solvers._flat import Coordinates
+    from implicit_grad.solvers._objective import Variables
+
+    init = {"a": normal(2, seed=1, grad=False), "b": normal(1, 2, seed=2, grad=False)}
+    at = Coordinates(Variables(GurobiQP(), init))
+
+    def on_vector(x):
+        return torch.stack([(x[:2] * x[2:]).sin().sum(), x.pow(3).sum()])
+
+    f = at.function("f", lambda phi: list(on_vector(torch.cat([phi["a"], phi["b"][0]]))))
+    x, w, p = at.start, np.array([0.5, -2.0]), np.arange(4.0)
+    there = torch.tensor(x)  # a copy
+    assert np.allclose(f(x), on_vector(there))
+    jacobian = torch.autograd.functional.jacobian(on_vector, there)
+    assert np.allclose(f.jacobian(x), jacobian)
+    for weights in (w, None):
+        v = torch.ones(2).double() if weights is None else torch.tensor(w)
+        hessian = torch.autograd.functional.hessian(lambda x, v=v: on_vector(x) @ v, there)
+        assert np.allclose(f.hessian(x, weights), hessian)
+    assert np.allclose(f.hessian_product(x, p), hessian.numpy() @ p)
+    phi = at.tensors(x)
+    x += 1  # as SciPy does, which reuses its vectors
+    assert torch.equal(torch.cat([phi[0], phi[1][0]]), there)
+
+
+@NEEDS_SCIPY
 def test_root_finders_failure_is_a_warning():
     with pytest.warns(ig.ImplicitGradWarning, match=r"hybr stopped without success, at a residual"):
         SciPyRoot().find_root(lambda x: x * x + 1, torch.tensor([1.0]).double())
@@ -779,6 +890,7 @@ def test_root_finders_failure_is_a_warning():
 # Gurobi
 
 
+@NEEDS_SCIPY
 def test_gurobi_matches_slsqp_on_random_programs():
     pytest.importorskip("gurobipy")
     for seed in range(5):
@@ -826,7 +938,8 @@ def test_gurobi_in_float32_and_without_constraints():
 
 GUROBI_ERRORS = {
     "cubic": (lambda p: (p**3).sum() + 9 * (p * p).sum(), {}, ARGUMENT, "objective must be quad"),
-    "kink": (lambda p: p.abs().sum(), {}, ARGUMENT, "objective must be quadratic"),
+    "kink": (lambda p: p[0].abs() + p[1], {}, ARGUMENT, "objective must be quadratic"),
+    "another kink": (lambda p: p[0] + p[1].abs(), {}, ARGUMENT, "objective must be quadratic"),
     "concave": (lambda p: -(p * p).sum(), {}, ARGUMENT, r"not convex.*eigenvalues from -2 to -2"),
     "saddle": (lambda p: p[0] * p[1], {}, ARGUMENT, "not convex.*from -1 to 1"),
     "curved row": (torch.sum, {"equality": lambda p: p.square()}, ARGUMENT, "equality must be aff"),
@@ -843,6 +956,18 @@ GUROBI_ERRORS = {
         "GurobiQP: the problem is infeasible",
     ),
     "unbounded": (torch.sum, {"bounds": (None, 0)}, SOLUTION, "GurobiQP: the problem is unbounded"),
+    "infeasible and falling": (
+        torch.sum,
+        {"inequality": lambda p: [p + 1, 1 - p]},
+        SOLUTION,
+        "the problem is infeasible: no phi",
+    ),
+    "unbounded along an equality": (
+        torch.sum,
+        {"equality": lambda p: p[0] - p[1]},
+        SOLUTION,
+        "the problem is unbounded: the objective falls",
+    ),
     "not a number": (lambda p: torch.log(p - 9).sum(), {}, SOLUTION, "GurobiQP: at step 0.*nan"),
 }
 
@@ -890,8 +1015,10 @@ EVERY = {
         if name != "LBFGS"
     },
     "LBFGS": lambda: lbfgs(RIDGE, tol=1e-8, steps=20),
-    "SciPy": lambda: SciPyMinimize(tol=1e-11),
-    "SciPy trust-exact": lambda: SciPyMinimize(method="trust-exact", tol=1e-11),
+    "SciPy": lambda: pytest.importorskip("scipy") and SciPyMinimize(tol=1e-11),
+    "SciPy trust-exact": lambda: (
+        pytest.importorskip("scipy") and SciPyMinimize(method="trust-exact", tol=1e-11)
+    ),
     "Gurobi": lambda: pytest.importorskip("gurobipy") and GurobiQP(),
 }
 
@@ -910,6 +1037,51 @@ def test_hypergradients_match_the_closed_form(solver, condition):
         phi = ig.implicit(EVERY[solver](), condition, on_failure="raise")(*args[:3])
     for found, exact in zip(torch.autograd.grad(wavy(phi), args), expected, strict=True):
         assert (found - exact).norm() < (1e-7 if solver == "LBFGS" else 1e-9) * exact.norm()
+
+
+CONSTRAINED_SOLVERS = {
+    "SLSQP": lambda: SciPyMinimize(method="SLSQP", tol=1e-14),
+    "COBYQA": lambda: SciPyMinimize(method="COBYQA", tol=1e-10),
+    "Gurobi": lambda: pytest.importorskip("gurobipy") and GurobiQP(),
+}
+
+
+@NEEDS_SCIPY
+@pytest.mark.parametrize("solver", CONSTRAINED_SOLVERS)
+def test_hypergradients_of_a_projection_on_the_simplex(solver):
+    """On the support S of the solution, dφ/dy = I − 11ᵀ/|S|; off it, 0."""
+    y = torch.tensor([0.9, 0.5, -0.3, 0.1, 0.05], dtype=torch.float64, requires_grad=True)
+    condition = ig.argmin(
+        lambda p, y: (p - y).square().sum(), bounds=(0, None), equality=lambda p, y: p.sum() - 1
+    )
+    phi = ig.implicit(CONSTRAINED_SOLVERS[solver](), condition, on_failure="raise")(y)
+    threshold = (1.4 - 1) / 2  # by Held, Wolfe and Crowder's algorithm: 0.9 and 0.5 stay
+    assert (phi - (y - threshold).clamp_min(0)).abs().max() < 1e-7
+    support = (y.detach() > threshold + 1e-9).double()
+    weights = torch.arange(1.0, 6.0, dtype=torch.float64)
+    (slope,) = torch.autograd.grad((weights * phi).sum(), [y])
+    on_support = weights * support
+    expected = on_support - support * on_support.sum() / support.sum()
+    assert (slope - expected).abs().max() < 1e-6
+
+
+@NEEDS_SCIPY
+def test_root_finders_go_with_roots_and_fixed_points():
+    """x = tanh(W x)/3 + b, either way; the reference unrolls the iteration."""
+    W, b = normal(4, 4, seed=1), normal(4, seed=2)
+    x = torch.zeros(4, dtype=torch.float64)
+    for _ in range(100):
+        x = torch.tanh(W @ x / 4) / 3 + b
+    expected = torch.autograd.grad(wavy(x), [W, b])
+    conditions = (
+        ig.fixed_point(lambda x, b, W: torch.tanh(W @ x / 4) / 3 + b),
+        ig.root(lambda x, b, W: x - b - torch.tanh(W @ x / 4) / 3),
+    )
+    for condition, method in itertools.product(conditions, ("hybr", "lm", "krylov", "broyden1")):
+        solver = SciPyRoot(method=method, tol=1e-12)
+        phi = ig.implicit(solver, condition, on_failure="raise")(b, W)
+        for found, exact in zip(torch.autograd.grad(wavy(phi), [W, b]), expected, strict=True):
+            assert (found - exact).norm() < 1e-9 * exact.norm()
 
 
 # what cannot work
@@ -989,9 +1161,6 @@ def test_numbers_of_other_kinds_are_fine(good):
     assert NewtonCG(maxiter=0, cg=1).minimize(torch.sum, torch.ones(2)).tolist() == [1, 1]
 
 
-START = torch.tensor([1.0, 2.0], dtype=torch.float64)
-
-
 def scipy_with(**given: Any) -> Callable[[], Any]:
     return lambda: SciPyMinimize().minimize(torch.sum, START, **given)
 
@@ -1039,6 +1208,8 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("sentence", BAD_CALLS)
 def test_calls_that_cannot_work(sentence):
+    if sentence.startswith("SciPy"):
+        pytest.importorskip("scipy")
     with pytest.raises(ARGUMENT, match=f"^{sentence}"):
         BAD_CALLS[sentence]()
 
@@ -1069,6 +1240,7 @@ def test_gradient_descent_diverges_at_the_step_it_says():
         GradientDescent(lr=1e38, steps=1).minimize(lambda p: (p**4).sum(), torch.tensor([10.0]))
 
 
+@NEEDS_SCIPY
 @pytest.mark.parametrize("where", ["value", "gradient"])
 def test_nan_at_init_is_an_error(descent, where):
     def objective(p):
@@ -1083,6 +1255,7 @@ def test_nan_at_init_is_an_error(descent, where):
         SciPyRoot().find_root(torch.log, torch.tensor([-1.0, 2.0]))
 
 
+@NEEDS_SCIPY
 def test_nan_at_the_end_is_an_error_of_scipy():
     def objective(p):
         return torch.where(p < 0, torch.nan, p).sum() if p.requires_grad else p.sum() * torch.inf
@@ -1093,6 +1266,7 @@ def test_nan_at_the_end_is_an_error_of_scipy():
             SciPyMinimize(method="Nelder-Mead").minimize(objective, START)
 
 
+@NEEDS_SCIPY
 def test_an_empty_phi_is_returned_as_it_is(descent):
     def objective(phi):
         return torch.zeros((), dtype=torch.float64, requires_grad=True) * 1

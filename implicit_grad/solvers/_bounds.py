@@ -64,10 +64,7 @@ def _spread(bound: Any, side: str, infinity: float, variables: Variables) -> lis
             bound, variables.container, none_is_leaf=True, namespace=_tree.NAMESPACE
         )
         found = {
-            id(t): torch.as_tensor(infinity if b is None else b)
-            .detach()
-            .to(t.device, t.dtype)
-            .expand_as(t)
+            id(t): torch.as_tensor(infinity if b is None else b).to(t.device, t.dtype).expand_as(t)
             for b, t in zip(spread, like, strict=True)
             if torch.is_tensor(t)
         }

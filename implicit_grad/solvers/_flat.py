@@ -17,7 +17,7 @@ from implicit_grad import _tree
 from implicit_grad._ad import gradient, vjp
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._tree import Flat, Tensors
-from implicit_grad.solvers._objective import Variables
+from implicit_grad.solvers._objective import Objective, Variables
 
 Vector = npt.NDArray[np.float64]
 
@@ -42,6 +42,14 @@ class Coordinates:
     def result(self, x: Vector) -> Any:
         """The container that x stands for."""
         return self._variables.result(self.tensors(x))
+
+    def negligible(self, values: Vector, first: Vector) -> bool:
+        """Whether the values are at rounding level, by what they were at the start."""
+        return bool(np.linalg.norm(values) <= self.eps**0.5 * max(1.0, np.linalg.norm(first)))
+
+    def objective(self, objective: Objective) -> FlatFunction:
+        """The objective as a function with one output."""
+        return FlatFunction(lambda phi: objective(phi).reshape(1).cpu().double(), self)
 
     def function(self, name: str, function: Callable[[Any], Any]) -> FlatFunction:
         """A function of the container, whose outputs are tensors in any container."""

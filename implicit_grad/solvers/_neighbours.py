@@ -5,13 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from implicit_grad._errors import ImplicitGradError
+from implicit_grad._errors import MissingPackageError
 
 _EXTRAS = {"scipy": "scipy", "gurobipy": "gurobi"}
-
-
-class MissingPackageError(ImplicitGradError, ModuleNotFoundError):
-    """A minimiser needs a package that is not installed; `name` is the package."""
 
 
 @contextlib.contextmanager

@@ -100,8 +100,8 @@ class Objective(Variables):
 
 
 _WHY = (
-    "the steps are too long for this objective (lower lr?), or it is not defined everywhere on "
-    "the way. Start elsewhere, or choose a minimiser with a line search"
+    "a step was too long for this objective (lower lr, or choose a minimiser with a line search), "
+    "or it is not defined everywhere on the way (start elsewhere)"
 )
 
 

@@ -42,11 +42,13 @@ class GurobiQP:
             the dual simplex method and tolerances of 1e-9, so that active constraints can be told
             from the others.
 
-    ```python
-    distance = lambda phi: (phi - y).square().sum()
-    on_simplex = {"bounds": (0, None), "equality": lambda phi: phi.sum() - 1}
-    projection = GurobiQP().minimize(distance, init=y, **on_simplex)
-    ```
+    The nearest point to y with positive elements that sum to 1:
+
+    >>> y = torch.tensor([0.75, 0.5, -0.5])
+    >>> distance = lambda phi: (phi - y).square().sum()
+    >>> on_simplex = {"bounds": (0, None), "equality": lambda phi: phi.sum() - 1}
+    >>> GurobiQP().minimize(distance, y, **on_simplex)
+    tensor([0.6250, 0.3750, 0.0000])
     """
 
     params: dict[str, Any] | None = None
@@ -130,7 +132,7 @@ def _quadratic(seen: Objective, at: Coordinates) -> tuple[Vector, Vector]:
     def slope(x: Vector) -> Vector:
         return at.vector(seen.at(at.tensors(x)).slope)
 
-    hessian = FlatFunction(lambda phi: seen(phi).reshape(1).cpu().double(), at).hessian(at.start)
+    hessian = at.objective(seen).hessian(at.start)
     Q: Vector = (hessian + hessian.T) / 2
     c: Vector = slope(at.start) - Q @ at.start
     _check_linear("objective must be quadratic in phi", slope, Q, c, at)

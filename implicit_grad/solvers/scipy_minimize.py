@@ -145,8 +145,7 @@ class SciPyMinimize:
     ) -> bool:
         """Whether the gradient is at rounding level, but for what pushes against the bounds."""
         projected = x - limits.clip(x - at.vector(seen.at(at.tensors(x)).slope))
-        small = at.eps**0.5 * max(1.0, float(np.linalg.norm(first)))
-        return bool(np.linalg.norm(projected) <= small)
+        return at.negligible(projected, first)
 
 
 def _check_method(method: str, bounds: bool, rows: bool) -> None:
@@ -171,38 +170,25 @@ def _with_derivatives(method: str, seen: Objective, at: Coordinates) -> dict[str
         return here.value, at.vector(here.slope)
 
     given: dict[str, Any] = {"fun": value_and_slope, "jac": True}
-    flat = FlatFunction(lambda phi: seen(phi).reshape(1).cpu().double(), at)
     if method in _WITH_HESSIAN_PRODUCTS:
-        given["hessp"] = flat.hessian_product
+        given["hessp"] = at.objective(seen).hessian_product
     elif method in _WITH_HESSIAN:
-        given["hess"] = flat.hessian
+        given["hess"] = at.objective(seen).hessian
     return given
 
 
 def _constraints(method: str, rows: dict[str, FlatFunction]) -> list[Any]:
-    """The constraints for SciPy; functions of φ ≤ 0 are ≥ 0 there in the older form."""
+    """The constraints for SciPy, in the newer form for trust-constr and the older for the rest."""
     from scipy.optimize import NonlinearConstraint
 
+    def newer(f: FlatFunction, lower: float) -> Any:
+        return NonlinearConstraint(f, lower, 0.0, f.jacobian, f.hessian)
+
+    def older(f: FlatFunction, kind: str) -> Any:  # an inequality is at least 0 there
+        return {"type": kind, "fun": lambda x: -f(x), "jac": lambda x: -f.jacobian(x)}
+
     if method == "trust-constr":
-        return [
-            NonlinearConstraint(
-                function,
-                0.0 if name == "equality" else -np.inf,
-                0.0,
-                function.jacobian,
-                function.hessian,
-            )
-            for name, function in rows.items()
-        ]
-    constraints = []
-    for name, function in rows.items():
-        kind = "eq" if name == "equality" else "ineq"
-        sign = 1.0 if name == "equality" else -1.0
-        constraints.append(
-            {
-                "type": kind,
-                "fun": lambda x, f=function, s=sign: s * f(x),
-                "jac": lambda x, f=function, s=sign: s * f.jacobian(x),
-            }
-        )
-    return constraints
+        lower = {"equality": 0.0, "inequality": -np.inf}
+        return [newer(f, lower[name]) for name, f in rows.items()]
+    kinds = {"equality": "eq", "inequality": "ineq"}
+    return [older(f, kinds[name]) for name, f in rows.items()]

@@ -84,12 +84,11 @@ class SciPyRoot:
                 function, at.start, method=method, jac=jacobian, tol=self.tol, options=self.options
             )
             phi = at.result(found.x)
-            size = float(np.linalg.norm(function(found.x)))
-            small = at.eps**0.5 * max(1.0, float(np.linalg.norm(first)))
-            if not found.success and not size <= small:
+            last = function(found.x)
+            if not found.success and not at.negligible(last, first):
                 warnings.warn(
-                    f"SciPyRoot: {method} stopped without success, at a residual of {size:.1e}: "
-                    f"{found.message}",
+                    f"SciPyRoot: {method} stopped without success, at a residual of "
+                    f"{np.linalg.norm(last):.1e}: {found.message}",
                     ImplicitGradWarning,
                     stacklevel=2,
                 )

@@ -22,9 +22,10 @@ class TorchOpt(Stepwise):
         tol: stop when ‖∇objective‖₂ is at most this, in the objective's units over φ's.
         rtol: or when it is at most `rtol` times its value at init, 0 < rtol < 1.
 
-    ```python
-    adam = TorchOpt(transform=torchopt.adam(lr=0.1), tol=1e-6)
-    ```
+    >>> import torch, torchopt
+    >>> sgd = TorchOpt(transform=torchopt.sgd(lr=0.5), steps=3)
+    >>> sgd.minimize(lambda phi: (phi * phi).sum() / 2, torch.tensor([8.0]))
+    tensor([1.])
     """
 
     transform: Any
