@@ -82,6 +82,9 @@ class _MinimalResidual(Run):
             # the last rotation, on the new column; then a new one, to make beta disappear
             delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
             epsilon_before, epsilon, delta_bar = epsilon, s * beta, -c * beta
+            if c * gamma_bar > eps * size:  # the residual's own curvature: Liu and Roosta (2022)
+                z_r = self.operator.over_scale(r)
+                self.meet(-c * gamma_bar * dot(r, z_r) / dot(z_r, z_r))
             gamma = math.hypot(gamma_bar, beta)
             slope = math.hypot(gamma_bar, delta_bar)  # ‖M r‖ over ‖r‖
             if slope <= math.sqrt(eps) * size and least_squares is None:
@@ -102,5 +105,5 @@ class _MinimalResidual(Run):
                 self.status = Status.CONVERGED
                 return
             if sum(gains) <= (eps * start) ** 2:
-                self.status = Status.STAGNATED
+                self.status = self.budget.stalled
                 return

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from implicit_grad._errors import Status
 from implicit_grad._linear import LinearSolution, Operator, dot, norm, relative_residual
-from implicit_grad._stopping import Iterative
+from implicit_grad._stopping import SLACK, Iterative
+
+# Mᵀs is 0 to working precision if it is this many times eps of what its size could be.
+_ROUNDING = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,14 +33,14 @@ class NormalCG(Iterative):
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         """CGLS: the residual s of the system is carried, that of the normal equations is Mᵀs."""
         budget = self.budget(operator, rhs, unit)
-        eps = operator.precision(rhs)
+        eps = torch.finfo(rhs.dtype).eps
         status, least, greatest = budget.exhausted, math.inf, 0.0
         x, s = torch.zeros_like(rhs), rhs.clone()
         r = operator.rmatvec(s)
         p, rr = r.clone(), dot(r, r)
         iterations = 0
         while iterations < budget.maxiter:
-            if math.sqrt(rr) <= eps * greatest * norm(s):
+            if math.sqrt(rr) <= _ROUNDING * eps * greatest * norm(s):
                 status = Status.SINGULAR  # a least-squares solution, and s is not small
                 break
             product = operator.matvec(p)
@@ -60,7 +63,7 @@ class NormalCG(Iterative):
             rr = dot(r, r)
             p.mul_(rr / rr_before).add_(r)
         residual = relative_residual(operator, x, rhs)
-        if status == Status.CONVERGED and residual * norm(rhs) > 2 * budget.target:
-            status = Status.STAGNATED
+        if status == Status.CONVERGED and residual * norm(rhs) > SLACK * budget.target:
+            status = budget.stalled
         met = (least, greatest) if least <= greatest else None
         return LinearSolution(x, status, iterations, residual, met)

@@ -12,14 +12,12 @@ from torch import Tensor
 from implicit_grad._bounds import ErrorWatch
 from implicit_grad._errors import Status
 from implicit_grad._linear import LinearSolution, Operator, dot, norm
-from implicit_grad._stopping import Budget, Run
+from implicit_grad._stopping import SLACK, Budget, Run
 
 # Energy gained over this many iterations decides whether CG still makes progress.
 _PATIENCE = 5
 # A step so long that rounding in M times it is this many right-hand sides leads nowhere.
 _LOST = 100
-# A recomputed error may be this many times the tolerance that the carried one satisfied.
-_SLACK = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +49,15 @@ class ConjugateGradients(Run):
         self._claim: _Claim | None = None
 
     def start_at(self, x: Tensor) -> None:
-        """Start from x if it is nearer than 0, as its residual tells; takes one product."""
+        """Start from x if it is nearer than 0 in the energy norm; takes one product, and x itself.
+
+        (x − x*)ᵀM(x − x*) − x*ᵀM x* = −xᵀ(rhs + residual). The residual's size would not tell: that
+        of CG's iterates may well be larger than the right-hand side's.
+        """
         residual = self.rhs - self.operator.matvec(x)
         self.iterations += 1
-        if norm(residual) < norm(self.rhs):
-            self.x, self.residual, self.warm = x.clone(), residual, True
+        if dot(x, self.rhs + residual) > 0:
+            self.x, self.residual, self.warm = x, residual, True
 
     def iterate(self) -> None:
         """Conjugate gradients on operator · d = residual, adding d to x."""
@@ -105,7 +107,7 @@ class ConjugateGradients(Run):
                 return
             energy, gains = energy + gain, [*gains[1:], gain]
             if sum(gains) <= eps**2 * energy:
-                self.status = Status.STAGNATED
+                self.status = self.budget.stalled
                 return
             p.mul_(beta).add_(z, alpha=weight)
 
@@ -122,7 +124,11 @@ class ConjugateGradients(Run):
         """The promise is a small residual, or, if the error ended the run, a small error."""
         if super()._kept(size) or self._claim is None:
             return super()._kept(size)
-        return self._claim.error + (self.gap or 0.0) / self._claim.mu <= _SLACK * self._error_limit
+        return self._claim.error + (self.gap or 0.0) / self._claim.mu <= SLACK * self._error_limit
+
+    @property
+    def _missed(self) -> Status:
+        return super()._missed if self._claim is None else Status.STAGNATED
 
     def _preconditioned(self, r: Tensor) -> tuple[Tensor, float]:
         """z and w with w·z = r preconditioned; a scale that is a number costs no vector."""

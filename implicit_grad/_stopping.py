@@ -16,7 +16,7 @@ from implicit_grad._linear import LinearSolution, LinearSolver, Operator, norm
 # A restart from the recomputed residual must cut it by this factor to be worth the products.
 _RESTART_GAIN = 0.5
 # A recomputed residual may be this many times the tolerance that the carried one satisfied.
-_SLACK = 2
+SLACK = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,11 @@ class Budget:
         """The status of a run that used all its iterations."""
         return Status.TRUNCATED if self.fixed else Status.MAX_ITER
 
+    @property
+    def stalled(self) -> Status:
+        """The status of a run that rounding keeps from its tolerance."""
+        return Status.TRUNCATED if self.fixed else Status.STAGNATED
+
 
 class Run(abc.ABC):
     """One solve by an iteration: the iterate, the residual carried with it, and what was met."""
@@ -110,9 +115,9 @@ class Run(abc.ABC):
             carried, self.residual = self.residual, self.rhs - self.operator.matvec(self.x)
             self._measure(carried)
             size = norm(self.residual)
-            if self.status in (Status.CONVERGED, Status.STAGNATED):
+            if self.status in (Status.CONVERGED, self.budget.stalled):
                 small = self._kept(size)
-                self.status = Status.CONVERGED if small else Status.STAGNATED
+                self.status = Status.CONVERGED if small else self._missed
                 room = self.iterations < self.budget.maxiter and not self.budget.fixed
                 if not small and room and size < _RESTART_GAIN * before:
                     before, self.restarted = size, True
@@ -122,7 +127,12 @@ class Run(abc.ABC):
 
     def _kept(self, size: float) -> bool:
         """Whether a recomputed residual of this size keeps the promise of convergence."""
-        return size <= _SLACK * self.budget.target
+        return size <= SLACK * self.budget.target
+
+    @property
+    def _missed(self) -> Status:
+        """The status of a run whose promise was not kept."""
+        return self.budget.stalled
 
     def _measure(self, carried: Tensor) -> None:
         """The true residual and its distance from the carried one, in the units of the bounds.

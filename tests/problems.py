@@ -16,6 +16,10 @@ import implicit_grad as ig
 LINEAR_SOLVERS = {
     "default": None,
     "CG": ig.CG(rtol=1e-13),
+    "CG+Jacobi": ig.CG(rtol=1e-13, preconditioner=ig.Jacobi()),
+    "CG+Nystrom": ig.CG(rtol=1e-13, preconditioner=ig.Nystrom(rank=3)),
+    "CG+warm": ig.CG(rtol=1e-13, warm_start=ig.WarmStart()),
+    "MINRES": ig.MINRES(rtol=1e-13),
     "NormalCG": ig.NormalCG(rtol=1e-13),
     "Exact": ig.Exact(),
 }
