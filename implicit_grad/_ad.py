@@ -11,6 +11,9 @@ from torch import Tensor
 
 from implicit_grad._tree import Tensors
 
+# What torch's decorator makes of a backward method is recognised by the code that it shares.
+_ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
 
 def vjp(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
@@ -147,9 +150,9 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
             tensor._backward_hooks = own
 
 
-def walk(roots: Iterable[Tensor], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
-    """The nodes of the graph behind the roots; does not go past nodes for which `stop` holds."""
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
+def walk(roots: Iterable[Any], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
+    """The nodes of the graph behind the roots (tensors, or nodes themselves); not past `stop`."""
+    pending = [node for node in (getattr(r, "grad_fn", r) for r in roots) if node is not None]
     seen = set(pending)
     while pending:
         node = pending.pop()
@@ -172,6 +175,24 @@ def leaves_behind(
         if leaf is not None:
             found[id(leaf)] = leaf
     return tuple(found.values())
+
+
+def once_differentiable(value: Tensor, phi: Sequence[Tensor]) -> bool:
+    """Whether a custom Function between φ and the value is marked as differentiable once.
+
+    torch may take it, without a word, for a function without curvature.
+    """
+    ids, own = {id(p) for p in phi}, {p.grad_fn for p in phi} - {None}
+
+    def is_phi(node: Any) -> bool:
+        return node in own or id(getattr(node, "variable", None)) in ids
+
+    def is_marked(node: Any) -> bool:
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        return getattr(backward, "__code__", None) is _ONCE
+
+    marked = [node for node in walk([value], is_phi) if is_marked(node)]
+    return any(is_phi(node) for node in walk(marked, is_phi))
 
 
 def is_transformed(tensors: Iterable[Tensor]) -> bool:

@@ -135,14 +135,18 @@ def _linearize(
     with torch.no_grad():
         slope = flat.ravel(gradient(objective.value, phi))
         size = close * float(slope.abs().max()) if slope.numel() else 0.0
-        at_lower, at_upper = bounds.at(phi, close)
-        near = [g for g in inequality if g >= -close]
-        mu, kept = _multipliers(slope, equality, near, ~(at_lower | at_upper), phi, flat, size)
+        near_lower, near_upper = bounds.at(phi, close)
+        beyond_lower, beyond_upper = bounds.at(phi, -close)
+        # what is violated has to be felt in F, whatever its multiplier
+        equality = [*equality, *(g for g in inequality if g > close)]
+        near = [g for g in inequality if g.abs() <= close]
+        mu, kept = _multipliers(slope, equality, near, ~(near_lower | near_upper), phi, flat, size)
         rows = [*equality, *(g for g, stays in zip(near, kept, strict=True) if stays)]
         force = slope + sum(m * _row(c, phi, flat) for m, c in zip(mu, rows, strict=True))
         # at a bound the force pushes outwards; where there is none, the bound does not act
-        at_lower, at_upper = at_lower & (force > size), at_upper & (force < -size)
-        resting = bounds.at(phi, close)[0] | bounds.at(phi, close)[1]
+        at_lower = (near_lower & (force > size)) | beyond_lower
+        at_upper = (near_upper & (force < -size)) | beyond_upper
+        resting = (near_lower & ~beyond_lower) | (near_upper & ~beyond_upper)
         degenerate = not all(kept) or bool((resting & (force.abs() <= size)).any())
     around = _Saddle(objective, bounds, rows, mu, at_lower, at_upper, flat)
     around.degenerate = degenerate
@@ -211,14 +215,18 @@ class _Saddle(Linearization):
         super().__init__((*held, *tail), unknowns, (*stationarity, *tail), guard=objective.guard)
 
     def extended(self, v: Tensors) -> Tensors:
-        """(v, 0), and 0 for the elements at bounds, which no argument but the bound can move."""
-        return (*self._free(v), *(torch.zeros_like(m) for m in self.phi[self._size :]))
+        """(v, 0), and 0 for the elements at bounds, which no argument but the bound can move.
+
+        A v that has a part for the multipliers already keeps it.
+        """
+        multipliers = v[self._size :] or tuple(map(torch.zeros_like, self.phi[self._size :]))
+        return (*self._free(v), *multipliers)
 
     def completed(self, u: Tensors, v: Tensors) -> Tensors:
         """u with v − Aᵀu for the elements at bounds: what moving the bounds does."""
         if not self._bounds.differentiable:
             return u
-        moved = super().curved_transposed(u)
+        moved = super().curved_transposed((*self._free(u), *u[self._size :]))
         at_bounds = tuple(
             torch.where(fixed, w - m, x)
             for fixed, w, m, x in zip(self._fixed, v, moved, u, strict=False)

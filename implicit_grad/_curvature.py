@@ -15,8 +15,8 @@ from torch import Tensor
 from implicit_grad._ad import (
     Linearization,
     gradient,
+    once_differentiable,
     vjp,
-    walk,
     without_hooks,
 )
 from implicit_grad._errors import GraphError, InvalidArgumentError
@@ -28,8 +28,6 @@ CURVATURES = ("auto", "hessian", "gauss_newton", "finite_difference")
 _NO_DOUBLE_BACKWARD = re.compile(
     r"derivative for .* is not implemented|double backward|once_differentiable"
 )
-# What torch's decorator makes of a backward method is recognised by the code that it shares.
-_ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 CHANGED = (
     "the condition's function has other derivatives when it is evaluated again: it refers to a "
     "variable that has changed since the solver ran, or it is random. Pass everything it needs as "
@@ -69,9 +67,14 @@ class Objective:
         """F around φ, with products of the kind asked for."""
         if curvature == "finite_difference":
             return FiniteDifference(self)
-        if curvature == "gauss_newton":
-            return GaussNewton(self)
-        return Hessian(self) if curvature == "hessian" else Ladder(self)
+        if curvature == "auto":
+            return Ladder(self)
+        if once_differentiable(self.value, self.phi):
+            raise GraphError(
+                f'curvature="{curvature}": a custom Function between phi and the objective is '
+                'marked as once_differentiable, and has no second derivative; use "auto"'
+            )
+        return GaussNewton(self) if curvature == "gauss_newton" else Hessian(self)
 
 
 class Hessian(Linearization):
@@ -130,7 +133,8 @@ class FiniteDifference(Hessian):
 
     ∇²G u ≈ (∇G(φ + εu) − ∇G(φ − εu)) / 2ε with ε = eps^(1/3) max(1, ‖φ‖) / ‖u‖, where the errors
     of truncation and rounding balance: relative errors are around 1e-10 in float64, 1e-5 in
-    float32. Two gradients a product. There are no second derivatives of what follows.
+    float32, if ∇G changes over lengths around max(1, ‖φ‖). Two gradients a product. There are no
+    second derivatives of what follows.
     """
 
     curvature = "finite_difference"
@@ -209,10 +213,8 @@ class Ladder(Linearization):
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        # torch takes functions marked as differentiable once for functions without curvature
-        once = _once_differentiable(objective.value)
-        self._rung = self._differences(None) if once else Hessian(objective)
-        parts = self._rung
+        once = once_differentiable(objective.value, objective.phi)
+        self._rung = parts = self._differences(None) if once else Hessian(objective)
         super().__init__(
             parts.residual, parts.phi, parts.curved, parts.pulled, parts.scale, objective.guard
         )
@@ -227,6 +229,13 @@ class Ladder(Linearization):
     def precision(self) -> float | None:  # type: ignore[override]
         """That of the products that work here."""
         return self._rung.precision
+
+    def transposed(self, u: Tensors) -> Tensors:
+        """Aᵀu; outside of a solve, a product may be of either kind."""
+        try:
+            return super().transposed(u)
+        except Climbed:
+            return super().transposed(u)
 
     def curved_transposed(self, u: Tensors) -> Tensors:
         """∇²value u."""
@@ -280,15 +289,6 @@ def has_second_derivative(objective: Objective) -> bool:
     except GraphError:
         return False
     return True
-
-
-def _once_differentiable(value: Tensor) -> bool:
-    """Whether a custom Function in the graph is marked so that its backward has no graph."""
-    for node in walk([value]):
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is _ONCE:
-            return True
-    return False
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -154,11 +154,11 @@ class Evaluation:
         with torch.enable_grad():
             around = snapshot.linearize(self.setup.curvature)
         for candidate in newton_candidates(self.linear_solver, around, self.setup.reporting):
-            there, at_there = self._snapshot(candidate, a)
+            there, at_there = self._snapshot(candidate[: len(phi)], a)  # without multipliers
             with torch.enable_grad():
                 better = is_better(there.linearize(self.setup.curvature), around)
             if better:
-                return candidate, there, at_there
+                return candidate[: len(phi)], there, at_there
         return phi, snapshot, at_phi
 
     def _snapshot(self, phi: Tensors, a: Tensors) -> tuple[Snapshot, Tensors]:

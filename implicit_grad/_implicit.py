@@ -174,6 +174,7 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
         )
     if handed:
         condition = _with_bounds_of(solver, setup.condition)
+        _check_curvature(setup.curvature, condition, setup.linear_solver)
         setup = dataclasses.replace(setup, condition=condition)
         solver = _to_accuracy(solver, setup.reporting.rtol_gradient)
     return ImplicitSolver(solver, setup, init)
@@ -203,7 +204,10 @@ def _strong_convexity(condition: Condition, curvature: Curvature) -> float | Non
     """μ in units of the operator's scale, where it is known."""
     if isinstance(condition, proximal):
         return 1.0 if condition.convex or curvature == "gauss_newton" else None
-    return condition.strong_convexity if isinstance(condition, argmin) else None
+    # it is the objective's: not that of its Gauss-Newton part, or of a system with multipliers
+    if isinstance(condition, argmin) and condition.definite and curvature != "gauss_newton":
+        return condition.strong_convexity
+    return None
 
 
 def _with_bounds_of(solver: Any, condition: Condition) -> Condition:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_grad import _tree
-from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._proximal import LowRank, check_lam, evaluated, proximal_pull
 
 Per = Literal["model", "tensor", "element"]
@@ -48,6 +48,10 @@ class LearnedLam(nn.Module):
         super().__init__()
         check_lam(init, "LearnedLam")
         if torch.is_tensor(init):
+            if init.numel() != 1:
+                raise InvalidArgumentError(
+                    f"LearnedLam: init must be one number, got {describe(init)}"
+                )
             init = init.item()
         if per not in ("model", "tensor", "element"):
             raise InvalidArgumentError(

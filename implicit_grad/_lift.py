@@ -1,0 +1,119 @@
+"""Transforms of torch.func and forward mode: each comes down to plain calls and plain pullbacks.
+
+A function of plain tensors, differentiable by autograd to any order, is lifted to tensors that any
+transforms look at, in any nesting. `vmap` calls it for each sample; its pullback is the plain one,
+lifted again, and so has pullbacks itself; its forward derivative is the pullback of the pullback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from implicit_grad._ad import vjp
+from implicit_grad._tree import Tensors
+
+# (xs, known) ↦ ys. `known` holds the ys once they have been computed, so that derivatives need not
+# find them anew; it is empty at first, and has no derivative of its own.
+Plain = Callable[[Tensors, Tensors], Tensors]
+
+
+def is_transformed(tensors: Iterable[Tensor]) -> bool:
+    """Whether a transform of torch.func, batched backward or forward mode looks at the tensors."""
+    return any(
+        torch._C._functorch.is_functorch_wrapped_tensor(t)
+        or forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+    )
+
+
+def lifted(function: Plain, xs: Sequence[Tensor], known: Sequence[Tensor] = ()) -> Tensors:
+    """function(xs) for tensors under any transforms."""
+    ys: Tensors = _Lifted.apply(function, len(xs), *xs, *known)
+    return ys
+
+
+def pullback(function: Plain, size: int) -> Plain:
+    """(xs, v) ↦ (∂function/∂xs)ᵀv, for `size` tensors xs."""
+
+    def pull(tensors: Tensors, known: Tensors) -> Tensors:
+        with torch.enable_grad():
+            xs, v = _variables(tensors[:size]), tensors[size:]
+            ys = function(xs, known)
+        return vjp(ys, xs, v)
+
+    return pull
+
+
+def _pushforward(function: Plain, size: int) -> Plain:
+    """(xs, t) ↦ (∂function/∂xs) t, as the derivative of the pullback, which is linear in v."""
+
+    def push(tensors: Tensors, known: Tensors) -> Tensors:
+        with torch.enable_grad():
+            xs, t = _variables(tensors[:size]), tensors[size:]
+            ys = function(xs, known)
+            dummy = tuple(torch.zeros_like(y, requires_grad=True) for y in ys)
+            pulled = vjp(ys, xs, dummy)
+        return vjp(pulled, dummy, t)
+
+    return push
+
+
+class _Lifted(torch.autograd.Function):
+    """function(xs, known), where `function` only ever sees plain tensors of one sample."""
+
+    @staticmethod
+    def forward(function: Plain, size: int, *tensors: Tensor) -> Tensors:
+        # gradients may come as expanded tensors, which forward mode cannot write to
+        return tuple(y.contiguous() for y in function(tensors[:size], tensors[size:]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.function, ctx.size, *tensors = inputs
+        xs, known = tensors[: ctx.size], tensors[ctx.size :]
+        ctx.save_for_backward(*xs, *(known or output))
+        ctx.save_for_forward(*xs, *(known or output))
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
+        xs, known = ctx.saved_tensors[: ctx.size], ctx.saved_tensors[ctx.size :]
+        grads = lifted(pullback(ctx.function, ctx.size), (*xs, *v), known)[: ctx.size]
+        return None, None, *grads, *(None for _ in ctx.needs_input_grad[2 + ctx.size :])
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> Tensors:
+        xs, known = ctx.saved_tensors[: ctx.size], ctx.saved_tensors[ctx.size :]
+        t = tuple(
+            torch.zeros_like(x) if d is None else d for x, d in zip(xs, tangents, strict=False)
+        )
+        return lifted(_pushforward(ctx.function, ctx.size), (*xs, *t), known)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], function: Plain, size: int, *tensors: Tensor
+    ) -> tuple[Tensors, tuple[int, ...]]:
+        samples = [
+            _Lifted.apply(
+                function,
+                size,
+                *(
+                    t if dim is None else t.select(dim, i)
+                    for t, dim in zip(tensors, in_dims[2:], strict=True)
+                ),
+            )
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def _variables(xs: Tensors) -> Tensors:
+    """Tensors to differentiate by: a graph that they have is left in place."""
+    return tuple(
+        x if x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
+        for x in xs
+    )

@@ -1,0 +1,275 @@
+"""The examples with a point: each makes it in miniature, with a hypergradient that is right."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import implicit_grad as ig
+
+for neighbour in ("scipy", "sklearn", "matplotlib", "tqdm"):
+    pytest.importorskip(neighbour)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import the examples as their own scripts do; leave torch's threads as they were."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+def command_line(out: Path, **numbers: int) -> list[str]:
+    """Options of an example."""
+    return ["--out", str(out), *(part for k, v in numbers.items() for part in (f"--{k}", str(v)))]
+
+
+def assert_right(loss: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-3) -> None:
+    """Along a random direction, the implicit gradient is the difference of whole inner solves."""
+    at = at.detach().requires_grad_()
+    direction = torch.randn_like(at) / at.numel() ** 0.5
+    (gradient,) = torch.autograd.grad(loss(at), [at])
+
+    def moved(k: int) -> float:
+        return loss(at.detach() + k * step * direction).item()
+
+    reference = (8 * (moved(1) - moved(-1)) - (moved(2) - moved(-2))) / (12 * step)
+    assert abs(reference) > 1e-6
+    assert (gradient * direction).sum().item() == pytest.approx(reference, rel=1e-5)
+
+
+def with_values(parameters: Any, vector: Tensor) -> None:
+    """Write a vector into parameters, outside any graph."""
+    nn.utils.vector_to_parameters(vector.detach(), parameters)
+
+
+def assert_right_for(loss: Callable[[], Tensor], parameters: Any, step: float = 1e-3) -> None:
+    """The same for the parameters of a module, whose gradients arrive in `.grad`."""
+    parameters = list(parameters)
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, vector: Tensor) -> Tensor:
+            with_values(parameters, vector)
+            with torch.enable_grad():
+                value = loss()
+                gradients = torch.autograd.grad(value, parameters)
+            ctx.save_for_backward(torch.cat([g.flatten() for g in gradients]))
+            return value.detach()
+
+        @staticmethod
+        def backward(ctx: Any, above: Tensor) -> Tensor:
+            return above * ctx.saved_tensors[0]
+
+    assert_right(Loss.apply, nn.utils.parameters_to_vector(parameters), step)
+
+
+def picture(out: Path, name: str) -> bool:
+    """Whether a picture of reasonable size was saved."""
+    return 5_000 < (out / f"{name}.png").stat().st_size < 150_000
+
+
+def test_one_ridge_weight_for_each_feature_beats_a_shared_one(tmp_path):
+    import ridge_weights
+
+    arguments = command_line(tmp_path, features=300, samples=240, steps=25, seeds=1)
+    (shared,), _, (many,) = ridge_weights.main(arguments).values()
+    assert many < 0.7 * shared
+    assert picture(tmp_path, "ridge_weights")
+
+
+def test_hypergradient_of_ridge_weights():
+    import ridge_weights
+
+    parts = ridge_weights.data(40, 80, seed=0)
+    zero = torch.zeros(40, dtype=torch.float64)
+    lam = ig.LearnedLam(zero, init=3.0, per="element")
+    solve = ridge_weights.differentiable(lam, linear_solver=ig.CG(rtol=1e-12))
+    assert_right_for(
+        lambda: ridge_weights.error(solve(zero, *parts.train), parts.valid), lam.parameters()
+    )
+
+
+def test_weights_of_wrong_labels_fall(tmp_path):
+    import label_noise
+
+    scores = label_noise.main(command_line(tmp_path, samples=200, steps=6, seeds=1))
+    for noisy, both, learned in zip(
+        scores["noisy samples"],
+        scores["noisy and clean samples"],
+        scores["learned weights"],
+        strict=True,
+    ):
+        assert learned > max(noisy, both) + 5
+    assert picture(tmp_path, "label_noise")
+
+
+def test_hypergradient_of_sample_weights(monkeypatch):
+    import label_noise
+
+    exact = ig.solvers.NewtonCG(maxiter=50, cg=200, tol=1e-12)
+    monkeypatch.setattr(label_noise, "LBFGS", exact)
+    parts, log_lam = label_noise.data(60, seed=0), torch.tensor(-3.0, dtype=torch.float64)
+    solve = label_noise.solver(linear_solver=ig.CG(rtol=1e-10))
+    assert_right(
+        lambda logits: cross_entropy(
+            parts.clean[0] @ solve(logits, log_lam, *parts.train), parts.clean[1]
+        ),
+        torch.randn(60, dtype=torch.float64),
+    )
+
+
+def test_equilibrium_layer_learns_digits_in_constant_memory(tmp_path):
+    import deep_equilibrium
+
+    found = deep_equilibrium.main(command_line(tmp_path, width=32, epochs=3, seeds=1))
+    assert found["equilibrium"][0] > 85
+    assert len(set(found["implicit"])) == 1
+    assert found["unrolled"][-1] > 8 * found["implicit"][-1]
+    assert picture(tmp_path, "deep_equilibrium")
+
+
+@pytest.mark.parametrize("solver", ["anderson", "iteration"])
+def test_hypergradient_of_the_equilibrium_layer(solver):
+    import deep_equilibrium
+
+    options = {"anderson": {"tol": 1e-12, "depth": 300}, "iteration": {"depth": 400}}
+    layer, x = deep_equilibrium.Layer(4, 6).double(), torch.randn(5, 4).double()
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        return getattr(deep_equilibrium, solver)(layer, x, **options[solver])
+
+    solve = deep_equilibrium.equilibrium(layer, run, linear_solver=ig.NormalCG(rtol=1e-12))
+    assert_right_for(lambda: solve(x).square().mean(), layer.parameters())
+
+
+def test_learning_through_the_portfolio_has_less_regret():
+    pytest.importorskip("gurobipy")
+    import portfolio
+
+    noiseless = portfolio.market(64, 0, 0)
+    noiseless = noiseless._replace(returns=noiseless.means)
+    least_squares = torch.linalg.lstsq(noiseless.X, noiseless.means).solution
+    _, regrets = portfolio.end_to_end(least_squares, noiseless, noiseless, 3, ig.Monitor())
+    assert 0 < regrets[-1] < 0.8 * regrets[0]
+
+
+def test_portfolio_compares_both_ways(tmp_path):
+    pytest.importorskip("gurobipy")
+    import portfolio
+
+    scores = portfolio.main(command_line(tmp_path, periods=32, epochs=1, seeds=1))
+    assert all(0 < value < 1 for values in scores.values() for value in values)
+    assert picture(tmp_path, "portfolio")
+
+
+def test_hypergradient_of_the_portfolio():
+    pytest.importorskip("gurobipy")
+    import portfolio
+
+    of = portfolio.market(3, 0, 0)
+    invest = portfolio.layer(on_failure="raise")
+    assert_right(
+        lambda guess: portfolio.cost(invest(guess, of.covariance), of.means, of.covariance),
+        of.returns / 2,
+    )
+
+
+def test_hessian_free_imaml_fits_sinusoids_best(tmp_path):
+    pytest.importorskip("learn2learn")
+    import sinusoids
+
+    errors = sinusoids.main(command_line(tmp_path, iterations=15, tasks=2, test=10, width=20))
+    assert errors["iMAML, Hessian-free"] < 0.8 * errors["FOMAML"]
+    assert picture(tmp_path, "sinusoids")
+
+
+def test_hypergradient_of_hessian_free_imaml():
+    pytest.importorskip("learn2learn")
+    import sinusoids
+
+    model = sinusoids.network(3).double()
+    learner = sinusoids.wrapped(
+        "iMAML, Hessian-free",
+        model,
+        solver=ig.solvers.NewtonCG(maxiter=100, cg=40, tol=1e-12),
+        linear_solver=ig.CG(rtol=1e-12),
+        curvature="hessian",
+        on_failure="raise",
+    )
+    x, y, query, target = (t.double() for t in sinusoids.task(torch.Generator().manual_seed(0)))
+    assert_right_for(
+        lambda: mse_loss(sinusoids.adapted(learner, x, y)(query), target), model.parameters()
+    )
+
+
+def test_the_regulator_lowers_the_damage_where_unrolling_costs_more(tmp_path):
+    import equilibrium_game
+
+    found = equilibrium_game.main(command_line(tmp_path, sites=5, steps=15, unroll=100))
+    assert found["error"] < 1e-7
+    assert found["after"] < found["before"]
+    kib = {name: value for name, value in found.items() if " " in name}
+    implicit = kib.pop("implicit, extragradient as black box")
+    assert implicit < min(kib.values()) / 2
+    assert picture(tmp_path, "equilibrium_game")
+
+
+def test_hypergradient_of_the_equilibrium():
+    import equilibrium_game
+
+    rules = equilibrium_game.game(4, 0)
+    solve = equilibrium_game.equilibrium(rules)
+    assert_right(lambda shares: rules.loss(solve(shares)), torch.randn(4).double())
+
+
+def test_a_richer_lambda_is_a_better_prior(tmp_path):
+    pytest.importorskip("learn2learn")
+    import learned_lambda
+
+    scores = learned_lambda.main(command_line(tmp_path, iterations=20, tasks=2, seeds=1))
+    fixed, scalar, per_tensor, per_element, _, bayes = (values[0] for values in scores.values())
+    assert scalar > 0.95 * fixed
+    assert bayes < per_element < per_tensor < 0.9 * fixed
+    assert picture(tmp_path, "learned_lambda")
+
+
+@pytest.mark.parametrize("form", [{"per": "tensor"}, {"per": "element", "rank": 2}])
+def test_hypergradient_of_lambda(form):
+    l2l = pytest.importorskip("learn2learn")
+    import learned_lambda
+
+    model = nn.Linear(learned_lambda.SLOPES, 1).double()
+    lam = ig.LearnedLam(model, init=0.5, **form)
+    learner = ig.imaml(
+        l2l.algorithms.MAML(model, lr=0.1),
+        lam=lam,
+        solver=ig.solvers.NewtonCG(maxiter=5, cg=40),
+        linear_solver=ig.CG(rtol=1e-12),
+    )
+    random = torch.Generator().manual_seed(0)
+    tasks = learned_lambda.world(random).tasks(1, 2 * learned_lambda.SHOTS, random)
+    loss = lambda: learned_lambda.query_loss(learner.clone(), tasks.X[0], tasks.y[0])  # noqa: E731
+    assert_right_for(loss, learner.parameters())
+
+
+def test_the_batch_of_linear_systems_is_what_a_learner_does():
+    l2l = pytest.importorskip("learn2learn")
+    import learned_lambda
+
+    model = nn.Linear(learned_lambda.SLOPES, 1).double()
+    lam = ig.LearnedLam(model, per="element", rank=3)
+    newton = ig.solvers.NewtonCG(maxiter=5, cg=40)
+    learner = ig.imaml(l2l.algorithms.MAML(model, lr=0.1), lam=lam, solver=newton).clone()
+    random = torch.Generator().manual_seed(0)
+    tasks = learned_lambda.world(random).tasks(1, learned_lambda.SHOTS, random)
+    learner.adapt(lambda: mse_loss(learner(tasks.X[0])[:, 0], tasks.y[0]))
+    phi = torch.cat([p.detach().flatten() for p in learner.parameters()])[: tasks.weights.shape[1]]
+    expected = (phi - tasks.weights[0]).square().sum()
+    found = learned_lambda.errors(learned_lambda.flat(model), learned_lambda.matrix(lam), tasks)
+    torch.testing.assert_close(found[0], expected)
