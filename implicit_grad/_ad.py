@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_grad._errors import GraphError
 from implicit_grad._tree import Tensors
 
 # What torch's decorator makes of a backward method is recognised by the code that it shares.
@@ -119,6 +120,11 @@ class Linearization:
     def curved_product(self, x: Tensors) -> Tensors:
         """The same of A x, as the derivative of the map w ↦ Aᵀw (double vjp)."""
         if self._pullback_of_dummy is None:
+            if once_differentiable(self.curved, self.phi):
+                raise GraphError(
+                    "a product with A (not Aᵀ) differentiates the backward pass of F, in which a "
+                    "custom Function is marked as once_differentiable: use Neumann() or Exact()"
+                )
             with torch.enable_grad():
                 dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self.curved)
                 self._pullback_of_dummy = dummy, vjp(self.curved, self.phi, dummy)
@@ -177,8 +183,8 @@ def leaves_behind(
     return tuple(found.values())
 
 
-def once_differentiable(value: Tensor, phi: Sequence[Tensor]) -> bool:
-    """Whether a custom Function between φ and the value is marked as differentiable once.
+def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool:
+    """Whether a custom Function between φ and the values is marked as differentiable once.
 
     torch may take it, without a word, for a function without curvature.
     """
@@ -191,10 +197,5 @@ def once_differentiable(value: Tensor, phi: Sequence[Tensor]) -> bool:
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         return getattr(backward, "__code__", None) is _ONCE
 
-    marked = [node for node in walk([value], is_phi) if is_marked(node)]
+    marked = [node for node in walk(values, is_phi) if is_marked(node)]
     return any(is_phi(node) for node in walk(marked, is_phi))
-
-
-def is_transformed(tensors: Iterable[Tensor]) -> bool:
-    """Whether a transform of torch.func is looking at the tensors."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)

@@ -19,6 +19,8 @@ from implicit_grad._tree import Flat, Tensors
 # A constraint counts as active when it is this close to its limit, relative to the size of what it
 # limits, and its multiplier as zero when it is this small, relative to the objective's gradient.
 _CLOSE = 0.4  # as a power of the dtype's eps: 5e-7 in float64, 2e-3 in float32
+# Closer than this without a multiplier, it is active by chance: 1e-8 in float64, 3e-4 in float32.
+_TOUCHING = 0.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,8 +148,11 @@ def _linearize(
         # at a bound the force pushes outwards; where there is none, the bound does not act
         at_lower = (near_lower & (force > size)) | beyond_lower
         at_upper = (near_upper & (force < -size)) | beyond_upper
-        resting = (near_lower & ~beyond_lower) | (near_upper & ~beyond_upper)
-        degenerate = not all(kept) or bool((resting & (force.abs() <= size)).any())
+        touching = flat.eps**_TOUCHING
+        resting = torch.logical_or(*bounds.at(phi, touching)) & ~(beyond_lower | beyond_upper)
+        idle = [g for g, stays in zip(near, kept, strict=True) if not stays]
+        degenerate = any(bool(g.abs() <= touching) for g in idle)
+        degenerate = degenerate or bool((resting & (force.abs() <= size)).any())
     around = _Saddle(objective, bounds, rows, mu, at_lower, at_upper, flat)
     around.degenerate = degenerate
     return around

@@ -69,7 +69,7 @@ class Objective:
             return FiniteDifference(self)
         if curvature == "auto":
             return Ladder(self)
-        if once_differentiable(self.value, self.phi):
+        if once_differentiable([self.value], self.phi):
             raise GraphError(
                 f'curvature="{curvature}": a custom Function between phi and the objective is '
                 'marked as once_differentiable, and has no second derivative; use "auto"'
@@ -213,7 +213,7 @@ class Ladder(Linearization):
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        once = once_differentiable(objective.value, objective.phi)
+        once = once_differentiable([objective.value], objective.phi)
         self._rung = parts = self._differences(None) if once else Hessian(objective)
         super().__init__(
             parts.residual, parts.phi, parts.curved, parts.pulled, parts.scale, objective.guard
@@ -267,8 +267,9 @@ class Ladder(Linearization):
             raise GraphError(
                 "an operation of the inner objective has no second derivative in torch"
                 f"{'' if cause is None else f' ({cause})'}, and differences of gradients need the "
-                "objective as a function of the weights: use implicit(), or learner.adapt(lambda: "
-                "loss(...)) with imaml; or another form of the operation"
+                "objective as a function of the weights: use implicit(), or with imaml "
+                'learner.adapt(lambda: loss(...)) and curvature="finite_difference"; or another '
+                "form of the operation"
             ) from cause
         return FiniteDifference(self._objective)
 

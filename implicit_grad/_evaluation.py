@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, is_transformed, leaves_behind
+from implicit_grad._ad import Linearization, leaves_behind
 from implicit_grad._condition import Again, Call, Condition, Snapshot
 from implicit_grad._curvature import CHANGED, Curvature
 from implicit_grad._errors import GraphError, InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._function import Problem, variables
+from implicit_grad._lift import is_transformed
 from implicit_grad._linear import LinearSolver
 from implicit_grad._polish import is_better, newton_candidates
 from implicit_grad._solution import checked
@@ -94,6 +95,11 @@ class Evaluation:
             for _ in range(self.setup.polish):
                 phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
             self._phi, self._record = phi, (snapshot, a)
+            if is_transformed(snapshot.outputs):
+                raise GraphError(
+                    "the condition's function captured a tensor that a transform of torch.func "
+                    "looks at: pass it to the solver as an argument"
+                )
             leaves = leaves_behind(snapshot.outputs)
             self._check_dependence(leaves, at_phi)
             own = {id(t) for t in (*at_phi, *a)}
@@ -126,8 +132,7 @@ class Evaluation:
             raise GraphError("second derivatives of a minimum under constraints are not available")
         curvature = "hessian" if self.setup.curvature == "auto" else self.setup.curvature
         again = self._evaluate(phi, inputs).linearize(curvature)
-        if not is_transformed((*phi, *inputs)):  # torch.func calls backward at once: no time passed
-            self._check_same(again, inputs)
+        self._check_same(again, inputs)
         return again
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from implicit_grad._ad import Linearization
 from implicit_grad._errors import GraphError
+from implicit_grad._lift import is_transformed, lifted, pullback
 from implicit_grad._tree import Tensors
 
 
@@ -96,6 +97,8 @@ class ImplicitFunction(torch.autograd.Function):
         if all(v is None for v in cotangents):
             return (None,) * (1 + len(wanted))
         phi, a = _saved(ctx)
+        if is_transformed(v for v in cotangents if v is not None):
+            return None, *_batched_backward(problem, phi, a, cotangents, wanted)
         v = tuple(
             torch.zeros_like(p) if v is None else v for v, p in zip(cotangents, phi, strict=True)
         )
@@ -109,6 +112,29 @@ class ImplicitFunction(torch.autograd.Function):
         targets = [x for x, wants in zip(a, wanted, strict=True) if wants]
         grads = iter(around.pullback(tuple(-x for x in u), targets))
         return None, *(next(grads) if wants else None for wants in wanted)
+
+
+def _batched_backward(
+    problem: Problem,
+    phi: Tensors,
+    a: Tensors,
+    cotangents: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Backward for cotangents under a transform: many at once, or with tangents of their own."""
+    places = [i for i, wants in enumerate(wanted) if wants]
+
+    def at_phi(xs: Tensors, phi: Tensors) -> Tensors:
+        there = dataclasses.replace(problem, solve=lambda _: tuple(p.detach() for p in phi))
+        inputs = dict(enumerate(a)) | dict(zip(places, xs, strict=True))
+        attached: Tensors = ImplicitFunction.apply(there, *inputs.values())
+        return attached
+
+    v = [torch.zeros_like(p) if v is None else v for v, p in zip(cotangents, phi, strict=True)]
+    xs = [a[i] for i in places]
+    grads = lifted(pullback(at_phi, len(xs)), (*xs, *v), known=phi)
+    found = dict(zip(places, grads, strict=True))
+    return tuple(found.get(i) for i in range(len(wanted)))
 
 
 def variables(tensors: Tensors) -> Tensors:

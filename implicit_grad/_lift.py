@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from implicit_grad._ad import vjp
+from implicit_grad._errors import GraphError
 from implicit_grad._tree import Tensors
 
 # (xs, known) ↦ ys. `known` holds the ys once they have been computed, so that derivatives need not
@@ -23,10 +24,20 @@ Plain = Callable[[Tensors, Tensors], Tensors]
 
 
 def is_transformed(tensors: Iterable[Tensor]) -> bool:
-    """Whether a transform of torch.func, batched backward or forward mode looks at the tensors."""
+    """Whether a transform of torch.func or forward mode looks at the tensors.
+
+    Raises:
+        GraphError: it is the batching from before torch.func, which cannot be taken apart.
+    """
+    tensors = list(tensors)
+    if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
+        raise GraphError(
+            "batches of gradients as in is_grads_batched=True, jacobian(vectorize=True) or "
+            "gradcheck(check_batched_grad=True) are not available: use torch.func.vmap or jacrev"
+        )
     return any(
         torch._C._functorch.is_functorch_wrapped_tensor(t)
-        or forward_ad.unpack_dual(t).tangent is not None
+        or forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
         for t in tensors
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from implicit_grad import _tree
 from implicit_grad._condition import Call
-from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._evaluation import Evaluation, Setup
 from implicit_grad._function import ImplicitFunction
-from implicit_grad._tree import Tensors
+from implicit_grad._lift import is_transformed, lifted
+from implicit_grad._tree import Tensors, Tree
 
 
 @runtime_checkable
@@ -56,7 +58,11 @@ class ImplicitSolver:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the solver; the phi it returns has gradients with respect to all its arguments."""
-        evaluation, inputs = self.evaluation(args, kwargs)
+        parameters = self.setup.condition.parameters
+        inputs, tree = _tree.flatten((args, kwargs, parameters))
+        if is_transformed(inputs):
+            return self._under_transforms(inputs, tree)
+        evaluation = self._evaluation(inputs, tree)
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             with torch.inference_mode(False):
                 phi = evaluation.values(inputs)
@@ -70,10 +76,39 @@ class ImplicitSolver:
 
     def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
         """One call, checked but not yet run, and the tensors that it depends on."""
-        call = Call(args, kwargs, self.setup.condition.parameters)
-        self.setup.condition.check_call(call)
-        inputs, tree = _tree.flatten((call.args, call.kwargs, call.parameters))
-        return Evaluation(self.run, self.setup, tree, inputs), inputs
+        inputs, tree = _tree.flatten((args, kwargs, self.setup.condition.parameters))
+        return self._evaluation(inputs, tree), inputs
+
+    def _evaluation(self, inputs: Tensors, tree: Tree) -> Evaluation:
+        self.setup.condition.check_call(Call(*tree.rebuild(inputs)))
+        return Evaluation(self.run, self.setup, tree, inputs)
+
+    def _under_transforms(self, inputs: Tensors, tree: Tree) -> Any:
+        """A call with tensors that torch.func or forward mode look at, made of plain calls."""
+        phi_tree: Tree
+
+        def plain(xs: Tensors, known: Tensors) -> Tensors:
+            nonlocal phi_tree
+            self.setup.condition.check_call(Call(*tree.rebuild(xs)))
+            if known:
+                setup = dataclasses.replace(self.setup, polish=0)
+                evaluation = Evaluation(lambda _: phi_tree.rebuild(known), setup, tree, xs)
+            else:
+                evaluation = Evaluation(self.run, self.setup, tree, xs)
+            if not torch.is_grad_enabled():
+                phi = evaluation.values(xs)
+            else:
+                phi = ImplicitFunction.apply(evaluation.problem(), *xs)
+            if evaluation.captured:
+                raise GraphError(
+                    "the condition's function captured a tensor that requires grad, which a "
+                    "transform of torch.func cannot follow: pass it to the solver as an argument"
+                )
+            phi_tree = evaluation.phi_tree
+            return phi
+
+        phi = lifted(plain, inputs)
+        return phi_tree.rebuild(phi)
 
     def run(self, call: Call) -> Any:
         """The solver's own output."""

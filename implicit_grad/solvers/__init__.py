@@ -1,6 +1,6 @@
 """Solvers for when you bring none: `minimize(objective, init)` or `find_root(residual, init)`."""
 
-from implicit_grad.solvers._neighbours import MissingPackageError
+from implicit_grad._errors import MissingPackageError
 from implicit_grad.solvers.gradient_descent import GradientDescent
 from implicit_grad.solvers.gurobi_qp import GurobiQP
 from implicit_grad.solvers.nesterov import Nesterov

@@ -1,0 +1,220 @@
+"""Transforms of torch.func and forward mode: equal to those of a differentiable solver."""
+
+import itertools
+
+import optree
+import pytest
+import torch
+from problems import PROBLEMS, Instance, tensors
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import implicit_grad as ig
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+M = torch.tensor([[1.0, -0.5], [0.3, 2.0], [-1.2, 0.7]], dtype=torch.float64)
+B = torch.tensor([[0.3, 0.1], [-0.2, 0.4]], dtype=torch.float64)
+
+
+def objective(w, theta, lam):
+    return torch.nn.functional.softplus(M @ w).sum() + lam / 2 * (w - theta).square().sum()
+
+
+def minimum(w, theta, lam):
+    """Newton's method, with as many derivatives as it is asked for."""
+    for _ in range(12):
+        slope = jacrev(objective)(w, theta, lam)
+        w = w - torch.linalg.solve(jacrev(jacrev(objective))(w, theta, lam), slope)
+    return w
+
+
+def image(x, theta, lam):
+    return torch.tanh(B @ x + theta) / (1 + lam)
+
+
+def iterated(x, theta, lam):
+    for _ in range(60):
+        x = image(x, theta, lam)
+    return x
+
+
+def near_theta(w):
+    return torch.nn.functional.softplus(M @ w).sum()
+
+
+class Solver:
+    """A black box that refuses to be looked at, and counts its calls."""
+
+    def __init__(self, solve):
+        self.solve, self.calls = solve, 0
+
+    def __call__(self, theta, lam):
+        self.calls += 1
+        assert type(theta) is torch.Tensor and isinstance(lam.item(), float)
+        return self.solve(torch.zeros(2), theta.detach(), lam.detach())
+
+
+CONDITIONS = {
+    "argmin": (minimum, ig.argmin(objective)),
+    "root": (minimum, ig.root(lambda w, *a: jacrev(objective)(w, *a))),
+    "fixed_point": (iterated, ig.fixed_point(image)),
+}
+LINEAR_SOLVERS = {
+    "argmin": (ig.CG(rtol=1e-14), ig.MINRES(rtol=1e-14), ig.Neumann(terms=400), ig.Exact()),
+    "root": (ig.NormalCG(rtol=1e-14), ig.Exact()),
+    "fixed_point": (ig.NormalCG(rtol=1e-14), ig.Neumann(terms=100), ig.Exact()),
+}
+CASES = [(name, solver) for name, solvers in LINEAR_SOLVERS.items() for solver in solvers]
+
+FIRST = {
+    "grad": lambda f: grad(f, argnums=(0, 1)),
+    "vjp": lambda f: lambda t, lam: vjp(f, t, lam)[1](torch.ones(())),
+    "jvp": lambda f: lambda t, lam: jvp(f, (t, lam), (t.cos(), lam.sin())),
+    "jacrev": lambda f: jacrev(f, argnums=(0, 1)),
+    "jacfwd": lambda f: jacfwd(f, argnums=(0, 1)),
+    "vmap": lambda f: lambda t, lam: vmap(f, in_dims=(0, None))(torch.stack([t, -t]), lam),
+}
+
+
+def outer(solve):
+    """A scalar with curvature, of the solution and of an argument itself."""
+    return lambda theta, lam: (solve(theta, lam) * torch.tensor([1.0, 2.0])).sin().sum() * lam
+
+
+def summed(result):
+    """A scalar function of whatever a transform returned, to apply another one to."""
+    return sum((leaf * leaf.cos()).sum() for leaf in tensors(result))
+
+
+def compared(transform, solve, reference, at):
+    found, expected = transform(outer(solve))(*at), transform(outer(reference))(*at)
+    assert optree.tree_structure(found) == optree.tree_structure(expected)
+    for x, y in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+
+AT = (torch.tensor([0.4, -0.3], dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))
+
+
+def solvers_of(name, linear_solver):
+    solve, condition = CONDITIONS[name]
+    box = Solver(solve)
+    implicit = ig.implicit(box, condition, linear_solver=linear_solver)
+    return implicit, lambda theta, lam: solve(torch.zeros(2), theta, lam), box
+
+
+@pytest.mark.parametrize(("name", "linear_solver"), CASES, ids=str)
+@pytest.mark.parametrize("transform", FIRST)
+def test_transforms(name, linear_solver, transform):
+    implicit, reference, box = solvers_of(name, linear_solver)
+    compared(FIRST[transform], implicit, reference, AT)
+    assert box.calls == (2 if transform == "vmap" else 1)  # once a sample, whatever is asked of it
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize(("inner", "second"), list(itertools.product(FIRST, FIRST)))
+def test_pairs_of_transforms(name, inner, second):
+    implicit, reference, _ = solvers_of(name, None if name == "argmin" else ig.Exact())
+
+    def nested(f):
+        return FIRST[second](lambda *at: summed(FIRST[inner](f)(*at)))
+
+    compared(nested, implicit, reference, AT)
+
+
+def test_hessians_and_third_derivatives():
+    implicit, reference, _ = solvers_of("argmin", ig.CG(rtol=1e-14))
+    compared(lambda f: hessian(f, argnums=(0, 1)), implicit, reference, AT)
+    compared(lambda f: jacrev(hessian(f)), implicit, reference, AT)
+    compared(lambda f: vmap(hessian(f), (0, None)), implicit, reference, (torch.eye(2), AT[1]))
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_forward_mode_of_the_zoo(make):
+    """The directional derivative in forward mode is the gradient's product with the direction."""
+    instance: Instance = make()
+    if instance.captured:
+        return  # see test_captured_tensors
+    solve = ig.implicit(instance.solver, instance.condition, linear_solver=ig.Exact())
+    primals = [t.detach() for t in instance.wanted]
+    directions = [torch.linspace(-1, 1, t.numel()).view(t.shape).to(t) for t in primals]
+
+    def loss(*leaves):
+        places = iter(leaves)
+        args = optree.tree_map(
+            lambda t: next(places) if torch.is_tensor(t) and t.requires_grad else t, instance.args
+        )
+        return instance.outer(solve(*args))
+
+    _, tangent = jvp(loss, tuple(primals), tuple(directions))
+    grads = instance.gradients(solve)
+    expected = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    torch.testing.assert_close(tangent, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_gradcheck_in_every_mode():
+    implicit, _, _ = solvers_of("argmin", ig.CG(rtol=1e-14))
+    at = tuple(t.clone().requires_grad_() for t in AT)
+    assert torch.autograd.gradcheck(implicit, at, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(implicit, at, check_fwd_over_rev=True)
+
+
+def test_tasks_under_vmap_equal_the_loop():
+    thetas = torch.randn(5, 2)
+
+    def adapt(theta, lam):
+        return minimum(theta, theta, lam)
+
+    solve = ig.implicit(
+        lambda theta: adapt(theta.detach(), torch.tensor(0.7)),
+        ig.proximal(near_theta, 0.7),
+    )
+    grads = vmap(grad(lambda theta: solve(theta).sin().sum()))(thetas)
+    for theta, found in zip(thetas, grads, strict=True):
+        leaf = theta.clone().requires_grad_()
+        solve(leaf).sin().sum().backward()
+        torch.testing.assert_close(found, leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_containers_under_vmap():
+    def solver(tree, scale):
+        return {"a": tree["a"] * scale, "b": (tree["b"] + scale,)}
+
+    def residual(phi, tree, scale):
+        return {"a": phi["a"] - tree["a"] * scale, "b": (phi["b"][0] - tree["b"] - scale,)}
+
+    solve = ig.implicit(solver, ig.root(residual))
+    tree = {"a": torch.randn(4, 3), "b": torch.randn(4, 2, 2)}
+    found = vmap(solve, in_dims=(0, None))(tree, torch.tensor(2.0))
+    assert found["a"].shape == (4, 3) and found["b"][0].shape == (4, 2, 2)
+    torch.testing.assert_close(found["a"], tree["a"] * 2)
+    jacobian = vmap(jacrev(solve), in_dims=(0, None))(tree, torch.tensor(2.0))
+    torch.testing.assert_close(jacobian["a"]["a"], (2 * torch.eye(3)).expand(4, 3, 3))
+
+
+def test_captured_tensors_are_refused_under_transforms():
+    lam = torch.tensor(0.7, requires_grad=True)
+    solve = ig.implicit(lambda t: minimum(t, t, lam.detach()), ig.proximal(near_theta, lam))
+    assert grad(lambda t: solve(t).sum())(AT[0]).shape == (2,)  # λ of a condition is an argument
+
+    weight = torch.tensor(0.5, requires_grad=True)
+    condition = ig.argmin(lambda w, t: (w - weight * t).square().sum())
+    solve = ig.implicit(lambda t: weight.detach() * t, condition)
+    with pytest.raises(ig.GraphError, match="captured a tensor that requires grad"):
+        grad(lambda t: solve(t).sum())(AT[0])
+
+    def through_capture(w):
+        condition = ig.argmin(lambda phi, t: (phi - w * t).square().sum())
+        return ig.implicit(lambda t: 0.5 * t, condition)(AT[0].clone().requires_grad_()).sum()
+
+    with pytest.raises(ig.GraphError, match="captured a tensor that a transform"):
+        grad(through_capture)(torch.tensor(0.5))
+
+
+def test_batches_from_before_torch_func_are_refused():
+    implicit, _, _ = solvers_of("argmin", None)
+    phi = implicit(*(t.clone().requires_grad_() for t in AT))
+    theta = AT[0].clone().requires_grad_()
+    phi = implicit(theta, AT[1])
+    with pytest.raises(ig.GraphError, match="use torch.func.vmap or jacrev"):
+        torch.autograd.grad(phi, theta, torch.eye(2), is_grads_batched=True)
