@@ -6,8 +6,8 @@ Of 800 of scikit-learn's digits 40 % are labelled as the next digit; 80 more are
 Softmax regression, solved by L-BFGS, takes a weight for each sample; the hypergradient of the 80
 samples' loss tells what each weight does to them. The baselines may train on the 80, too, and get
 the L2 penalty of a grid that is best for them on each test set; the learned weights have e⁻⁵, one
-of the better of four on two of the splits. Where wrong labels are spread evenly over the other digits,
-softmax regression hardly minds them, and weights gained next to nothing.
+of the better of four on two of the splits. Where wrong labels are spread evenly over the other
+digits, softmax regression hardly minds them, and weights gained next to nothing.
 """
 
 from collections.abc import Sequence

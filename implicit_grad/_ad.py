@@ -39,7 +39,7 @@ def vjp(
         allow_unused=True,
     )
     return tuple(
-        torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)
+        torch.zeros_like(x) if g is None else dense(g) for g, x in zip(grads, inputs, strict=True)
     )
 
 
@@ -52,7 +52,13 @@ def plain_gradient(
     value: Tensor, inputs: Sequence[Tensor], keep_graph: bool
 ) -> tuple[Tensor | None, ...]:
     """∇value without a graph of its own; None where the value does not depend on an input."""
-    return torch.autograd.grad(value, list(inputs), retain_graph=keep_graph, allow_unused=True)
+    grads = torch.autograd.grad(value, list(inputs), retain_graph=keep_graph, allow_unused=True)
+    return tuple(None if g is None else dense(g) for g in grads)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient to calculate with: embeddings may have sparse ones."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 class Linearization:
@@ -141,6 +147,15 @@ class Linearization:
         if not self.pulled:
             return product
         return tuple(map(torch.add, product, vjp(self.pulled, self.phi, u)))
+
+
+@contextlib.contextmanager
+def own_precision(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Autocast off: products are taken in the tensors' own precision, whatever surrounds them."""
+    with contextlib.ExitStack() as stack:
+        for device_type in {"cpu", *(d.type for d in devices)}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 @contextlib.contextmanager

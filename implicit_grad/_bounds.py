@@ -29,6 +29,10 @@ def error_bound(solution: LinearSolution, mu: float) -> float | None:
         return None
     if solution.substitute or (solution.curvature and solution.curvature[0] <= 0):
         return None  # then M ⪰ μS is not true
+    if ritz := ritz_values(solution.coefficients):
+        rounding = 100 * torch.finfo(solution.x.dtype).eps * ritz[-1]
+        if ritz[0] < mu - rounding:
+            return None  # nor here: Ritz values lie within the spectrum
     simple = solution.residual_norm / mu
     energy = radau_bound(solution, mu)
     if energy is None or solution.gap is None:

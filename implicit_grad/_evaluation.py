@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, leaves_behind
+from implicit_grad._ad import Linearization, leaves_behind, own_precision
 from implicit_grad._condition import Again, Call, Condition, Snapshot
 from implicit_grad._curvature import CHANGED, Curvature
 from implicit_grad._errors import GraphError, InvalidArgumentError, InvalidSolutionError, describe
@@ -93,12 +93,13 @@ class Evaluation:
             a = self._variables(inputs)
             snapshot, at_phi = self._snapshot(phi, a)
             for _ in range(self.setup.polish):
-                phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
+                with own_precision(self.devices):
+                    phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
             self._phi, self._record = phi, (snapshot, a)
             if is_transformed(snapshot.outputs):
                 raise GraphError(
-                    "the condition's function captured a tensor that a transform of torch.func "
-                    "looks at: pass it to the solver as an argument"
+                    "the condition's function captured a tensor that forward mode looks at: pass "
+                    "it to the solver as an argument"
                 )
             leaves = leaves_behind(snapshot.outputs)
             self._check_dependence(leaves, at_phi)
@@ -118,6 +119,14 @@ class Evaluation:
         snapshot, _ = self._snapshot(phi, self._record[1])
         with torch.enable_grad():
             return snapshot.linearize(self.setup.curvature)
+
+    def outputs_again(self) -> Tensors:
+        """What the user's function returns at φ now, under whatever transforms are at work."""
+        assert self._phi is not None and self._record is not None
+        phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
+        with undisturbed(self.devices, self._random):
+            at_phi = self.phi_tree.rebuild(phi)
+            return self.condition.at(at_phi, phi, self._call(a), None).outputs
 
     def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
         """F around φ evaluated anew, with a graph back to φ and the arguments."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization
+from implicit_grad._ad import Linearization, dense, own_precision
 from implicit_grad._errors import GraphError
 from implicit_grad._lift import is_transformed, lifted, pullback
 from implicit_grad._tree import Tensors
@@ -100,17 +100,19 @@ class ImplicitFunction(torch.autograd.Function):
         if is_transformed(v for v in cotangents if v is not None):
             return None, *_batched_backward(problem, phi, a, cotangents, wanted)
         v = tuple(
-            torch.zeros_like(p) if v is None else v for v, p in zip(cotangents, phi, strict=True)
+            torch.zeros_like(p) if v is None else dense(v)
+            for v, p in zip(cotangents, phi, strict=True)
         )
-        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-            phi, a = connected(phi), connected(a)
-            u = ImplicitFunction.apply(problem.adjoint(ctx.size), *phi, *a, *v)
-            around = problem.linearize(phi, a)
-        else:
-            around, a = problem.recorded(phi, a)
-            u = problem.solve_adjoint(around, v)
-        targets = [x for x, wants in zip(a, wanted, strict=True) if wants]
-        grads = iter(around.pullback(tuple(-x for x in u), targets))
+        with own_precision(x.device for x in (*phi, *a)):
+            if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+                phi, a = connected(phi), connected(a)
+                u = ImplicitFunction.apply(problem.adjoint(ctx.size), *phi, *a, *v)
+                around = problem.linearize(phi, a)
+            else:
+                around, a = problem.recorded(phi, a)
+                u = problem.solve_adjoint(around, v)
+            targets = [x for x, wants in zip(a, wanted, strict=True) if wants]
+            grads = iter(around.pullback(tuple(-x for x in u), targets))
         return None, *(next(grads) if wants else None for wants in wanted)
 
 

@@ -71,8 +71,10 @@ def implicit(
     not differentiated and may be any code. Without a solver, a decorator is returned.
 
     Args:
-        solver: any callable; its tensors arrive detached, with gradient recording on. Or one of
-            `implicit_grad.solvers`, which is handed the condition's objective.
+        solver: any callable; its tensors arrive detached, with gradient recording on, as training
+            loops need it (one that applies a module without training it saves memory under
+            `torch.no_grad()`). Or one of `implicit_grad.solvers`, which is handed the condition's
+            objective.
         condition: what phi solves: `argmin`, `proximal`, `root` or `fixed_point`.
         linear_solver: for Aᵀu = v: `CG()` (the default) where A is symmetric, `MINRES()` (the
             default) where it is indefinite too, with constraints, `NormalCG()` (the default) where
@@ -144,6 +146,11 @@ def implicit(
         raise InvalidArgumentError(
             f"implicit: rtol_gradient={rtol_gradient!r}: expected None or a number between 0 and 1"
         )
+    if rtol_gradient is not None and not isinstance(linear_solver, CG):
+        raise InvalidArgumentError(
+            f"implicit: rtol_gradient={rtol_gradient!r} is for CG, whose coefficients tell the "
+            f"error; {type(linear_solver).__name__} stops by its own options"
+        )
     reporting = Reporting(
         monitor=monitor,
         on_failure=on_failure,
@@ -203,7 +210,7 @@ def _check_curvature(
 def _strong_convexity(condition: Condition, curvature: Curvature) -> float | None:
     """μ in units of the operator's scale, where it is known."""
     if isinstance(condition, proximal):
-        return 1.0 if condition.convex or curvature == "gauss_newton" else None
+        return 1.0 if condition.convex else None
     # it is the objective's: not that of its Gauss-Newton part, or of a system with multipliers
     if isinstance(condition, argmin) and condition.definite and curvature != "gauss_newton":
         return condition.strong_convexity

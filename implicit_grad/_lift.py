@@ -24,7 +24,7 @@ Plain = Callable[[Tensors, Tensors], Tensors]
 
 
 def is_transformed(tensors: Iterable[Tensor]) -> bool:
-    """Whether a transform of torch.func or forward mode looks at the tensors.
+    """Whether a transform of torch.func is at work, or forward mode looks at the tensors.
 
     Raises:
         GraphError: it is the batching from before torch.func, which cannot be taken apart.
@@ -35,11 +35,18 @@ def is_transformed(tensors: Iterable[Tensor]) -> bool:
             "batches of gradients as in is_grads_batched=True, jacobian(vectorize=True) or "
             "gradcheck(check_batched_grad=True) are not available: use torch.func.vmap or jacrev"
         )
-    return any(
-        torch._C._functorch.is_functorch_wrapped_tensor(t)
-        or forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
-        for t in tensors
-    )
+    at_work = torch._C._functorch.peek_interpreter_stack() is not None
+    return at_work or any(_tangent(t) is not None for t in tensors)
+
+
+def has_derivatives(tensors: Iterable[Tensor]) -> bool:
+    """Whether a gradient or a tangent is asked of the tensors, under whatever transforms."""
+    return any(t.requires_grad or _tangent(t) is not None for t in tensors)
+
+
+def _tangent(t: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
+    return tangent
 
 
 def lifted(function: Plain, xs: Sequence[Tensor], known: Sequence[Tensor] = ()) -> Tensors:
@@ -49,26 +56,29 @@ def lifted(function: Plain, xs: Sequence[Tensor], known: Sequence[Tensor] = ()) 
 
 
 def pullback(function: Plain, size: int) -> Plain:
-    """(xs, v) ↦ (∂function/∂xs)ᵀv, for `size` tensors xs."""
+    """(xs, v) ↦ (∂function/∂xs)ᵀv, for those of `size` tensors xs that are not integers."""
 
     def pull(tensors: Tensors, known: Tensors) -> Tensors:
         with torch.enable_grad():
             xs, v = _variables(tensors[:size]), tensors[size:]
             ys = function(xs, known)
-        return vjp(ys, xs, v)
+        return vjp(ys, _real(xs), v)
 
     return pull
 
 
 def _pushforward(function: Plain, size: int) -> Plain:
-    """(xs, t) ↦ (∂function/∂xs) t, as the derivative of the pullback, which is linear in v."""
+    """(xs, t) ↦ (∂function/∂xs) t, as the derivative of the pullback, which is linear in v.
+
+    There is a tangent for each of `size` tensors xs that is not of integers.
+    """
 
     def push(tensors: Tensors, known: Tensors) -> Tensors:
         with torch.enable_grad():
             xs, t = _variables(tensors[:size]), tensors[size:]
             ys = function(xs, known)
             dummy = tuple(torch.zeros_like(y, requires_grad=True) for y in ys)
-            pulled = vjp(ys, xs, dummy)
+            pulled = vjp(ys, _real(xs), dummy)
         return vjp(pulled, dummy, t)
 
     return push
@@ -92,14 +102,17 @@ class _Lifted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
         xs, known = ctx.saved_tensors[: ctx.size], ctx.saved_tensors[ctx.size :]
-        grads = lifted(pullback(ctx.function, ctx.size), (*xs, *v), known)[: ctx.size]
-        return None, None, *grads, *(None for _ in ctx.needs_input_grad[2 + ctx.size :])
+        grads = iter(lifted(pullback(ctx.function, ctx.size), (*xs, *v), known))
+        for_xs = (next(grads) if _is_real(x) else None for x in xs)
+        return None, None, *for_xs, *(None for _ in ctx.needs_input_grad[2 + ctx.size :])
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> Tensors:
         xs, known = ctx.saved_tensors[: ctx.size], ctx.saved_tensors[ctx.size :]
         t = tuple(
-            torch.zeros_like(x) if d is None else d for x, d in zip(xs, tangents, strict=False)
+            torch.zeros_like(x) if d is None else d
+            for x, d in zip(xs, tangents, strict=False)
+            if _is_real(x)
         )
         return lifted(_pushforward(ctx.function, ctx.size), (*xs, *t), known)
 
@@ -125,6 +138,14 @@ class _Lifted(torch.autograd.Function):
 def _variables(xs: Tensors) -> Tensors:
     """Tensors to differentiate by: a graph that they have is left in place."""
     return tuple(
-        x if x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
-        for x in xs
+        x if x.requires_grad or not _is_real(x) else x.detach().requires_grad_() for x in xs
     )
+
+
+def _real(xs: Tensors) -> Tensors:
+    return tuple(x for x in xs if _is_real(x))
+
+
+def _is_real(x: Tensor) -> bool:
+    """Whether there are derivatives by it, as there are none by labels."""
+    return x.is_floating_point() or x.is_complex()

@@ -15,7 +15,7 @@ from implicit_grad._condition import Call
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._evaluation import Evaluation, Setup
 from implicit_grad._function import ImplicitFunction
-from implicit_grad._lift import is_transformed, lifted
+from implicit_grad._lift import has_derivatives, is_transformed, lifted
 from implicit_grad._tree import Tensors, Tree
 
 
@@ -41,6 +41,10 @@ class RootFinder(Protocol):
 
 
 Solver = Callable[..., Any] | Minimizer | RootFinder
+_CAPTURED = (
+    "the condition's function captured a tensor that requires grad or that a transform of "
+    "torch.func looks at, which cannot be followed"
+)
 
 
 class ImplicitSolver:
@@ -85,30 +89,29 @@ class ImplicitSolver:
 
     def _under_transforms(self, inputs: Tensors, tree: Tree) -> Any:
         """A call with tensors that torch.func or forward mode look at, made of plain calls."""
-        phi_tree: Tree
+        sample: list[Evaluation] = []
 
         def plain(xs: Tensors, known: Tensors) -> Tensors:
-            nonlocal phi_tree
             self.setup.condition.check_call(Call(*tree.rebuild(xs)))
             if known:
                 setup = dataclasses.replace(self.setup, polish=0)
-                evaluation = Evaluation(lambda _: phi_tree.rebuild(known), setup, tree, xs)
+                evaluation = Evaluation(
+                    lambda _: sample[0].phi_tree.rebuild(known), setup, tree, xs
+                )
             else:
                 evaluation = Evaluation(self.run, self.setup, tree, xs)
-            if not torch.is_grad_enabled():
-                phi = evaluation.values(xs)
-            else:
-                phi = ImplicitFunction.apply(evaluation.problem(), *xs)
+            # F is evaluated also where no gradient is taken: to find out what it captured
+            phi: Tensors = ImplicitFunction.apply(evaluation.problem(), *xs)
             if evaluation.captured:
-                raise GraphError(
-                    "the condition's function captured a tensor that requires grad, which a "
-                    "transform of torch.func cannot follow: pass it to the solver as an argument"
-                )
-            phi_tree = evaluation.phi_tree
+                raise GraphError(f"{_CAPTURED}: pass it to the solver as an argument")
+            sample[:] = sample or [evaluation]
             return phi
 
         phi = lifted(plain, inputs)
-        return phi_tree.rebuild(phi)
+        # below, in the plain calls, what a transform looks at passes for a number without a history
+        if has_derivatives(sample[0].outputs_again()):
+            raise GraphError(f"{_CAPTURED}: pass it to the solver as an argument")
+        return sample[0].phi_tree.rebuild(phi)
 
     def run(self, call: Call) -> Any:
         """The solver's own output."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+
+from implicit_grad._ad import own_precision
 
 
 class RandomState:
@@ -30,14 +33,41 @@ class RandomState:
             torch.cuda.set_rng_state(state, index)
 
 
+class _Setting:
+    """A setting of the whole process while any thread is inside: the last to leave puts it back."""
+
+    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self._enter, self._lock, self._inside = enter, threading.Lock(), 0
+        self._restore = contextlib.ExitStack()
+        self._context: contextvars.Context  # the first and the last may be different threads
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._context = contextvars.copy_context()
+                self._context.run(self._restore.enter_context, self._enter())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._context.run(self._restore.close)
+
+
+_plain_attention = _Setting(lambda: sdpa_kernel(SDPBackend.MATH))
+_without_cudnn = _Setting(lambda: torch.backends.cudnn.flags(enabled=False))
+
+
 @contextlib.contextmanager
 def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
     """Attention as products and a softmax, and `recurrent` layers without cuDNN.
 
     The fused kernels of both have no second derivative.
     """
-    without_cudnn = torch.backends.cudnn.flags(enabled=False)
-    with sdpa_kernel(SDPBackend.MATH), without_cudnn if recurrent else contextlib.nullcontext():
+    with _plain_attention(), _without_cudnn() if recurrent else contextlib.nullcontext():
         yield
 
 
@@ -57,12 +87,37 @@ def undisturbed(devices: set[torch.device], replay: RandomState | None = None) -
         with contextlib.ExitStack() as stack:
             stack.enter_context(_private_buffers())
             stack.enter_context(differentiable_twice())
-            for device_type in {"cpu", *(d.type for d in devices)}:
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+            stack.enter_context(own_precision(devices))
             stack.enter_context(torch.enable_grad())
             yield
     finally:
         before.restore()
+
+
+_lent: dict[torch.nn.Module, tuple[dict[str, torch.Tensor | None], int]] = {}
+_lending = threading.Lock()
+
+
+def _lend(module: torch.nn.Module) -> None:
+    """Give a module copies of its buffers, unless it has them from another thread already."""
+    with _lending:
+        originals, lenders = _lent.get(module, (None, 0))
+        if originals is None:
+            originals = dict(module._buffers)
+            for name, buffer in originals.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        _lent[module] = originals, lenders + 1
+
+
+def _put_back(module: torch.nn.Module) -> None:
+    """Give a module its own buffers again, when the last who lent it copies is done."""
+    with _lending:
+        originals, lenders = _lent[module]
+        if lenders > 1:
+            _lent[module] = originals, lenders - 1
+        else:
+            module._buffers.update(originals)
+            del _lent[module]
 
 
 @contextlib.contextmanager
@@ -73,18 +128,16 @@ def _private_buffers() -> Iterator[None]:
     graphs which hold them stay valid. Hooks are global in torch, hence the check of the thread.
     """
     thread = threading.get_ident()
-    originals: list[tuple[torch.nn.Module, dict[str, torch.Tensor | None]]] = []
+    lent: list[torch.nn.Module] = []
 
     def lend_copies(module: torch.nn.Module, args: Any) -> None:
         if threading.get_ident() == thread and module._buffers:
-            originals.append((module, dict(module._buffers)))
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.clone()
+            _lend(module)
+            lent.append(module)
 
     def put_back(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == thread and originals and originals[-1][0] is module:
-            module._buffers.update(originals.pop()[1])
+        if threading.get_ident() == thread and lent and lent[-1] is module:
+            _put_back(lent.pop())
 
     hooks = (
         register_module_forward_pre_hook(lend_copies),
@@ -95,6 +148,5 @@ def _private_buffers() -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        while originals:  # only after an exception that no hook saw
-            module, buffers = originals.pop()
-            module._buffers.update(buffers)
+        while lent:  # only after an exception that no hook saw
+            _put_back(lent.pop())

@@ -21,26 +21,40 @@ from implicit_grad._tree import Tensors
 _REMEMBERED_CALLS = 4
 
 
-@dataclasses.dataclass
+_SHUT = "implicit_grad: shut gates"
+
+
+@dataclasses.dataclass(eq=False)
 class Gate:
     """Whether gradients may pass from one generation of fast weights to what they stand for.
 
     `shut` while a product is taken around these very weights, which then count as constants;
-    `superseded` once a later step has dropped what backward would need. A flag on an object and not
-    thread-local: on a GPU, backward runs in threads of its own.
+    `superseded` once a later step has dropped what backward would need. A gate is shut for the
+    backward pass that shut it only, as others may pass at the same time: that is known from the
+    thread-local state which autograd hands on to its own threads (on a GPU, backward runs there).
     """
 
-    shut: bool = False
     superseded: bool = False
+
+    @property
+    def shut(self) -> bool:
+        """Whether this backward pass may not go through."""
+        return self in _shut_gates()
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
         """Let nothing through."""
-        before, self.shut = self.shut, True
+        before = _shut_gates()
+        torch._C._stash_obj_in_tls(_SHUT, before | {self})
         try:
             yield
         finally:
-            self.shut = before
+            torch._C._stash_obj_in_tls(_SHUT, before)
+
+
+def _shut_gates() -> frozenset[Gate]:
+    gates: frozenset[Gate] = frozenset()
+    return torch._C._get_obj_in_tls(_SHUT) if torch._C._is_key_in_tls(_SHUT) else gates
 
 
 class FastWeights(torch.autograd.Function):

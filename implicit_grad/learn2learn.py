@@ -25,6 +25,7 @@ from implicit_grad._state import differentiable_twice
 from implicit_grad._weights import Weights
 from implicit_grad.monitor import Monitor, OnFailure, Reporting
 from implicit_grad.solvers import GradientDescent
+from implicit_grad.solvers._descent import Descent
 
 
 def imaml(
@@ -89,7 +90,7 @@ def imaml(
             on_failure=on_failure,
             damping=getattr(linear_solver, "damping", 0.0),
             strong_convexity=1.0 if curvature == "gauss_newton" else None,
-            inner_solved=solver is not None,
+            inner_solved=_means_to_solve(solver),
         ),
         curvature=curvature,
     )
@@ -246,6 +247,12 @@ class ImplicitMAML(nn.Module):
 
 def _either(given: bool | None, default: bool) -> bool:
     return default if given is None else given
+
+
+def _means_to_solve(solver: Any) -> bool:
+    """Whether φ counts as unsolved if it is far from a solution: not after a number of steps."""
+    counted = isinstance(solver, Descent) and solver.tol is None and solver.rtol is None
+    return solver is not None and not counted
 
 
 def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:

@@ -221,10 +221,12 @@ def test_there_is_no_bound_where_nothing_is_known():
         {"residual_norm": math.nan},
         {"curvature": (-0.1, 1.0)},
         {"substitute": "minres"},
+        {"coefficients": ((2.0, 0.1, 1e-3),)},  # a Ritz value of 1/2 denies that μ is 1
     ):
         assert error_bound(LinearSolution(x, status, **(known | change)), 1.0) is None
-    # a μ that the coefficients deny, and none at all: the residual still bounds the error
-    for change in ({"coefficients": ((2.0, 0.1, 1e-3),)}, {"coefficients": ()}):
+    # denied by rounding alone, or no coefficients: the residual still bounds the error
+    for coefficients in (((1 + 1e-15, 0.1, 1e-3),), ()):
+        change = {"coefficients": coefficients}
         assert error_bound(LinearSolution(x, status, **(known | change)), 1.0) == 0.1
     assert radau_bound(LinearSolution(x, status, coefficients=((2.0, 0.1, 1e-3),)), 1.0) is None
     assert ritz_values(()) == []
@@ -354,3 +356,16 @@ def test_the_watch_carries_the_bound_of_the_coefficients():
     assert not unknown.within(known.error / 100) and unknown.mu == diagonal
     assert unknown.within(1e9) and math.isclose(unknown.mu, least, rel_tol=1e-12)
     assert diagonal > least
+
+
+def test_there_is_no_bound_where_the_solve_itself_refutes_mu():
+    """A concave part of the loss leaves curvature between 0 and λ, which CG's Ritz values show."""
+    matrix = torch.diag(torch.linspace(-0.9, 2.0, 12, dtype=torch.float64))  # λ = 1: A ⪰ 0.1
+    theta, monitor = torch.ones(12, dtype=torch.float64, requires_grad=True), ig.Monitor()
+    condition = ig.proximal(lambda w: w @ matrix @ w / 2, 1.0, convex=True)
+    exact = torch.linalg.solve(matrix + torch.eye(12, dtype=torch.float64), theta.detach())
+    solve = ig.implicit(
+        lambda theta: exact, condition, linear_solver=ig.CG(maxiter=9), monitor=monitor
+    )
+    solve(theta).sum().backward()
+    assert monitor.last.ritz_min < 0.9 and monitor.last.solve_error_bound is None
