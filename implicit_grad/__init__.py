@@ -1,6 +1,6 @@
 """implicit_grad: wrap any solver; its backward pass is a linear solve."""
 
-from implicit_grad import solvers
+from implicit_grad import solvers, testing
 from implicit_grad._certify import Certificate, certify
 from implicit_grad._conditions import argmin, fixed_point, proximal, root
 from implicit_grad._dense import Exact
@@ -58,4 +58,5 @@ __all__ = [
     "proximal",
     "root",
     "solvers",
+    "testing",
 ]

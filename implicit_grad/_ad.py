@@ -12,7 +12,9 @@ from torch import Tensor
 from implicit_grad._errors import GraphError
 from implicit_grad._tree import Tensors
 
-# What torch's decorator makes of a backward method is recognised by the code that it shares.
+# What torch's decorator makes of a backward method is recognised by the code that it shares, and
+# what torch.compile makes of a function by where its class comes from.
+_COMPILED = "torch._functorch._aot_autograd"
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
@@ -129,7 +131,8 @@ class Linearization:
             if once_differentiable(self.curved, self.phi):
                 raise GraphError(
                     "a product with A (not Aᵀ) differentiates the backward pass of F, in which a "
-                    "custom Function is marked as once_differentiable: use Neumann() or Exact()"
+                    "custom Function is marked as once_differentiable, or a function is compiled: "
+                    "use Neumann() or Exact()"
                 )
             with torch.enable_grad():
                 dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self.curved)
@@ -201,7 +204,7 @@ def leaves_behind(
 def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool:
     """Whether a custom Function between φ and the values is marked as differentiable once.
 
-    torch may take it, without a word, for a function without curvature.
+    Or is compiled. torch may take it, without a word, for a function without curvature.
     """
     ids, own = {id(p) for p in phi}, {p.grad_fn for p in phi} - {None}
 
@@ -209,8 +212,9 @@ def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool
         return node in own or id(getattr(node, "variable", None)) in ids
 
     def is_marked(node: Any) -> bool:
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        return getattr(backward, "__code__", None) is _ONCE
+        function = getattr(node, "_forward_cls", None)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        return code is _ONCE or getattr(function, "__module__", "").startswith(_COMPILED)
 
     marked = [node for node in walk(values, is_phi) if is_marked(node)]
     return any(is_phi(node) for node in walk(marked, is_phi))

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from implicit_grad._ad import Linearization, gradient
 from implicit_grad._adjoint import Solved, solve_adjoint, solve_newton
-from implicit_grad._condition import scalar
+from implicit_grad._condition import check_callable, scalar
 from implicit_grad._conditions import proximal
+from implicit_grad._curvature import Curvature
 from implicit_grad._errors import InvalidArgumentError, Status, describe
 from implicit_grad._evaluation import Evaluation
 from implicit_grad._function import variables
 from implicit_grad._linear import LinearSolution, norm
 from implicit_grad._proximal import LowRank
-from implicit_grad._solver import ImplicitSolver
+from implicit_grad._solver import ImplicitSolver, default_linear_solver
 from implicit_grad._tree import Flat, Tensors
 
 
@@ -69,7 +70,8 @@ def certify(
     With r = F(φ), one Newton step leads to φ⁺ = φ + d, A d = −r. There, the solution u of Aᵀu = v
     leaves the residual e = v⁺ − A⁺ᵀu, from which u⁺ = u + (A⁺ᵀ)⁻¹e, and the corrected gradient
     −(∂F⁺/∂a)ᵀu⁺ (plus what the outer loss depends on directly). Its distance to the gradient at φ
-    is the estimate. Cost: the solver, one backward solve, two more, and one outer gradient.
+    is the estimate. Cost: the solver, one backward solve as `solve` takes it, two more with the
+    Hessian and the condition's default linear solver, and one outer gradient.
 
     With constants = (L, ρ, μ), for `proximal`, the error of dθ is bounded: with δ = ‖r‖/μ ≥
     ‖φ − φ*‖, ‖dθ − dθ*‖ ≤ ‖Λ‖/μ (L δ + ρ δ ‖u‖ + ‖v − Aᵀu‖), and L δ more if the outer loss depends
@@ -88,7 +90,7 @@ def certify(
     Raises:
         InvalidArgumentError: an argument cannot work, or no tensor requires grad.
     """
-    _check(solve, constants)
+    _check(solve, args, outer_loss, constants)
     evaluation, inputs = solve.evaluation(tuple(args), {})
     with torch.enable_grad():
         phi = evaluation.solve_and_record(inputs)
@@ -97,14 +99,20 @@ def certify(
     if not tensors:
         raise InvalidArgumentError("certify: none of the arguments requires grad")
     around, targets = _recorded(evaluation, inputs)
-    solver = evaluation.linear_solver
     here = _Outer(outer_loss, evaluation, phi, tensors)
-    first = solve_adjoint(solver, around, here.v, verify=True)
+    first = solve_adjoint(evaluation.linear_solver, around, here.v, verify=True)
     gradients = here.with_implicit(around, first.x, targets)
 
-    newton = solve_newton(solver, around)
+    # what is judged may be truncated, damped or Gauss-Newton; what it is judged by is not
+    curvature: Curvature = (
+        "auto" if evaluation.setup.curvature == "gauss_newton" else (evaluation.setup.curvature)
+    )
+    with torch.enable_grad():
+        true, _ = evaluation.recorded(curvature)
+    solver = default_linear_solver(evaluation.condition)
+    newton = solve_newton(solver, true)
     moved = tuple((p + d).detach() for p, d in zip(phi, newton.x, strict=False))
-    around_moved = evaluation.around(moved)
+    around_moved = evaluation.around(moved, curvature)
     there = _Outer(outer_loss, evaluation, moved, tensors)
     with torch.no_grad():
         same = [x.shape for x in first.x] == [p.shape for p in around_moved.phi]
@@ -117,7 +125,7 @@ def certify(
         u = around_moved.completed(u, there.v)
     corrected = there.with_implicit(around_moved, u, targets)
 
-    solves = ((first, around), (newton, around), (second, around_moved))
+    solves = ((first, around), (newton, true), (second, around_moved))
     status = min(_status(solved.linear, at) for solved, at in solves)
     if not status.ok:
         evaluation.setup.reporting.say(f"not certified: {status.sentence}")
@@ -132,7 +140,7 @@ def certify(
         outer_loss_error=-sum(
             float((x * f.detach()).sum()) for x, f in zip(first.x, around.residual, strict=True)
         ),
-        bound=None if constants is None else _bound(constants, around, first, here),
+        bound=None if constants is None else _bound(constants, true, first, here),
         status=status,
     )
 
@@ -174,7 +182,8 @@ def _bound(
 ) -> float:
     lipschitz, rho, mu = constants
     delta = _distance(around.residual) / mu
-    unsolved = (first.linear.residual or 0.0) * _distance(here.v)
+    with torch.no_grad():
+        unsolved = _distance(here.v, around.transposed(first.x))
     largest = max(float(s.detach().max()) for s in around.scale or () if s.numel())
     indirect = largest / mu * (lipschitz * delta + rho * delta * _distance(first.x) + unsolved)
     return indirect + (lipschitz * delta if _distance(here.direct) else 0.0)
@@ -196,11 +205,16 @@ def _distance(x: Tensors, y: Tensors | None = None) -> float:
     return norm(Flat(parts).ravel(parts)) if parts else 0.0
 
 
-def _check(solve: object, constants: object) -> None:
+def _check(solve: object, args: object, outer_loss: object, constants: object) -> None:
     if not isinstance(solve, ImplicitSolver):
         raise InvalidArgumentError(
             f"certify: solve must be what implicit() returned, got {describe(solve)}"
         )
+    if not isinstance(args, (tuple, list)):
+        raise InvalidArgumentError(
+            f"certify: args must be a tuple of the solver's arguments, got {describe(args)}"
+        )
+    check_callable("certify", "outer_loss", outer_loss)
     if constants is None:
         return
     if not isinstance(constants, tuple) or len(constants) != 3:

@@ -140,17 +140,26 @@ def _linearize(
         near_lower, near_upper = bounds.at(phi, close)
         beyond_lower, beyond_upper = bounds.at(phi, -close)
         # what is violated has to be felt in F, whatever its multiplier
-        equality = [*equality, *(g for g in inequality if g > close)]
-        near = [g for g in inequality if g.abs() <= close]
-        mu, kept = _multipliers(slope, equality, near, ~(near_lower | near_upper), phi, flat, size)
-        rows = [*equality, *(g for g, stays in zip(near, kept, strict=True) if stays)]
-        force = slope + sum(m * _row(c, phi, flat) for m, c in zip(mu, rows, strict=True))
-        # at a bound the force pushes outwards; where there is none, the bound does not act
-        at_lower = (near_lower & (force > size)) | beyond_lower
-        at_upper = (near_upper & (force < -size)) | beyond_upper
+        values = torch.stack(inequality).tolist() if inequality else []
+        near = [g for g, value in zip(inequality, values, strict=True) if abs(value) <= close]
+        equality = [*equality, *(g for g, v in zip(inequality, values, strict=True) if v > close)]
+        free = ~(near_lower | near_upper)
+        jacobian = _jacobian([*equality, *near], phi, flat)
+        mu, kept = _multipliers(slope, jacobian, len(equality), free, size)
+        rows = [g for g, stays in zip([*equality, *near], kept.tolist(), strict=True) if stays]
+        force = slope + mu @ jacobian[kept]
+        if _rank(jacobian[kept] * free) < _rank(jacobian[kept]):
+            # a corner: there are too few free elements to tell the multipliers of the rows from
+            # those of the bounds, but enough constraints to hold all elements where they are
+            at_lower, at_upper = near_lower, near_upper
+        else:
+            # at a bound the force pushes outwards; where there is none, the bound does not act
+            at_lower = (near_lower & (force > size)) | beyond_lower
+            at_upper = (near_upper & (force < -size)) | beyond_upper
         touching = flat.eps**_TOUCHING
-        resting = torch.logical_or(*bounds.at(phi, touching)) & ~(beyond_lower | beyond_upper)
-        idle = [g for g, stays in zip(near, kept, strict=True) if not stays]
+        resting = torch.logical_or(*bounds.at(phi, touching)) & ~(at_lower | at_upper)
+        acting = kept[len(equality) :].tolist()
+        idle = [g for g, acts in zip(near, acting, strict=True) if not acts]
         degenerate = any(bool(g.abs() <= touching) for g in idle)
         degenerate = degenerate or bool((resting & (force.abs() <= size)).any())
     around = _Saddle(objective, bounds, rows, mu, at_lower, at_upper, flat)
@@ -159,28 +168,29 @@ def _linearize(
 
 
 def _multipliers(
-    slope: Tensor,
-    equality: list[Tensor],
-    near: list[Tensor],
-    free: Tensor,
-    phi: Tensors,
-    flat: Flat,
-    size: float,
-) -> tuple[Tensor, list[bool]]:
-    """μ of the rows by least squares on the free elements; which near inequalities really act."""
-    kept = [True] * len(near)
+    slope: Tensor, jacobian: Tensor, equations: int, free: Tensor, size: float
+) -> tuple[Tensor, Tensor]:
+    """μ by least squares on the free elements, and which rows act: the first ones always do."""
+    kept = torch.ones(len(jacobian), dtype=torch.bool, device=jacobian.device)
+    always = torch.arange(len(jacobian), device=jacobian.device) < equations
     while True:
-        rows = [*equality, *(g for g, stays in zip(near, kept, strict=True) if stays)]
-        if not rows:
-            return slope.new_zeros(0), kept
-        jacobian = torch.stack([_row(c, phi, flat) for c in rows])
-        mu = torch.linalg.pinv((jacobian * free).T) @ -slope
-        lengths = (jacobian * free).norm(dim=1)
-        slack = mu[len(equality) :] * lengths[len(equality) :] <= size
-        if not bool(slack.any()):
+        acting = jacobian[kept] * free
+        mu = torch.linalg.pinv(acting.T) @ -slope
+        idle = (mu * acting.norm(dim=1) <= size) & ~always[kept]
+        if not bool(idle.any()):
             return mu, kept
-        acting = iter((~slack).tolist())
-        kept = [stays and next(acting) for stays in kept]
+        kept[kept.clone()] = ~idle
+
+
+def _jacobian(rows: list[Tensor], phi: Tensors, flat: Flat) -> Tensor:
+    """The gradients of constraints, one a row."""
+    if not rows:
+        return flat.ravel(phi).detach().new_zeros(0, sum(p.numel() for p in phi))
+    return torch.stack([flat.ravel(vjp([c], phi, [torch.ones_like(c)])) for c in rows])
+
+
+def _rank(matrix: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(matrix)) if matrix.numel() else 0
 
 
 class _Saddle(Linearization):
@@ -252,11 +262,6 @@ class _Saddle(Linearization):
 
     def _free(self, v: Tensors) -> Tensors:
         return tuple(x.masked_fill(fixed, 0.0) for fixed, x in zip(self._fixed, v, strict=False))
-
-
-def _row(constraint: Tensor, phi: Tensors, flat: Flat) -> Tensor:
-    """The gradient of one constraint."""
-    return flat.ravel(vjp([constraint], phi, [torch.ones_like(constraint)]))
 
 
 def _split(mask: Tensor, phi: Tensors) -> Tensors:

@@ -71,8 +71,9 @@ class Objective:
             return Ladder(self)
         if once_differentiable([self.value], self.phi):
             raise GraphError(
-                f'curvature="{curvature}": a custom Function between phi and the objective is '
-                'marked as once_differentiable, and has no second derivative; use "auto"'
+                f'curvature="{curvature}": between phi and the objective, a custom Function is '
+                "marked as once_differentiable, or a function is compiled (torch.compile), and has "
+                'no second derivative; use "auto"'
             )
         return GaussNewton(self) if curvature == "gauss_newton" else Hessian(self)
 
@@ -92,6 +93,10 @@ class Hessian(Linearization):
             force.residual, objective.phi, slope, force.pulled, force.scale, objective.guard
         )
         self.convex = None if objective.outputs is None else lambda: GaussNewton(objective)
+
+    def curved_product(self, x: Tensors) -> Tensors:
+        """The same: the matrix is symmetric."""
+        return self.curved_transposed(x)
 
     def _slope(self) -> Tensors:
         """∇value."""
@@ -122,10 +127,6 @@ class GaussNewton(Hessian):
         in_outputs = vjp(self._to_phi, self._dummy, u)
         curved = vjp(self._loss_gradient, self._outputs, in_outputs)
         return vjp(self._outputs, self.phi, curved)
-
-    def curved_product(self, x: Tensors) -> Tensors:
-        """The same: the matrix is symmetric."""
-        return self.curved_transposed(x)
 
 
 class FiniteDifference(Hessian):
@@ -161,10 +162,6 @@ class FiniteDifference(Hessian):
     def curved_transposed(self, u: Tensors) -> Tensors:
         """∇²value u."""
         return self._differences(u, ())[: len(u)]
-
-    def curved_product(self, x: Tensors) -> Tensors:
-        """The same: the matrix is symmetric."""
-        return self.curved_transposed(x)
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu: what λ(φ − θ) adds, and differences of the gradients by the inputs."""

@@ -44,16 +44,19 @@ class Exact(LinearSolver):
         matrix = torch.stack([operator.matvec(column) for column in identity], dim=1)
         if not bool(torch.isfinite(matrix).all()):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_OPERATOR, n)
-        curvature = None
+        curvature, size = None, None
         if _is_symmetric(matrix, operator.precision(rhs)):
             x, curvature, singular = _solve_symmetric((matrix + matrix.mT) / 2, rhs)
         else:
             x, singular = _solve_lu(matrix, rhs)
+            size = float(torch.linalg.matrix_norm(matrix, 2))
         if not bool(torch.isfinite(x).all()):
-            return LinearSolution(torch.full_like(rhs, math.nan), Status.SINGULAR, n)
+            x, singular = torch.linalg.pinv(matrix) @ rhs, True
         status = Status.SINGULAR if singular else Status.EXACT
         residual = norm(rhs - matrix @ x) / norm(rhs)
-        return LinearSolution(x, status, n, residual, curvature)
+        if residual > torch.finfo(rhs.dtype).eps ** 0.5 and singular:  # there is no solution
+            return LinearSolution(torch.full_like(rhs, math.nan), status, n, norm=size)
+        return LinearSolution(x, status, n, residual, curvature, norm=size)
 
 
 def _is_symmetric(matrix: Tensor, eps: float) -> bool:

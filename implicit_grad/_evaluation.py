@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -107,18 +108,18 @@ class Evaluation:
             self.captured = tuple(t for t in leaves if id(t) not in own)
         return tuple(t.detach() for t in self._phi)
 
-    def recorded(self) -> tuple[Linearization, Tensors]:
+    def recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
         """F around φ from the record, and the tensors that stand for the arguments in it."""
         assert self._record is not None
         snapshot, a = self._record
-        return snapshot.linearize(self.setup.curvature), (*a, *self.captured)
+        return snapshot.linearize(curvature or self.setup.curvature), (*a, *self.captured)
 
-    def around(self, phi: Tensors) -> Linearization:
+    def around(self, phi: Tensors, curvature: Curvature) -> Linearization:
         """F around another φ, on the recorded arguments."""
         assert self._record is not None
         snapshot, _ = self._snapshot(phi, self._record[1])
         with torch.enable_grad():
-            return snapshot.linearize(self.setup.curvature)
+            return snapshot.linearize(curvature)
 
     def outputs_again(self) -> Tensors:
         """What the user's function returns at φ now, under whatever transforms are at work."""
@@ -179,12 +180,15 @@ class Evaluation:
         """The user's function at φ on tensors of its own, and these tensors."""
         with torch.enable_grad():
             at_phi = variables(phi)
-        return self._evaluate(at_phi, a, again=lambda moved: self._value(moved, a)), at_phi
+        evaluation = weakref.ref(self)  # which holds the snapshot
 
-    def _value(self, phi: Tensors, a: Tensors) -> Tensor:
-        """The objective elsewhere."""
-        value, *_ = self._evaluate(phi, a).outputs
-        return value
+        def value(moved: Tensors) -> Tensor:
+            this = evaluation()
+            assert this is not None
+            objective, *_ = this._evaluate(moved, a).outputs
+            return objective
+
+        return self._evaluate(at_phi, a, again=value), at_phi
 
     def _evaluate(self, phi: Tensors, inputs: Tensors, again: Again | None = None) -> Snapshot:
         with undisturbed(self.devices, self._random):

@@ -13,11 +13,16 @@ from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._evaluation import Setup
 from implicit_grad._krylov import CG
 from implicit_grad._linear import LinearSolver
-from implicit_grad._minres import MINRES
 from implicit_grad._neumann import Neumann
-from implicit_grad._normal import NormalCG
-from implicit_grad._solver import ImplicitSolver, Minimizer, RootFinder, Solver
+from implicit_grad._solver import (
+    ImplicitSolver,
+    Minimizer,
+    RootFinder,
+    Solver,
+    default_linear_solver,
+)
 from implicit_grad.monitor import Monitor, OnFailure, Reporting
+from implicit_grad.solvers._descent import Descent
 
 
 @overload
@@ -85,11 +90,13 @@ def implicit(
             operation has no second derivative in torch; the report says which.
         init: `init(*args)` is where a solver of `implicit_grad.solvers` starts; by default the
             first argument.
-        polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller; the
-            gradient's error is then second order in what the solver left unsolved.
+        polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller; with
+            Hessian products and a linear solver run to a tolerance, the gradient's error is then
+            second order in what the solver left unsolved.
         rtol_gradient: stop the linear solve as soon as the relative error of u is below this, by
             a bound where the strong convexity is known, else by an estimate (the report says
-            which); and a solver of `implicit_grad.solvers` when ‖F‖ has fallen by this factor.
+            which); and a minimiser of `implicit_grad.solvers` without a tolerance of its own when
+            ‖F‖ has fallen by this factor, which says less: see `certify`.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn" (`ImplicitGradWarning`), "raise"
             (`LinearSolveError`) or "ignore".
@@ -121,7 +128,7 @@ def implicit(
             f"fixed_point(...), got {describe(condition)}"
         )
     if linear_solver is None:
-        linear_solver = _default_linear_solver(condition)
+        linear_solver = default_linear_solver(condition)
     if not isinstance(linear_solver, LinearSolver):
         raise InvalidArgumentError(
             "implicit: linear_solver must be CG(), MINRES(), NormalCG(), Neumann() or Exact(), "
@@ -187,12 +194,6 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
     return ImplicitSolver(solver, setup, init)
 
 
-def _default_linear_solver(condition: Condition) -> LinearSolver:
-    if not condition.symmetric:
-        return NormalCG()
-    return CG() if condition.definite else MINRES()
-
-
 def _check_curvature(
     curvature: Curvature, condition: Condition, linear_solver: LinearSolver
 ) -> None:
@@ -231,7 +232,8 @@ def _with_bounds_of(solver: Any, condition: Condition) -> Condition:
 
 
 def _to_accuracy(solver: Any, rtol_gradient: float | None) -> Any:
-    """The minimiser with the tolerance of the adaptive mode, if it has one and was not told."""
-    if rtol_gradient is None or getattr(solver, "rtol", 0.0) is not None:
+    """The minimiser with the tolerance of the adaptive mode, if it was not given one."""
+    told = getattr(solver, "rtol", 0.0) is not None or getattr(solver, "tol", 0.0) is not None
+    if rtol_gradient is None or told or not isinstance(solver, Descent):
         return solver
     return dataclasses.replace(solver, rtol=rtol_gradient)

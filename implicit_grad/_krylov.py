@@ -68,7 +68,8 @@ class CG(Iterative):
                 f"CG(on_negative_curvature={self.on_negative_curvature!r}): expected {names}"
             )
         given = self.preconditioner
-        if given is not None and not callable(given) and not isinstance(given, Preconditioner):
+        usable = callable(given) or isinstance(given, Preconditioner)
+        if given is not None and (isinstance(given, type) or not usable):
             raise InvalidArgumentError(
                 f"CG(preconditioner={given!r}): expected None, Jacobi(), Nystrom(rank=...) or a "
                 "function of the flat residual"

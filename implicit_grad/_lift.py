@@ -136,9 +136,10 @@ class _Lifted(torch.autograd.Function):
 
 
 def _variables(xs: Tensors) -> Tensors:
-    """Tensors to differentiate by: a graph that they have is left in place."""
+    """Tensors to differentiate by: new nodes, so that one's history does not lead to another."""
     return tuple(
-        x if x.requires_grad or not _is_real(x) else x.detach().requires_grad_() for x in xs
+        x if not _is_real(x) else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        for x in xs
     )
 
 

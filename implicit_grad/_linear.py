@@ -91,6 +91,7 @@ class LinearSolution:
             same system by MINRES, "gauss_newton" for C x = rhs (then `residual` is that of C).
         error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
             was a bound, or an estimate for want of μ.
+        norm: an estimate of ‖M‖₂ where the curvature is not known.
     """
 
     x: Tensor
@@ -103,6 +104,7 @@ class LinearSolution:
     gap: float | None = None
     substitute: Literal["minres", "gauss_newton"] | None = None
     error_is_bound: bool | None = None
+    norm: float | None = None
 
     def in_units_of(self, unit: float) -> LinearSolution:
         """The solution for a right-hand side that is `unit` times as large."""

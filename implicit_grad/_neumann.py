@@ -76,7 +76,8 @@ class Neumann(LinearSolver):
             status = Status.DIVERGED
         else:
             status = Status.TRUNCATED
-        return LinearSolution(x, status, products, residual)
+        # the series converges for the |λ| that its scale is made for
+        return LinearSolution(x, status, products, residual, norm=1 / abs(scale))
 
 
 def _largest_eigenvalue(operator: Operator, like: Tensor) -> float:

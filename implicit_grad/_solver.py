@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from implicit_grad import _tree
-from implicit_grad._condition import Call
+from implicit_grad._condition import Call, Condition
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._evaluation import Evaluation, Setup
 from implicit_grad._function import ImplicitFunction
+from implicit_grad._krylov import CG
 from implicit_grad._lift import has_derivatives, is_transformed, lifted
+from implicit_grad._linear import LinearSolver
+from implicit_grad._minres import MINRES
+from implicit_grad._normal import NormalCG
+from implicit_grad._state import uncompiled
 from implicit_grad._tree import Tensors, Tree
 
 
@@ -60,10 +65,10 @@ class ImplicitSolver:
         condition, linear_solver = self.setup.condition, self.setup.linear_solver
         return f"implicit({name}, {type(condition).__name__}, {linear_solver})"
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the solver; the phi it returns has gradients with respect to all its arguments."""
-        parameters = self.setup.condition.parameters
-        inputs, tree = _tree.flatten((args, kwargs, parameters))
+        inputs, tree = self._inputs(args, kwargs)
         if is_transformed(inputs):
             return self._under_transforms(inputs, tree)
         evaluation = self._evaluation(inputs, tree)
@@ -80,8 +85,14 @@ class ImplicitSolver:
 
     def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
         """One call, checked but not yet run, and the tensors that it depends on."""
-        inputs, tree = _tree.flatten((args, kwargs, self.setup.condition.parameters))
+        inputs, tree = self._inputs(args, kwargs)
         return self._evaluation(inputs, tree), inputs
+
+    def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
+        """The tensors of a call, none of which autograd refuses to save."""
+        inputs, tree = _tree.flatten((args, kwargs, self.setup.condition.parameters))
+        with torch.inference_mode(False):
+            return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
     def _evaluation(self, inputs: Tensors, tree: Tree) -> Evaluation:
         self.setup.condition.check_call(Call(*tree.rebuild(inputs)))
@@ -136,6 +147,13 @@ class ImplicitSolver:
                 f"implicit: {self.solver!r} does not take constraints ({', '.join(constraints)}): "
                 "use SciPyMinimize or GurobiQP of implicit_grad.solvers, or a solver function"
             ) from error
+
+
+def default_linear_solver(condition: Condition) -> LinearSolver:
+    """The one that suits the condition's A, to a tolerance near rounding error."""
+    if not condition.symmetric:
+        return NormalCG()
+    return CG() if condition.definite else MINRES()
 
 
 def _method(solver: Solver) -> str | None:

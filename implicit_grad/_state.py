@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +18,21 @@ from torch.nn.modules.module import (
 )
 
 from implicit_grad._ad import own_precision
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, left alone by torch.compile: what that compiles has no second derivative."""
+    eager: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # slow to import, and there if anything is compiled
+            return function(*args, **kwargs)
+        if not eager:
+            eager.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return eager[0](*args, **kwargs)
+
+    return call
 
 
 class RandomState:

@@ -21,7 +21,7 @@ from implicit_grad._krylov import CG
 from implicit_grad._learned import registrable
 from implicit_grad._linear import LinearSolver
 from implicit_grad._proximal import evaluated, proximal_pull
-from implicit_grad._state import differentiable_twice
+from implicit_grad._state import differentiable_twice, uncompiled
 from implicit_grad._weights import Weights
 from implicit_grad.monitor import Monitor, OnFailure, Reporting
 from implicit_grad.solvers import GradientDescent
@@ -89,7 +89,6 @@ def imaml(
             monitor=monitor,
             on_failure=on_failure,
             damping=getattr(linear_solver, "damping", 0.0),
-            strong_convexity=1.0 if curvature == "gauss_newton" else None,
             inner_solved=_means_to_solve(solver),
         ),
         curvature=curvature,
@@ -168,6 +167,7 @@ class ImplicitMAML(nn.Module):
         learner._weights.start()
         return learner
 
+    @uncompiled
     def adapt(
         self,
         loss: Tensor | Callable[[], Tensor],

@@ -13,6 +13,7 @@ from implicit_grad._ad import Linearization
 from implicit_grad._adjoint import Accuracy, Solved, solve_adjoint
 from implicit_grad._bounds import error_bound, ritz_values
 from implicit_grad._errors import (
+    GraphError,
     ImplicitGradWarning,
     InvalidArgumentError,
     LinearSolveError,
@@ -123,6 +124,12 @@ class Reporting:
         """u with Aᵀu = v; the residual is recomputed where someone will read it."""
         accuracy = Accuracy(self._mu(around), self.rtol_gradient)
         solved = solve_adjoint(solver, around, v, self.monitor is not None, accuracy)
+        truncated = solved.linear.status in (Status.TRUNCATED, Status.FIRST_ORDER)
+        if around.is_adjoint and (truncated or self.damping):
+            raise GraphError(
+                "second derivatives of a truncated or damped solve would not be those of its first "
+                "derivatives: solve to a tolerance, CG(rtol=...), without damping"
+            )
         self._tell(solved, around)
         return solved.x
 
@@ -156,13 +163,16 @@ class Reporting:
             outer_error = -dot(flat.ravel(solved.x), residual)
         status = solution.status
         least, greatest = solution.curvature or (None, None)
-        if status == Status.EXACT and around.is_hessian and least is not None:
-            status = Status.NEGATIVE_CURVATURE if least < 0 else status  # not a minimum
+        if status.ok and around.is_hessian and not solution.substitute and (least or 0.0) < 0:
+            status = Status.NEGATIVE_CURVATURE  # whatever the system's solution is, φ is no minimum
         if status.ok and around.degenerate:
             status = Status.DEGENERATE
-        if status.ok and self.inner_solved and greatest is not None and not around.is_adjoint:
+        size_of_A = solution.norm
+        if size_of_A is None and least is not None and greatest is not None:
+            size_of_A = max(abs(least), abs(greatest))
+        if status.ok and self.inner_solved and size_of_A is not None and not around.is_adjoint:
             # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
-            if not inner <= INNER_TOLERANCE * greatest * max(size, SMALL):
+            if not inner <= INNER_TOLERANCE * size_of_A * max(size, SMALL):
                 status = Status.INNER_NOT_STATIONARY
         ritz = ritz_values(solution.coefficients)
         return Report(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import learn2learn as l2l
 import numpy as np
 import pytest
@@ -92,18 +95,6 @@ def test_a_changed_closure_with_the_same_value_is_noticed():
         torch.autograd.grad(phi.square().sum(), theta, create_graph=True)
 
 
-def test_first_order_solves_keep_their_unit_in_second_derivatives():
-    lam = 0.1
-    condition = ig.proximal(lambda p, y: (p * y).sum(), lam)
-    solve = ig.implicit(
-        lambda t, y: t - y / lam, condition, linear_solver=ig.CG(maxiter=0), on_failure="ignore"
-    )
-    theta, y = normal(2).requires_grad_(), normal(2).requires_grad_()
-    (grad,) = torch.autograd.grad(solve(theta, y).square().sum(), y, create_graph=True)
-    (second,) = torch.autograd.grad(grad.sum(), y)
-    torch.testing.assert_close(second, torch.full_like(y, 2 / lam**2), rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_an_unsolved_problem_is_noticed_at_any_size(size):
     c = torch.full((3,), size, dtype=torch.float64)
@@ -135,3 +126,128 @@ def test_a_learned_step_length_is_refused():
     maml = l2l.algorithms.MAML(nn.Linear(2, 1), lr=nn.Parameter(torch.tensor(0.1)))
     with pytest.raises(ig.InvalidArgumentError, match="lr must be a number"):
         ig.imaml(maml)
+
+
+def test_a_cotangent_with_a_history_does_not_count_twice(double_precision):
+    X, theta = torch.randn(4, 3, requires_grad=True), torch.randn(3)
+
+    def objective(w, theta, X):
+        return torch.nn.functional.softplus(X @ w).sum() + (w - theta).square().sum()
+
+    def newton(theta, X):
+        w = theta
+        for _ in range(15):
+            slope = torch.func.jacrev(objective)(w, theta, X)
+            curvature = torch.func.jacrev(torch.func.jacrev(objective))(w, theta, X)
+            w = w - torch.linalg.solve(curvature, slope)
+        return w
+
+    solve = ig.implicit(lambda theta, X: newton(theta.detach(), X.detach()), ig.argmin(objective))
+
+    def mixed(solver):
+        slope = torch.func.grad(lambda t: solver(t, X).square().sum())(theta)
+        return torch.autograd.grad(slope.sum(), X)[0]
+
+    torch.testing.assert_close(mixed(solve), mixed(newton), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("phi", "upper"), [((0.5, 0.5, 0.0, 0.0), 0.5), ((1.0, 0.0, 0.0, 0.0), 1.0)]
+)
+@pytest.mark.parametrize("size", [1.0, 0.003])
+def test_a_corner_of_bounds_and_a_budget_does_not_move(double_precision, phi, upper, size):
+    returns = torch.tensor([4.0, 3.0, 1.0, 0.5]) * size
+
+    def objective(w, returns):
+        return w.square().sum() / 2 * size - returns @ w
+
+    returns.requires_grad_()
+    condition = ig.argmin(objective, bounds=(0, upper), equality=lambda w, _: w.sum() - 1)
+    solve = ig.implicit(lambda _: torch.tensor(phi), condition, on_failure="raise")
+    (solve(returns) @ torch.tensor([1.0, 2.0, 3.0, 4.0])).backward()
+    torch.testing.assert_close(returns.grad, torch.zeros(4), rtol=0, atol=1e-12)
+
+
+def ridge_at(shift, **options):
+    """A ridge-like problem, solved but for a shift, and its exact gradient's function."""
+    matrix = torch.diag(torch.tensor([1.0, 3.0, 9.0]))
+    condition = ig.proximal(lambda w: w @ matrix @ w / 2, 0.5)
+    whole = matrix / 0.5 + torch.eye(3)
+    theta = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    solve = ig.implicit(
+        lambda t: torch.linalg.solve(whole, t) + shift, condition, on_failure="ignore", **options
+    )
+    exact = torch.linalg.solve(whole, torch.linalg.solve(whole, theta.detach()))
+    return solve, theta, exact
+
+
+@pytest.mark.parametrize(
+    "linear_solver", [ig.CG(maxiter=0), ig.CG(maxiter=1), ig.CG(damping=1.0), ig.Exact()], ids=str
+)
+def test_a_certificate_judges_the_solver_that_was_chosen(double_precision, linear_solver):
+    solve, theta, exact = ridge_at(1e-3, linear_solver=linear_solver)
+    constants = (1.0, 0.0, 1.5)
+    certificate = ig.certify(solve, (theta,), lambda w: w.square().sum() / 2, constants=constants)
+    error = (certificate.gradients[0] - exact).norm().item()
+    torch.testing.assert_close(certificate.corrected[0], exact, rtol=1e-9, atol=1e-12)
+    assert certificate.error == pytest.approx(error, rel=1e-6, abs=1e-12)
+    assert error <= certificate.bound
+
+
+@pytest.mark.parametrize("linear_solver", [ig.CG(maxiter=0), ig.CG(maxiter=2), ig.CG(damping=0.5)])
+def test_second_derivatives_of_an_approximate_solve_are_refused(double_precision, linear_solver):
+    solve, theta, _ = ridge_at(0.0, linear_solver=linear_solver)
+    slope = torch.autograd.grad(solve(theta).square().sum(), theta, create_graph=True)[0]
+    with pytest.raises(ig.GraphError, match="truncated or damped"):
+        torch.autograd.grad(slope.sum(), theta)
+
+
+def test_a_finished_call_is_freed_by_reference_counting(double_precision):
+    gc.collect()
+    gc.disable()
+    try:
+        solve, theta, _ = ridge_at(0.0)
+        evaluation, inputs = solve.evaluation((theta,), {})
+        evaluation.solve_and_record(inputs)
+        alive = weakref.ref(evaluation)
+        del evaluation
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("linear_solver", [ig.Exact(), ig.Neumann(terms=200)], ids=str)
+def test_unsolved_fixed_points_are_noticed_by_every_linear_solver(double_precision, linear_solver):
+    a = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    mix = torch.tensor([[0.1, 0.3, 0.0], [-0.2, 0.1, 0.1], [0.0, 0.2, -0.1]])
+    solve = ig.implicit(
+        lambda a: torch.full((3,), 5.0),
+        ig.fixed_point(lambda x, a: mix @ x + a),
+        linear_solver=linear_solver,
+    )
+    with pytest.warns(ig.ImplicitGradWarning, match="does not solve the inner problem"):
+        solve(a).sum().backward()
+
+
+def test_a_maximum_is_called_negative_curvature_by_minres_too(double_precision):
+    a = torch.ones(3, requires_grad=True)
+    solve = ig.implicit(
+        lambda a: a.clone(),
+        ig.argmin(lambda w, a: -(w - a).square().sum()),
+        linear_solver=ig.MINRES(),
+    )
+    with pytest.warns(ig.ImplicitGradWarning, match="non-positive curvature"):
+        solve(a).sum().backward()
+
+
+def test_inference_tensors_are_taken_for_what_they_are(double_precision):
+    with torch.inference_mode():
+        data = torch.randn(3)
+    theta = torch.ones(3, requires_grad=True)
+    solve = ig.implicit(
+        lambda t, d: (t + d) / 2,
+        ig.argmin(lambda w, t, d: (w - t).square().sum() + (w - d).square().sum()),
+        polish=1,
+    )
+    solve(theta, data).sum().backward()
+    torch.testing.assert_close(theta.grad, torch.full((3,), 0.5))

@@ -1,4 +1,4 @@
-"""Tools to test solvers and their gradients with."""
+"""The memory that a call takes: the most bytes of tensors alive at once."""
 
 from __future__ import annotations
 

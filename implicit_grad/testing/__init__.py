@@ -1,0 +1,41 @@
+"""Tools to test solvers and their gradients with.
+
+A property test of a solver of yours is its arguments, drawn by hypothesis, and one call:
+
+    from hypothesis import given
+    from implicit_grad.testing import check_implicit, strategies as draw
+
+    @given(draw.tensors(8, 3), draw.tensors(8), draw.positive())
+    def test_my_solver(X, y, lam):
+        check_implicit(solve, (X, y, lam))
+
+When it fails, hypothesis finds the simplest arguments, and the message says which gradient is
+wrong, by how much, and why. `check_implicit` alone needs neither hypothesis nor pytest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from implicit_grad.testing._causes import Cause
+from implicit_grad.testing._check import check_implicit
+from implicit_grad.testing._memory import peak_memory
+from implicit_grad.testing._report import ArgumentCheck, CheckReport, ImplicitGradientError
+
+__all__ = [
+    "ArgumentCheck",
+    "Cause",
+    "CheckReport",
+    "ImplicitGradientError",
+    "check_implicit",
+    "peak_memory",
+    "strategies",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`strategies` is imported when it is asked for: it needs hypothesis."""
+    if name == "strategies":
+        return importlib.import_module("implicit_grad.testing.strategies")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,96 @@
+"""Why an implicit gradient can be wrong: each cause with what it means and what to change."""
+
+from __future__ import annotations
+
+import enum
+
+
+@enum.unique
+class Cause(enum.Enum):
+    """What measurements say is wrong; the earlier members explain away the later ones."""
+
+    NON_DETERMINISTIC = (
+        "the solver returns another phi when it is called again with the same arguments, by more "
+        "than rounding. Seed it in each call, or solve far enough that the start does not matter"
+    )
+    REFERENCE_TOO_NOISY = (
+        "the reference itself is too uncertain to tell: phi jumps or jitters as the arguments "
+        "change. Tighten the solver's tolerance, use float64, or stay away from kinks"
+    )
+    STALE_STATE = (
+        "the gradient belongs to another call: state is kept outside of the graph and overwritten "
+        "or reused. Keep what backward needs in ctx, per call"
+    )
+    CAPTURED_TENSOR = (
+        "a function closes over a tensor that phi depends on, and its gradient is lost there. "
+        "Pass the tensor as an argument (and do not detach it)"
+    )
+    MISSING_CROSS_DERIVATIVE = (
+        "F depends on this argument in a way that the gradient does not know of: a term of ∂F/∂a "
+        "is dropped. Look for detach(), item(), NumPy or no_grad in the condition, or for a "
+        "missing term in a backward written by hand"
+    )
+    WRONG_JACOBIAN = (
+        "products with A are not the derivative of F along phi. Look for detach() or no_grad on "
+        "phi in the condition, or a custom Function with a wrong second derivative"
+    )
+    INNER_NOT_SOLVED = (
+        "phi does not solve the inner problem, so the implicit gradient is not the derivative of "
+        "this phi. Run the solver longer or to a tighter tolerance, or use polish=1"
+    )
+    WRONG_CONDITION = (
+        "the solver solves another problem than the condition describes. Compare signs, factors "
+        "(λ against λ/2, sum against mean) and terms of the two"
+    )
+    NOT_ISOLATED = (
+        "A is singular to working precision: the inner solution is not locally unique, and has no "
+        "derivative. Add a regulariser to the inner problem"
+    )
+    NEGATIVE_CURVATURE = (
+        "the inner objective has negative curvature at phi, so phi is no minimum, and CG does not "
+        "solve the linear system. Solve the inner problem further, raise lam, or use Exact()"
+    )
+    ASYMMETRIC_OPERATOR = (
+        "A is not symmetric, but a solver for symmetric systems was used. Use NormalCG(), "
+        "Neumann() or Exact(); under argmin, check custom Functions in the objective"
+    )
+    MISSING_TRANSPOSE = (
+        "the linear system was solved with A where the theorem asks for Aᵀ. Take vector-Jacobian "
+        "products, not Jacobian-vector products"
+    )
+    BLOCK_DIAGONAL = (
+        "the linear system was solved for each tensor of phi by itself: what couples the tensors "
+        "was left out. Solve for all tensors of phi at once"
+    )
+    WRONG_SIGN = "the gradient has the wrong sign: it is −(∂F/∂a)ᵀu with Aᵀu = v"
+    SHIFTED_OPERATOR = (
+        "the linear system was solved with a multiple of the identity added to A (or with another "
+        "λ in it). Take out the damping, and compare λ's scale in the loss and in the system"
+    )
+    APPROXIMATION = (
+        "an approximation was asked for that changes the answer (damping, or Gauss-Newton): the "
+        "gradient is not that of the solution, on purpose"
+    )
+    LINEAR_SOLVE_NOT_CONVERGED = (
+        "the linear system Aᵀu = v is not solved: a dense solve of the same system agrees with the "
+        "reference. Give the linear solver more iterations or a tighter rtol, or regularise"
+    )
+    STRUCTURALLY_ZERO = (
+        "the gradient is exactly zero (or there is none), although phi changes with this tensor. "
+        "Nothing connects the two in the graph: detached, converted, or not in the condition"
+    )
+    WRONG_SCALE = "the gradient is a constant factor away from the right one"
+    UNEXPLAINED = (
+        "none of the measurements explains it. Pass condition= for a solver that implicit() did "
+        "not make, and compare with reference='unrolled'"
+    )
+
+    @property
+    def rank(self) -> int:
+        """Its place in the list: the lower, the more fundamental."""
+        return list(Cause).index(self)
+
+    @property
+    def sentence(self) -> str:
+        """What it means, and what to change."""
+        return self.value
