@@ -63,6 +63,13 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
+def variables(tensors: Tensors) -> Tensors:
+    """Detached copies that share memory and may be differentiated with respect to."""
+    return tuple(
+        t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors
+    )
+
+
 class Linearization:
     """F(φ, a) as a graph at one point: products with A = ∂F/∂φ and with ∂F/∂a.
 

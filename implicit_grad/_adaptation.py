@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, leaves_behind, plain_gradient
+from implicit_grad._ad import Linearization, leaves_behind, plain_gradient, variables
 from implicit_grad._condition import scalar
 from implicit_grad._curvature import Curvature, Objective, has_second_derivative
+from implicit_grad._elsewhere import elsewhere
 from implicit_grad._errors import GraphError
-from implicit_grad._function import ImplicitFunction, Problem, variables
+from implicit_grad._function import ImplicitFunction, Problem
 from implicit_grad._linear import LinearSolver
 from implicit_grad._proximal import Pull
 from implicit_grad._solution import checked
@@ -83,8 +84,8 @@ class Replay:
 class Step:
     """The inner problem around one generation of weights, kept for backward.
 
-    `phi` are the weights in the graph of `loss`; `values` the adapted ones, which are the same
-    after a minimisation, and one gradient step on after `adapt(tensor)`. The learner's `Weights`
+    `phi` are the weights in the graph of `loss`; `values` the adapted ones, which are the same if
+    they were `minimised`, and one gradient step on after `adapt(tensor)`. The learner's `Weights`
     must not be held here: they hold tensors whose graph holds this step, and autograd's graph is
     invisible to Python's garbage collector.
     """
@@ -98,11 +99,12 @@ class Step:
     captured: Tensors
     outputs: Tensors | None
     gate_of_phi: Gate
+    minimised: bool
     replay: weakref.ref[Replay] | None = None
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
-        problem = Problem(self._values, _no_second_order, self._solve, self._recorded)
+        problem = Problem(self._values, self._linearize, self._solve, self._recorded)
         attached: Tensors = ImplicitFunction.apply(problem, *self.inputs, *self.captured)
         return attached
 
@@ -114,7 +116,17 @@ class Step:
     def _values(self, _: Tensors) -> Tensors:
         return tuple(t.detach() for t in self.values)  # objects of their own: no cycle through them
 
-    def _recorded(self) -> tuple[Linearization, Tensors]:
+    def _linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
+        """F around φ as recorded, differentiable with respect to φ and the inputs."""
+        if not self.minimised:
+            raise GraphError(
+                "second derivatives through adapt(loss) of a tensor are not available (backward "
+                "was called with create_graph=True): its loss has derivatives before the step, and "
+                "not where it led. Pass a function: learner.adapt(lambda: loss(...))"
+            )
+        return elsewhere(self._recorded, self.method.curvature, phi, inputs)
+
+    def _recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
         inputs = variables(self.inputs)
         theta, pull = self.inputs_tree.rebuild(inputs)
         objective = Objective(
@@ -125,10 +137,12 @@ class Step:
             again=None if self.replay is None else self._again,
             guard=self.gate_of_phi.closed,
         )
-        return objective.linearize(self.method.curvature), (*inputs, *self.captured)
+        return objective.linearize(curvature or self.method.curvature), (*inputs, *self.captured)
 
     def _place(self, pull: Pull) -> Tensors:
         """The adapted weights; where F's linear part is taken from its graph, in terms of φ."""
+        if self.minimised:
+            return self.phi
         if not pull.factors:
             return self.values
         return tuple(p + (w - p).detach() for p, w in zip(self.phi, self.values, strict=True))
@@ -154,6 +168,7 @@ def _step(
     values: Tensors,
     gate_of_phi: Gate,
     method: Method,
+    minimised: bool = False,
     replay: Replay | None = None,
 ) -> Step:
     return Step(
@@ -166,6 +181,7 @@ def _step(
         captured=weights.captured_by(loss),
         outputs=weights.outputs_behind(loss) if method.needs_outputs else None,
         gate_of_phi=gate_of_phi,
+        minimised=minimised,
         replay=None if replay is None else weakref.ref(replay),
     )
 
@@ -230,16 +246,9 @@ def minimise_closure(
         behind = {id(t) for t in leaves_behind([loss])}
         weights.check_used(tuple(p if id(p) in behind else None for p in phi), method.allow_unused)
         differences = method.takes_differences(loss, phi)
-        step = _step(weights, loss, phi, values, Gate(), method, replay if differences else None)
-        weights.attach(values, step.sources(), keeping=replay if differences else None)
+        needed = replay if differences else None
+        step = _step(weights, loss, phi, values, Gate(), method, True, needed)
+        weights.attach(values, step.sources(), keeping=needed)
         before = weights.current
     finally:
         weights.install(before)
-
-
-def _no_second_order(phi: Tensors, inputs: Tensors) -> Linearization:
-    raise GraphError(
-        "second derivatives through an adapted imaml learner are not available: backward was "
-        "called with create_graph=True. Use implicit(solver, proximal(loss, lam)) with functional "
-        "calls of the model, whose gradients are differentiable to every order"
-    )

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, gradient
+from implicit_grad._ad import Linearization, gradient, variables
 from implicit_grad._adjoint import Solved, solve_adjoint, solve_newton
 from implicit_grad._condition import check_callable, scalar
 from implicit_grad._conditions import proximal
 from implicit_grad._curvature import Curvature
 from implicit_grad._errors import InvalidArgumentError, Status, describe
 from implicit_grad._evaluation import Evaluation
-from implicit_grad._function import variables
 from implicit_grad._linear import LinearSolution, norm
 from implicit_grad._proximal import LowRank
 from implicit_grad._solver import ImplicitSolver, default_linear_solver

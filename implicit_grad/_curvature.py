@@ -28,7 +28,7 @@ CURVATURES = ("auto", "hessian", "gauss_newton", "finite_difference")
 _NO_DOUBLE_BACKWARD = re.compile(
     r"derivative for .* is not implemented|double backward|once_differentiable"
 )
-CHANGED = (
+_CHANGED = (
     "the condition's function has other derivatives when it is evaluated again: it refers to a "
     "variable that has changed since the solver ran, or it is random. Pass everything it needs as "
     "arguments"
@@ -193,7 +193,7 @@ class FiniteDifference(Hessian):
             a - b for a, b in zip(self._slope_at(0.0, zero, ()), self.curved, strict=True)
         ]
         if not _norm(difference) <= self._eps**0.5 * _norm(self.curved):
-            raise GraphError(CHANGED)
+            raise GraphError(_CHANGED)
 
 
 class Climbed(Exception):

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, leaves_behind, own_precision
+from implicit_grad._ad import Linearization, leaves_behind, own_precision, variables
 from implicit_grad._condition import Again, Call, Condition, Snapshot
-from implicit_grad._curvature import CHANGED, Curvature
+from implicit_grad._curvature import Curvature
+from implicit_grad._elsewhere import elsewhere
 from implicit_grad._errors import GraphError, InvalidArgumentError, InvalidSolutionError, describe
-from implicit_grad._function import Problem, variables
+from implicit_grad._function import Problem
 from implicit_grad._lift import is_transformed
 from implicit_grad._linear import LinearSolver
 from implicit_grad._polish import is_better, newton_candidates
@@ -130,37 +131,14 @@ class Evaluation:
             return self.condition.at(at_phi, phi, self._call(a), None).outputs
 
     def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
-        """F around φ evaluated anew, with a graph back to φ and the arguments."""
-        assert self._record is not None
-        if self.captured:
-            raise GraphError(
-                "second derivatives with respect to tensors that the condition's function "
-                "captured (closed over, or parameters of a module in it) are not available: pass "
-                "these tensors to the solver as arguments"
-            )
+        """F around φ as recorded, differentiable with respect to φ and the arguments."""
         if getattr(self.condition, "constraints", None):
             raise GraphError("second derivatives of a minimum under constraints are not available")
-        curvature = "hessian" if self.setup.curvature == "auto" else self.setup.curvature
-        again = self._evaluate(phi, inputs).linearize(curvature)
-        self._check_same(again, inputs)
-        return again
+        return elsewhere(self.recorded, self.setup.curvature, phi, inputs)
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
         """u with Aᵀu = v, and its report."""
         return self.setup.reporting.solve(self.linear_solver, around, v)
-
-    def _check_same(self, again: Linearization, inputs: Tensors) -> None:
-        """Raise if F's derivatives are no longer those that were recorded."""
-        with torch.enable_grad():
-            recorded, a = self.recorded()
-        probe = tuple(torch.linspace(1, 2, p.numel()).to(p).view_as(p) for p in recorded.phi)
-        wanted = [i for i, wants in enumerate(self.wanted) if wants]
-        with torch.no_grad():
-            before = recorded.transposed(probe) + recorded.pullback(probe, [a[i] for i in wanted])
-            now = again.transposed(probe) + again.pullback(probe, [inputs[i] for i in wanted])
-            for x, y in zip(before, now, strict=True):
-                if not float((x - y).norm()) <= torch.finfo(x.dtype).eps ** 0.5 * float(x.norm()):
-                    raise GraphError(CHANGED)
 
     def _polished(
         self, phi: Tensors, snapshot: Snapshot, at_phi: Tensors, a: Tensors

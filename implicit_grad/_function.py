@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, dense, own_precision
+from implicit_grad._ad import Linearization, dense, own_precision, variables
 from implicit_grad._errors import GraphError
 from implicit_grad._lift import is_transformed, lifted, pullback
 from implicit_grad._tree import Tensors
@@ -137,13 +137,6 @@ def _batched_backward(
     grads = lifted(pullback(at_phi, len(xs)), (*xs, *v), known=phi)
     found = dict(zip(places, grads, strict=True))
     return tuple(found.get(i) for i in range(len(wanted)))
-
-
-def variables(tensors: Tensors) -> Tensors:
-    """Detached copies that share memory and may be differentiated with respect to."""
-    return tuple(
-        t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors
-    )
 
 
 def connected(tensors: Tensors) -> Tensors:

@@ -328,7 +328,7 @@ def test_no_second_derivatives_off_the_first_rung(name):
     condition = ig.proximal(lambda phi: error(functional_call(model, phi, (x,))), LAM)
     phi = ig.implicit(here, condition, **QUIET)(theta)
     with pytest.raises((RuntimeError, NotImplementedError), match=NO_SECOND):
-        gradients(phi, list(theta.values()), create_graph=True)
+        gradients(gradients(phi, list(theta.values()), create_graph=True), list(theta.values()))
 
 
 def test_what_lies_behind_phi_does_not_matter():

@@ -1294,10 +1294,13 @@ def double_backward(user: User) -> None:
     ahead, behind = (expected_at(theta.detach() + s * step, X).sum() for s in (1, -1))
     assert abs(second.sum() - (ahead - behind) / 2e-5) < 1e-7
     model = network()
+    reasons = {"tensor": r"create_graph=True.*adapt\(lambda", "closure": "truncated"}
     for style in STYLES:
-        _, outer, parameters = adapted_loss(user, model, style)
-        with pytest.raises(ig.GraphError, match=r"second derivatives.*create_graph=True"):
-            grad(outer, parameters, create_graph=True)
+        truncated = ig.CG(maxiter=2)
+        _, outer, parameters = adapted_loss(user, model, style, linear_solver=truncated)
+        with pytest.raises(ig.GraphError, match=f"econd derivatives.*{reasons[style]}"):
+            first = grad(outer, parameters, create_graph=True)
+            grad(sum(g.square().sum() for g in first), parameters)
     bounded = ig.argmin(lambda phi, t: (phi - t).square().sum(), bounds=(-5.0, 5.0))
     phi = ig.implicit(torch.clone, bounded)(theta)
     with pytest.raises(ig.GraphError, match="under constraints are not available"):

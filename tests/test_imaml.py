@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
 
 import implicit_grad as ig
+from implicit_grad.solvers import NewtonCG
 from implicit_grad.testing import peak_memory
 
 STYLES = ("tensor", "closure")
@@ -850,17 +851,91 @@ def test_a_step_on_a_tensor_is_not_held_to_what_a_solver_promises():
         outer(learner).backward()
 
 
+# ---------------------------------------------------------------- derivatives of derivatives
+
+
+def loss_of_an_adapted_learner(maml, weight):
+    """It depends on θ and, in the inner loss and directly, on the weight."""
+    learner = maml.clone()
+    learner.adapt(lambda: weight.exp() * error(learner, data()))
+    return error(learner, data(seed=2)) * (1 + weight)
+
+
+def meta_gradient(maml, weight, create_graph):
+    """When it is taken, the learner is gone."""
+    loss = loss_of_an_adapted_learner(maml, weight)
+    return torch.autograd.grad(loss, [*maml.parameters(), weight], create_graph=create_graph)
+
+
+def moved(tensors, direction, step):
+    for t, d in zip(tensors, direction, strict=True):
+        t.data.add_(d, alpha=step)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("curvature", ["auto", "hessian"])
+def test_second_and_third_derivatives(curvature, learned):
+    """Hessian-vector products through an adapted learner, as TRPO takes them."""
+    torch.manual_seed(0)
+    lam = nn.Parameter(torch.tensor(2.0)) if learned else 2.0
+    maml = wrapped(
+        network(), lam, solver=NewtonCG(tol=1e-13), curvature=curvature, on_failure="raise",
+        linear_solver=ig.CG(rtol=1e-13),
+    )  # fmt: skip
+    weight = nn.Parameter(torch.tensor(0.7))
+    inputs = [*maml.parameters(), weight]
+    v = [normal(*p.shape, seed=i, grad=False) for i, p in enumerate(inputs)]
+
+    def along(create_graph):
+        """H v, as a list."""
+        first = meta_gradient(maml, weight, create_graph=True)
+        inner = sum((g * d).sum() for g, d in zip(first, v, strict=True))
+        return torch.autograd.grad(inner, inputs, create_graph=create_graph)
+
+    def differences(function):
+        found = []
+        for step in (2e-6, -4e-6):
+            moved(inputs, v, step)
+            found.append(function())
+        moved(inputs, v, 2e-6)
+        return [(a - b) / 4e-6 for a, b in zip(*found, strict=True)]
+
+    close(along(False), differences(lambda: meta_gradient(maml, weight, False)), 1e-5)
+    inner = sum((g * d).sum() for g, d in zip(along(True), v, strict=True))
+    third = torch.autograd.grad(inner, inputs)
+    close(third, differences(lambda: along(False)), 1e-4)
+
+
+def test_second_derivatives_accumulate_once():
+    """In backward(), too, where the record's tensors could receive gradients besides."""
+    maml = wrapped(network(), solver=NewtonCG(tol=1e-12), linear_solver=ig.CG(rtol=1e-12))
+    weight = nn.Parameter(torch.tensor(0.7))
+    inputs = [*maml.parameters(), weight]
+    expected = torch.autograd.grad(wavy(meta_gradient(maml, weight, True)), inputs)
+    wavy(meta_gradient(maml, weight, True)).backward()
+    close([p.grad for p in inputs], expected, 1e-12)
+
+
 # ---------------------------------------------------------------- gradients that cannot be had
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("style", STYLES)
-def test_second_derivatives_are_refused(style, curvature):
+def test_second_derivatives_are_refused_where_only_a_tensor_is_known(curvature):
     maml = wrapped(network(), curvature=curvature)
     learner = maml.clone()
-    adapt(learner, lambda it: error(it, data()), style)
-    with pytest.raises(ig.GraphError, match=r"create_graph=True.*implicit\(solver, proximal"):
+    learner.adapt(error(learner, data()))
+    with pytest.raises(ig.GraphError, match=r"create_graph=True.*adapt\(lambda"):
         torch.autograd.grad(outer(learner), list(maml.parameters()), create_graph=True)
+
+
+def test_second_derivatives_are_refused_of_a_truncated_solve():
+    maml = wrapped(network())
+    learner = maml.clone()
+    learner.adapt(lambda: error(learner, data()), steps=50)
+    parameters = list(maml.parameters())
+    first = torch.autograd.grad(outer(learner), parameters, create_graph=True)
+    with pytest.raises(ig.GraphError, match=r"solve to a tolerance, CG\(rtol"):
+        torch.autograd.grad(wavy(first), parameters)
 
 
 @pytest.mark.parametrize("style", STYLES)
