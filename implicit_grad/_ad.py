@@ -76,7 +76,8 @@ class Linearization:
     F(φ) = curved(φ) + pulled(φ) + diagonal·φ + …: the parts of F that depend on φ. `scale`, the
     diagonal of a proximal term, is kept out of the graph: linear solvers add it themselves, and
     take it for the natural unit of A. `pulled` is linear in φ (what else λ adds when it is a
-    matrix). `guard` is entered for the one product that goes past φ in the graph.
+    matrix). F itself may be given by a function, so that it takes no memory while a linear solver
+    works. `guard` is entered for the one product that goes past φ in the graph.
     """
 
     curvature = "jacobian"  # of what A is made, for reports
@@ -85,15 +86,16 @@ class Linearization:
 
     def __init__(
         self,
-        residual: Tensors,
+        residual: Tensors | Callable[[], Tensors],
         phi: Tensors,
         curved: Tensors | None = None,
         pulled: Tensors = (),
         scale: Tensors | None = None,
         guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        self.residual, self.phi = residual, phi
-        self.curved = residual if curved is None else curved
+        self.make_residual = residual if callable(residual) else lambda: residual
+        self.phi = phi
+        self.curved = self.residual if curved is None else curved
         self.pulled, self.scale = pulled, scale
         self.degenerate = False  # φ lies at a kink, where F has no derivative
         self.is_adjoint = False  # F is itself the residual of an adjoint problem
@@ -101,6 +103,12 @@ class Linearization:
         self.convex: Callable[[], Linearization] | None = None
         self._guard = guard
         self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
+
+    @property
+    def residual(self) -> Tensors:
+        """F at φ, with its graph."""
+        with torch.enable_grad():
+            return self.make_residual()
 
     def extended(self, v: Tensors) -> Tensors:
         """The right-hand side of Aᵀu = v; longer than v where F has unknowns besides φ."""

@@ -16,7 +16,7 @@ from implicit_grad._elsewhere import elsewhere
 from implicit_grad._errors import GraphError
 from implicit_grad._function import ImplicitFunction, Problem
 from implicit_grad._linear import LinearSolver
-from implicit_grad._proximal import Pull
+from implicit_grad._proximal import ProximalObjective, Pull
 from implicit_grad._solution import checked
 from implicit_grad._state import RandomState, undisturbed
 from implicit_grad._tree import Tensors, Tree
@@ -221,15 +221,16 @@ def minimise_closure(
     """φ = argmin loss + λ/2 ‖φ − θ‖² by any minimiser; backward linearises at φ itself."""
     before, theta = weights.current, weights.theta
 
-    def objective(phi: Tensors) -> Tensor:
+    def loss_at(phi: Tensors) -> Tensor:
         weights.install(tuple(phi))
         loss = scalar("adapt: the function's loss", closure())
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in phi)
         if wanted and not loss.requires_grad:
             raise GraphError(_NO_GRAPH)
-        return loss + pull.term(phi, theta_values)
+        return loss
 
-    theta_values, pull = tuple(t.detach() for t in theta), weights.pull.detached()
+    theta_values = tuple(t.detach() for t in theta)
+    objective = ProximalObjective(loss_at, weights.pull.detached(), theta_values)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             start = tuple(t.detach().clone() for t in before)

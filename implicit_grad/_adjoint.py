@@ -62,10 +62,9 @@ def _solve(
 ) -> Solved:
     flat = Flat(rhs)
     system = _System(around, flat)
-    vector = flat.ravel(rhs)
     while True:
         try:
-            solution = solver.solve(system.operator(accuracy, transposed), vector, verify)
+            solution = solver.solve(system.operator(accuracy, transposed), flat.ravel(rhs), verify)
         except Climbed:
             continue
         return Solved(flat.unravel(solution.x), solution, system.products)
@@ -105,7 +104,11 @@ class _System:
         def matvec(x: Tensor) -> Tensor:
             self.products += 1
             product = flat.ravel(smooth(flat.unravel(x)))
-            return product if scale is None else product.add_(scale * x)
+            if scale is None:
+                return product
+            if isinstance(scale, float):
+                return product.add_(x, alpha=scale)
+            return product.addcmul_(scale, x)
 
         return matvec
 

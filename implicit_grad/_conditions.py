@@ -26,7 +26,7 @@ from implicit_grad._condition import (
 from implicit_grad._constraints import Constraints
 from implicit_grad._curvature import Curvature, Objective
 from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._proximal import LowRank, check_lam, evaluated, proximal_pull
+from implicit_grad._proximal import LowRank, ProximalObjective, check_lam, evaluated, proximal_pull
 from implicit_grad._tree import Tensors
 
 
@@ -156,10 +156,10 @@ class proximal(Condition):
         if solver != "minimize":
             return super().problem_for(solver, call)
         theta, *rest = call.args
-        thetas = _tree.leaves(theta)
+        thetas = tuple(_tree.leaves(theta))
         pull = proximal_pull(call.parameters, theta, "proximal")
         loss = _composed(self.loss, self.model, rest, call.kwargs)
-        return lambda phi: loss(phi)[0] + pull.term(_tree.leaves(phi), thetas), {}
+        return ProximalObjective(lambda phi: loss(phi)[0], pull, thetas), {}
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         theta, *rest = call.args

@@ -38,7 +38,7 @@ _CHANGED = (
 class Force(NamedTuple):
     """F, made from the gradient of an objective's smooth part; see `Linearization`."""
 
-    residual: Tensors
+    residual: Tensors | Callable[[], Tensors]
     pulled: Tensors = ()
     scale: Tensors | None = None
 
@@ -213,7 +213,12 @@ class Ladder(Linearization):
         once = once_differentiable([objective.value], objective.phi)
         self._rung = parts = self._differences(None) if once else Hessian(objective)
         super().__init__(
-            parts.residual, parts.phi, parts.curved, parts.pulled, parts.scale, objective.guard
+            parts.make_residual,
+            parts.phi,
+            parts.curved,
+            parts.pulled,
+            parts.scale,
+            objective.guard,
         )
         self.convex = parts.convex
 

@@ -35,7 +35,7 @@ class Elsewhere(Linearization):
         scale = recorded.scale
         if scale is not None:
             scale = attached(scale, self._stand_ins, self._tensors)
-        super().__init__(recorded.residual, phi, scale=scale)
+        super().__init__(recorded.make_residual, phi, (), scale=scale)
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu without the scale's part."""

@@ -107,10 +107,10 @@ class LinearSolution:
     norm: float | None = None
 
     def in_units_of(self, unit: float) -> LinearSolution:
-        """The solution for a right-hand side that is `unit` times as large."""
+        """The solution for a right-hand side that is `unit` times as large; x is overwritten."""
         return dataclasses.replace(
             self,
-            x=self.x * unit,
+            x=self.x.mul_(unit),
             coefficients=tuple((a, b, rr * unit * unit) for a, b, rr in self.coefficients),
             residual_norm=None if self.residual_norm is None else self.residual_norm * unit,
             gap=None if self.gap is None else self.gap * unit,
@@ -141,7 +141,8 @@ class LinearSolver(abc.ABC):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_RHS)
         limit = 126 if rhs.dtype == torch.float32 else 1022
         unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
-        return self._solve(operator, rhs / unit, unit, verify).in_units_of(unit)
+        rhs = rhs / unit  # the caller may have kept no other
+        return self._solve(operator, rhs, unit, verify).in_units_of(unit)
 
     @abc.abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:

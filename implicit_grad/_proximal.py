@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -57,6 +58,23 @@ class Pull(NamedTuple):
             terms.append(self._coordinates(away).square().sum())
         return torch.stack(terms).sum() / 2
 
+    def at(self, phi: Tensors, theta: Tensors) -> tuple[Tensor, Tensors]:
+        """The same number and its gradient Λ(φ − θ), without a graph: a few passes over memory."""
+        with torch.no_grad():
+            away = torch._foreach_sub(phi, theta)
+            weights = [w.to(p.dtype) for w, p in zip(self.weights, phi, strict=True)]
+            if self.factors or any(w.dim() for w in weights):
+                slope = torch._foreach_mul(away, weights)
+                if self.factors:
+                    torch._foreach_add_(slope, self.along_factors(away))
+                parts = [(d * g).sum() for d, g in zip(away, slope, strict=True)]
+            else:
+                squares = torch.stack(torch._foreach_norm(away)).square_()
+                parts = [(squares * torch.stack(weights)).sum()]
+                slope = away
+                torch._foreach_mul_(slope, weights)
+            return torch.stack(parts).sum() / 2, tuple(slope)
+
     def along_factors(self, away: Sequence[Tensor]) -> list[Tensor]:
         """U Uᵀ(φ − θ)."""
         coordinates = self._coordinates(away)
@@ -71,24 +89,25 @@ class Pull(NamedTuple):
     ) -> Force:
         """F = slope + Λ(φ − θ); φ[slots[i]] is what θ[i] holds back."""
         slots = range(len(theta)) if slots is None else slots
-        residual: list[Tensor] = list(slope)
-        pulled = [torch.zeros_like(p) for p in phi]
+        places = list(zip(slots, self.weights, theta, strict=True))
         scale: dict[int, Tensor] = {}
-        away = [phi[slot] - t for slot, t in zip(slots, theta, strict=True)]
-        along = self.along_factors(away) if self.factors else None
-        for i, slot in enumerate(slots):
-            weight = self.weights[i]
-            residual[slot] = residual[slot] + weight * away[i]
-            if along is not None:
-                residual[slot] = residual[slot] + along[i]
-                pulled[slot] = pulled[slot] + along[i]
+        for slot, weight, _ in places:
             # tied weights are pulled at by every θ that stands in their places
             scale[slot] = scale[slot] + weight if slot in scale else weight
-        return Force(
-            tuple(residual),
-            tuple(pulled) if self.factors else (),
-            tuple(scale[slot] for slot in range(len(residual))),
-        )
+        pulled: list[Tensor] = []
+        if self.factors:
+            pulled = [torch.zeros_like(p) for p in phi]
+            along = self.along_factors([phi[slot] - t for slot, _, t in places])
+            for slot, part in zip(slots, along, strict=True):
+                pulled[slot] = pulled[slot] + part
+
+        def residual() -> Tensors:
+            sums = list(map(torch.add, slope, pulled) if pulled else slope)
+            for slot, weight, t in places:
+                sums[slot] = sums[slot] + weight * (phi[slot] - t)
+            return tuple(sums)
+
+        return Force(residual, tuple(pulled), tuple(scale[i] for i in range(len(slope))))
 
     def _coordinates(self, away: Sequence[Tensor]) -> Tensor:
         """Uᵀ(φ − θ)."""
@@ -96,6 +115,22 @@ class Pull(NamedTuple):
             torch.tensordot(d, u, dims=d.dim()) for d, u in zip(away, self.factors, strict=True)
         ]
         return torch.stack(parts).sum(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProximalObjective:
+    """φ ↦ loss(φ) + ½ (φ − θ)ᵀΛ(φ − θ); `theta` are the leaves of θ.
+
+    A function like any other, which our own minimisers take apart: the gradient of the second part
+    needs no graph.
+    """
+
+    loss: Callable[[Any], Tensor]
+    pull: Pull
+    theta: Tensors
+
+    def __call__(self, phi: Any) -> Tensor:
+        return self.loss(phi) + self.pull.term(_tree.leaves(phi), self.theta)
 
 
 def evaluated(lam: Any) -> Any:

@@ -91,6 +91,7 @@ class ConjugateGradients(Run):
                 return
             self.x.add_(p, alpha=alpha)
             r.sub_(product, alpha=alpha)
+            del product  # the next one need not find it still there
             rr = dot(r, r)
             z, weight = self._preconditioned(r)
             gain, rz_before = alpha * rz, rz

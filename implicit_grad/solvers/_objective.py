@@ -14,6 +14,7 @@ from implicit_grad import _tree
 from implicit_grad._ad import Linearization, gradient
 from implicit_grad._condition import scalar
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
+from implicit_grad._proximal import ProximalObjective
 from implicit_grad._tree import Tensors
 
 
@@ -62,10 +63,13 @@ class Objective(Variables):
     def __init__(self, owner: object, objective: Callable[[Any], Tensor], init: Any) -> None:
         super().__init__(owner, init)
         self._objective = objective
+        self._proximal: ProximalObjective | None = None
+        if isinstance(objective, ProximalObjective) and len(objective.theta) == len(self.start):
+            self._proximal = objective  # one variable for each leaf of θ: no weights are tied
 
     def __call__(self, phi: Tensors) -> Tensor:
         """The objective's own output."""
-        return scalar(f"{self.name}: objective", self._objective(self.tree.rebuild(phi)))
+        return self._evaluated(self._objective, phi)
 
     def value(self, phi: Tensors) -> float:
         """The objective alone, without a graph."""
@@ -74,13 +78,19 @@ class Objective(Variables):
 
     def at(self, phi: Tensors) -> Point:
         """Value and gradient; no graph is kept."""
-        here, value = self._recorded(phi)
+        if self._proximal is None:
+            here, value = self._recorded(self._objective, phi)
+            with torch.no_grad():
+                return _point(phi, value, gradient(value, here))
+        here, loss = self._recorded(self._proximal.loss, phi)
         with torch.no_grad():
-            return _point(phi, value, gradient(value, here))
+            term, slope = self._proximal.pull.at(phi, self._proximal.theta)
+            torch._foreach_add_(slope, gradient(loss, here))
+            return _point(phi, loss + term, slope)
 
     def curved_at(self, phi: Tensors) -> tuple[Point, Linearization]:
         """Value and gradient, and the gradient's graph for products with the Hessian."""
-        here, value = self._recorded(phi)
+        here, value = self._recorded(self._objective, phi)
         with torch.enable_grad():
             around = Linearization(gradient(value, here), here)
         return _point(phi, value, tuple(g.detach() for g in around.residual)), around
@@ -93,10 +103,13 @@ class Objective(Variables):
                 f"norm {here.norm:g}: {_WHY}"
             )
 
-    def _recorded(self, phi: Tensors) -> tuple[Tensors, Tensor]:
+    def _evaluated(self, function: Callable[[Any], Tensor], phi: Tensors) -> Tensor:
+        return scalar(f"{self.name}: objective", function(self.tree.rebuild(phi)))
+
+    def _recorded(self, function: Callable[[Any], Tensor], phi: Tensors) -> tuple[Tensors, Tensor]:
         here = tuple(p.detach().requires_grad_() for p in phi)
         with torch.enable_grad():
-            return here, self(here)
+            return here, self._evaluated(function, here)
 
 
 _WHY = (
@@ -108,15 +121,25 @@ _WHY = (
 def _point(phi: Tensors, value: Tensor, slope: Tensors) -> Point:
     """Both numbers come from the device at once: a step waits for it a single time."""
     value = value.detach().reshape(()).double()
-    parts = [torch.linalg.vector_norm(g, dtype=torch.float64).to(value.device) for g in slope]
-    norm = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros_like(value)
-    loss, size = torch.stack([value, norm]).tolist()
+    loss, size = torch.stack([value, _norm(slope).to(value)]).tolist()
+    if not math.isfinite(size):  # squares may overflow where what they are summed for does not
+        size = float(_norm(tuple(g.double() for g in slope)))
     return Point(phi, loss, slope, size)
+
+
+def _norm(tensors: Tensors) -> Tensor:
+    """‖·‖₂ over all of them."""
+    if not tensors:
+        return torch.zeros(())
+    parts = torch._foreach_norm(tensors)
+    together = torch.stack([p.to(parts[0].device).double() for p in parts])
+    norm: Tensor = torch.linalg.vector_norm(together)
+    return norm
 
 
 def moved(phi: Tensors, direction: Tensors, length: float) -> Tensors:
     """φ + length · direction."""
-    return tuple(p + length * d for p, d in zip(phi, direction, strict=True))
+    return tuple(torch._foreach_add(phi, direction, alpha=length)) if phi else ()
 
 
 def inner(x: Tensors, y: Tensors) -> float:
