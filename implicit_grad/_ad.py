@@ -99,6 +99,7 @@ class Linearization:
         self.pulled, self.scale = pulled, scale
         self.degenerate = False  # φ lies at a kink, where F has no derivative
         self.is_adjoint = False  # F is itself the residual of an adjoint problem
+        self.tasks: int | None = None  # how many tasks there are along φ's first dimension
         # makes the same problem with an operator that is never indefinite, where there is one
         self.convex: Callable[[], Linearization] | None = None
         self._guard = guard

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicit_grad._ad import Linearization, leaves_behind, plain_gradient, variables
-from implicit_grad._condition import scalar
 from implicit_grad._curvature import Curvature, Objective, has_second_derivative
 from implicit_grad._elsewhere import elsewhere
-from implicit_grad._errors import GraphError
+from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._function import ImplicitFunction, Problem
 from implicit_grad._linear import LinearSolver
 from implicit_grad._proximal import ProximalObjective, Pull
@@ -22,6 +22,8 @@ from implicit_grad._state import RandomState, undisturbed
 from implicit_grad._tree import Tensors, Tree
 from implicit_grad._weights import Gate, Weights
 from implicit_grad.monitor import Reporting
+from implicit_grad.solvers import GradientDescent
+from implicit_grad.solvers._descent import Descent
 
 _NO_GRAPH = (
     "adapt: the loss has no graph to the learner's weights; it was computed under "
@@ -69,7 +71,7 @@ class Replay:
         """The loss at φ, which is installed, with the random numbers of when this was made."""
         self._weights.install(phi)
         with undisturbed(self._devices, self._random):
-            return scalar("adapt: the function's loss", self._closure())
+            return self._weights.total("adapt: the function's loss", self._closure())
 
     def loss_elsewhere(self, phi: Tensors) -> Tensor:
         """The same, but the learner stays as it is."""
@@ -100,6 +102,7 @@ class Step:
     outputs: Tensors | None
     gate_of_phi: Gate
     minimised: bool
+    tasks: int | None
     replay: weakref.ref[Replay] | None = None
 
     def sources(self) -> Tensors:
@@ -137,7 +140,9 @@ class Step:
             again=None if self.replay is None else self._again,
             guard=self.gate_of_phi.closed,
         )
-        return objective.linearize(curvature or self.method.curvature), (*inputs, *self.captured)
+        around = objective.linearize(curvature or self.method.curvature)
+        around.tasks = self.tasks
+        return around, (*inputs, *self.captured)
 
     def _place(self, pull: Pull) -> Tensors:
         """The adapted weights; where F's linear part is taken from its graph, in terms of φ."""
@@ -182,6 +187,7 @@ def _step(
         outputs=weights.outputs_behind(loss) if method.needs_outputs else None,
         gate_of_phi=gate_of_phi,
         minimised=minimised,
+        tasks=weights.tasks,
         replay=None if replay is None else weakref.ref(replay),
     )
 
@@ -194,7 +200,8 @@ def step_on_tensor(
 ) -> None:
     """φ ← φ − lr (∇loss + λ(φ − θ)); the loss's graph, kept, is what backward linearises."""
     phi, theta = weights.current, weights.theta
-    if not scalar("adapt: the loss", loss).requires_grad:
+    loss = weights.total("adapt: the loss", loss)
+    if not loss.requires_grad:
         raise GraphError(
             f"{_NO_GRAPH}. Compute it with gradients on, or pass a function: "
             "learner.adapt(lambda: loss(...))"
@@ -223,7 +230,7 @@ def minimise_closure(
 
     def loss_at(phi: Tensors) -> Tensor:
         weights.install(tuple(phi))
-        loss = scalar("adapt: the function's loss", closure())
+        loss = weights.total("adapt: the function's loss", closure())
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in phi)
         if wanted and not loss.requires_grad:
             raise GraphError(_NO_GRAPH)
@@ -253,3 +260,22 @@ def minimise_closure(
         before = weights.current
     finally:
         weights.install(before)
+
+
+def minimiser(solver: Any, lr: float, steps: int | None) -> Callable[[Any, Any], Any]:
+    """What minimises in `adapt(closure)`: the solver, or gradient steps if there is none."""
+    if solver is None:
+        return GradientDescent(lr=lr, steps=1 if steps is None else steps).minimize
+    if steps is not None:
+        raise InvalidArgumentError(
+            "adapt: steps is for the default gradient descent; this learner has solver="
+            f"{solver!r}, which decides itself when to stop"
+        )
+    minimise: Callable[[Any, Any], Any] = getattr(solver, "minimize", solver)
+    return minimise
+
+
+def means_to_solve(solver: Any) -> bool:
+    """Whether φ counts as unsolved if it is far from a solution: not after a number of steps."""
+    counted = isinstance(solver, Descent) and solver.tol is None and solver.rtol is None
+    return solver is not None and not counted

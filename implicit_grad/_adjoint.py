@@ -25,11 +25,15 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """The solution in the form of φ, how it was found, and the products with A that it took."""
+    """The solution in the form of φ, how it was found, and the products with A that it took.
+
+    Of a batch, `linear` is the first task's, and `tasks` has them all.
+    """
 
     x: Tensors
     linear: LinearSolution
     products: int
+    tasks: tuple[LinearSolution, ...] = ()
 
 
 def solve_adjoint(
@@ -60,14 +64,18 @@ def _solve(
     accuracy: Accuracy,
     transposed: bool,
 ) -> Solved:
-    flat = Flat(rhs)
+    flat = Flat(rhs, around.tasks)
     system = _System(around, flat)
+    solve = solver.solve if around.tasks is None else solver.solve_tasks
     while True:
         try:
-            solution = solver.solve(system.operator(accuracy, transposed), flat.ravel(rhs), verify)
+            found = solve(system.operator(accuracy, transposed), flat.ravel(rhs), verify)
         except Climbed:
             continue
-        return Solved(flat.unravel(solution.x), solution, system.products)
+        if isinstance(found, LinearSolution):
+            return Solved(flat.unravel(found.x), found, system.products)
+        x, tasks = found
+        return Solved(flat.unravel(x), tasks[0], system.products, tuple(tasks))
 
 
 class _System:

@@ -36,6 +36,7 @@ class Elsewhere(Linearization):
         if scale is not None:
             scale = attached(scale, self._stand_ins, self._tensors)
         super().__init__(recorded.make_residual, phi, (), scale=scale)
+        self.tasks = recorded.tasks
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu without the scale's part."""

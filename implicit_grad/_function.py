@@ -71,7 +71,7 @@ class Problem:
             product = around.with_scale(smooth, u)
             residual = tuple(p - w for p, w in zip(product, v, strict=True))
             adjoint = Linearization(residual, u, curved=smooth, scale=around.scale)
-            adjoint.is_adjoint = True
+            adjoint.is_adjoint, adjoint.tasks = True, around.tasks
             return adjoint
 
         return Problem(solve, linearize, self.solve_adjoint)

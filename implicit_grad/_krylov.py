@@ -13,6 +13,7 @@ from implicit_grad._minres import MINRES
 from implicit_grad._preconditioners import Precondition, Preconditioner, checked
 from implicit_grad._recurrence import ConjugateGradients
 from implicit_grad._stopping import Budget, Iterative, check_damping
+from implicit_grad._tasks import solve_tasks
 from implicit_grad._warm_start import Slot, WarmStart
 
 OnNegativeCurvature = Literal["stop", "raise", "minres", "gauss_newton"]
@@ -109,6 +110,26 @@ class CG(Iterative):
             slot.put(solution.x * unit)
         return solution
 
+    @property
+    def takes_tasks(self) -> bool:  # type: ignore[override]
+        """Whether nothing is asked for that batches do not have."""
+        plain = self.preconditioner is None and self.warm_start is None
+        return plain and self.on_negative_curvature in ("stop", "raise")
+
+    def solve_tasks(
+        self, operator: Operator, rhs: Tensor, verify: bool
+    ) -> tuple[Tensor, list[LinearSolution]]:
+        operator = operator.damped(self.damping)
+        if self.maxiter == 0:
+            x = operator.over_scale(rhs)
+            return x, [LinearSolution(row, Status.FIRST_ORDER) for row in x]
+        x, solutions = solve_tasks(self, operator, rhs, verify)
+        if self.on_negative_curvature == "raise":
+            for solution in solutions:
+                if solution.status == Status.NEGATIVE_CURVATURE:
+                    raise _refusal(solution)
+        return x, solutions
+
     def _precondition(self, operator: Operator, rhs: Tensor) -> Precondition | None:
         given = self.preconditioner
         if given is None:
@@ -135,7 +156,7 @@ class CG(Iterative):
         """What to return where negative curvature was met."""
         policy = self.on_negative_curvature
         if policy == "raise":
-            raise LinearSolveError(f"CG met negative curvature: {solution.status.sentence}")
+            raise _refusal(solution)
         if policy == "stop":
             return solution
         again: LinearSolver
@@ -162,3 +183,7 @@ class CG(Iterative):
             curvature=(min(met), max(met)),
             substitute=policy,
         )
+
+
+def _refusal(solution: LinearSolution) -> LinearSolveError:
+    return LinearSolveError(f"CG met negative curvature: {solution.status.sentence}")

@@ -121,6 +121,7 @@ class LinearSolver(abc.ABC):
     """Solves M x = rhs; `symmetric_only` says whether M has to be symmetric."""
 
     symmetric_only: ClassVar[bool]
+    takes_tasks: bool = False  # has `solve_tasks`
 
     def for_call(self) -> LinearSolver:
         """The solver for the backward pass of one call; asked for when that call runs forward."""
@@ -143,6 +144,12 @@ class LinearSolver(abc.ABC):
         unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
         rhs = rhs / unit  # the caller may have kept no other
         return self._solve(operator, rhs, unit, verify).in_units_of(unit)
+
+    def solve_tasks(
+        self, operator: Operator, rhs: Tensor, verify: bool
+    ) -> tuple[Tensor, list[LinearSolution]]:
+        """The same for a batch of systems: rhs, x and products have a row for each task."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:

@@ -15,9 +15,9 @@ from implicit_grad._linear import LinearSolution, Operator, dot, norm
 from implicit_grad._stopping import SLACK, Budget, Run
 
 # Energy gained over this many iterations decides whether CG still makes progress.
-_PATIENCE = 5
+PATIENCE = 5
 # A step so long that rounding in M times it is this many right-hand sides leads nowhere.
-_LOST = 100
+LOST = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ConjugateGradients(Run):
             return self._stop_at_preconditioner()
         p = z * weight
         watch = None if self.operator.rtol_error is None else ErrorWatch(self.operator.mu, rz)
-        energy, gains = 0.0, [math.inf] * _PATIENCE
+        energy, gains = 0.0, [math.inf] * PATIENCE
         eps, size = torch.finfo(r.dtype).eps, norm(self.rhs)
         while self.iterations < self.budget.maxiter:
             product = self.operator.matvec(p)
@@ -86,7 +86,7 @@ class ConjugateGradients(Run):
             if curvature <= 0:
                 return self._stop_at_negative_curvature()
             alpha = rz / curvature
-            if alpha * math.sqrt(pp) * self._curvature[1] * eps > _LOST * size:
+            if alpha * math.sqrt(pp) * self._curvature[1] * eps > LOST * size:
                 self.status = Status.SINGULAR
                 return
             self.x.add_(p, alpha=alpha)

@@ -14,7 +14,7 @@ from implicit_grad._errors import InvalidArgumentError, Status
 from implicit_grad._linear import LinearSolution, LinearSolver, Operator, norm
 
 # A restart from the recomputed residual must cut it by this factor to be worth the products.
-_RESTART_GAIN = 0.5
+RESTART_GAIN = 0.5
 # A recomputed residual may be this many times the tolerance that the carried one satisfied.
 SLACK = 2
 
@@ -46,13 +46,16 @@ class Iterative(LinearSolver):
 
     def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
         """These rules for a right-hand side that was divided by `unit`."""
+        rtol, maxiter, fixed = self.limits(operator, rhs, rhs.numel())
+        return Budget(max(rtol * norm(rhs), self.atol / unit), maxiter, fixed)
+
+    def limits(self, operator: Operator, rhs: Tensor, unknowns: int) -> tuple[float, int, bool]:
+        """The relative tolerance, the most iterations, and whether they are a fixed budget."""
         eps = operator.precision(rhs)
         fixed = self.maxiter is not None and self.rtol is None and self.atol == 0.0
         rtol = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
-        if fixed:
-            rtol = eps
-        maxiter = min(10 * rhs.numel(), 1000) if self.maxiter is None else self.maxiter
-        return Budget(max(rtol * norm(rhs), self.atol / unit), maxiter, fixed)
+        maxiter = min(10 * unknowns, 1000) if self.maxiter is None else self.maxiter
+        return eps if fixed else rtol, maxiter, fixed
 
 
 def is_integer(value: object, least: int) -> bool:
@@ -119,7 +122,7 @@ class Run(abc.ABC):
                 small = self._kept(size)
                 self.status = Status.CONVERGED if small else self._missed
                 room = self.iterations < self.budget.maxiter and not self.budget.fixed
-                if not small and room and size < _RESTART_GAIN * before:
+                if not small and room and size < RESTART_GAIN * before:
                     before, self.restarted = size, True
                     self.iterate()
                     continue

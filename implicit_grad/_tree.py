@@ -71,12 +71,17 @@ def names(container: Any, root: str) -> list[str]:
 
 
 class Flat:
-    """One flat vector for a tuple of tensors, in a dtype wide enough for Krylov recurrences."""
+    """One flat vector for a tuple of tensors, in a dtype wide enough for Krylov recurrences.
 
-    def __init__(self, like: Tensors) -> None:
+    With `tasks`, the tensors have that many tasks along their first dimension, and the vector is a
+    matrix with a row for each.
+    """
+
+    def __init__(self, like: Tensors, tasks: int | None = None) -> None:
         self._shapes = [t.shape for t in like]
         self._places = [(t.device, t.dtype) for t in like]
-        self._sizes = [t.numel() for t in like]
+        self._rows = () if tasks is None else (tasks,)
+        self._sizes = [t.shape[len(self._rows) :].numel() for t in like]
         self.device = like[0].device if like else torch.device("cpu")
         self.dtype, self.eps = torch.float32, 0.0  # eps is that of the coarsest tensor
         for tensor in like:
@@ -86,14 +91,20 @@ class Flat:
     def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate; narrower dtypes (bfloat16, float16) are widened to float32."""
         if not tensors:
-            return torch.zeros(0, dtype=self.dtype, device=self.device)
-        return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
+            return torch.zeros((*self._rows, 0), dtype=self.dtype, device=self.device)
+        if not self._rows:
+            return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
+        rows = self._rows  # in a batch, gradients come transposed: copy them once, not twice
+        vector = torch.empty((*rows, sum(self._sizes)), dtype=self.dtype, device=self.device)
+        for part, tensor in zip(torch.split(vector, self._sizes, dim=-1), tensors, strict=True):
+            part.view(tensor.shape).copy_(tensor)
+        return vector
 
     def unravel(self, vector: Tensor) -> Tensors:
         """The parts of the vector in the original shapes and dtypes (views where they can be)."""
         return tuple(
             part.view(shape).to(device, dtype)
             for part, shape, (device, dtype) in zip(
-                torch.split(vector, self._sizes), self._shapes, self._places, strict=True
+                torch.split(vector, self._sizes, dim=-1), self._shapes, self._places, strict=True
             )
         )

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from implicit_grad import _tree
 from implicit_grad._ad import leaves_behind, walk
+from implicit_grad._condition import scalar
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._proximal import Pull
+from implicit_grad._stacked import total
 from implicit_grad._tree import Tensors
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
@@ -85,9 +87,15 @@ class Weights:
     """A learner's trainable weights: where they live, what they came from, what pulls them."""
 
     def __init__(
-        self, module: nn.Module, theta: Tensors, pull: Pull, trainable: list[bool]
+        self,
+        module: nn.Module,
+        theta: Tensors,
+        pull: Pull,
+        trainable: list[bool],
+        tasks: int | None = None,
     ) -> None:
-        self.trainable = trainable
+        """With `tasks`, the tensors of θ are stacks with a first dimension of that many."""
+        self.trainable, self.tasks = trainable, tasks
         named = list(module.named_parameters())
         kept = [i for i, trains in enumerate(trainable) if trains]
         self.frozen = [n for (n, _), t in zip(named, trainable, strict=True) if not t]
@@ -109,6 +117,10 @@ class Weights:
         self._release: Callable[[], None] | None = None
         self._keeping: object = None
         self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
+
+    def total(self, name: str, loss: object) -> Tensor:
+        """The loss, if it is one number, or the sum of one for each task."""
+        return scalar(name, loss) if self.tasks is None else total(name, loss, self.tasks)
 
     def start(self) -> None:
         """Begin at copies of θ."""

@@ -14,18 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._adaptation import Method, minimise_closure, step_on_tensor
+from implicit_grad._adaptation import (
+    Method,
+    means_to_solve,
+    minimise_closure,
+    minimiser,
+    step_on_tensor,
+)
 from implicit_grad._curvature import Curvature, check_curvature
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._krylov import CG
 from implicit_grad._learned import registrable
 from implicit_grad._linear import LinearSolver
 from implicit_grad._proximal import evaluated, proximal_pull
+from implicit_grad._stacked import check_tasks, stack_buffers, stacked_call
 from implicit_grad._state import differentiable_twice, uncompiled
+from implicit_grad._tree import Tensors
 from implicit_grad._weights import Weights
 from implicit_grad.monitor import Monitor, OnFailure, Reporting
-from implicit_grad.solvers import GradientDescent
-from implicit_grad.solvers._descent import Descent
 
 
 def imaml(
@@ -89,7 +95,7 @@ def imaml(
             monitor=monitor,
             on_failure=on_failure,
             damping=getattr(linear_solver, "damping", 0.0),
-            inner_solved=_means_to_solve(solver),
+            inner_solved=means_to_solve(solver),
         ),
         curvature=curvature,
     )
@@ -119,6 +125,7 @@ class ImplicitMAML(nn.Module):
         self.lam = lam
         self.linear_solver, self.solver = linear_solver, solver
         self.reporting, self.curvature = reporting, curvature
+        self.tasks: int | None = None
         self._weights: Weights | None = None
         self._verdict: list[bool] = []
 
@@ -133,7 +140,10 @@ class ImplicitMAML(nn.Module):
         if self._weights is None:
             return self.module(*args, **kwargs)
         with differentiable_twice(bool(self._weights.recurrent)):
-            output = self.module(*args, **kwargs)
+            if self.tasks is None:
+                output = self.module(*args, **kwargs)
+            else:
+                output = stacked_call(self.module, self._weights.current, args, kwargs)
         if self._method(False, False).needs_outputs:
             output = self._weights.remembered(output)
         return output
@@ -143,11 +153,23 @@ class ImplicitMAML(nn.Module):
         first_order: bool | None = None,
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
+        *,
+        tasks: int | None = None,
     ) -> ImplicitMAML:
         """A learner to adapt to one task; gradients of its losses arrive in this one's parameters.
 
-        The arguments override those of the MAML that was wrapped.
+        Args:
+            first_order, allow_unused, allow_nograd: override those of the MAML that was wrapped.
+            tasks: make it a learner for a batch of so many tasks, each with weights, buffers and a
+                linear solve of its own, as that many clones would have. Every input, output and
+                loss then has the tasks along its first dimension: `adapt` takes one loss for each,
+                such as `torch.func.vmap(loss)(learner(x), y)`.
+
+        Raises:
+            InvalidArgumentError: tasks is not a number of tasks, or an option does not go with it.
         """
+        if tasks is not None:
+            check_tasks(tasks, self.tasks, self.linear_solver, evaluated(self.lam))
         from learn2learn import clone_module  # an optional neighbour, there if a MAML is
 
         learner = ImplicitMAML(
@@ -163,7 +185,10 @@ class ImplicitMAML(nn.Module):
             curvature=self.curvature,
         )
         learner.training, learner._verdict = self.training, self._verdict
-        learner._weights = self._weights_of(learner.module)
+        learner.tasks = self.tasks if tasks is None else tasks
+        learner._weights = self._weights_of(learner.module, tasks)
+        if tasks is not None:
+            stack_buffers(learner.module, tasks)
         learner._weights.start()
         return learner
 
@@ -197,7 +222,7 @@ class ImplicitMAML(nn.Module):
         allow_nograd = _either(allow_nograd, self.allow_nograd)
         allow_unused = _either(allow_unused, self.allow_unused)
         if self._weights is None:  # adapting the original itself, as MAML allows
-            self._weights = self._weights_of(self.module)
+            self._weights = self._weights_of(self.module, None)
         self._weights.check_trainable(allow_nograd)
         method = self._method(first_order, allow_unused)
         if torch.is_tensor(loss):
@@ -205,7 +230,7 @@ class ImplicitMAML(nn.Module):
                 raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
             step_on_tensor(self._weights, loss, self.lr, method)
         elif callable(loss):
-            minimise_closure(self._weights, loss, self._minimiser(steps), method)
+            minimise_closure(self._weights, loss, minimiser(self.solver, self.lr, steps), method)
         else:
             raise InvalidArgumentError(
                 "adapt: loss must be a scalar tensor, or a function without arguments that "
@@ -222,37 +247,22 @@ class ImplicitMAML(nn.Module):
             verdict=self._verdict,
         )
 
-    def _weights_of(self, module: nn.Module) -> Weights:
-        """The weights of `module`, which come from this module's parameters."""
-        theta = tuple(self.module.parameters())
+    def _weights_of(self, module: nn.Module, tasks: int | None) -> Weights:
+        """The weights of `module`, which come from this module's, as often as there are tasks."""
+        theta: Tensors = tuple(self.module.parameters())
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
         with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
             pull = proximal_pull(evaluated(lam), theta, "imaml")
         trainable = [t.requires_grad for t in theta]
         if self._weights is not None:  # under no_grad, fast weights do not tell
             trainable = self._weights.trainable
-        return Weights(module, theta, pull, trainable)
-
-    def _minimiser(self, steps: int | None) -> Callable[[Any, Any], Any]:
-        if self.solver is None:
-            return GradientDescent(lr=self.lr, steps=1 if steps is None else steps).minimize
-        if steps is not None:
-            raise InvalidArgumentError(
-                "adapt: steps is for the default gradient descent; this learner has solver="
-                f"{self.solver!r}, which decides itself when to stop"
-            )
-        minimise: Callable[[Any, Any], Any] = getattr(self.solver, "minimize", self.solver)
-        return minimise
+        if tasks is not None:
+            theta = tuple(t.expand(tasks, *t.shape) for t in theta)
+        return Weights(module, theta, pull, trainable, self.tasks if tasks is None else tasks)
 
 
 def _either(given: bool | None, default: bool) -> bool:
     return default if given is None else given
-
-
-def _means_to_solve(solver: Any) -> bool:
-    """Whether φ counts as unsolved if it is far from a solution: not after a number of steps."""
-    counted = isinstance(solver, Descent) and solver.tol is None and solver.rtol is None
-    return solver is not None and not counted
 
 
 def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:

@@ -19,7 +19,8 @@ from implicit_grad._errors import (
     LinearSolveError,
     Status,
 )
-from implicit_grad._linear import LinearSolution, LinearSolver, dot, norm
+from implicit_grad._linear import LinearSolution, LinearSolver
+from implicit_grad._tasks import dots
 from implicit_grad._tree import Flat, Tensors
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -124,7 +125,8 @@ class Reporting:
         """u with Aᵀu = v; the residual is recomputed where someone will read it."""
         accuracy = Accuracy(self._mu(around), self.rtol_gradient)
         solved = solve_adjoint(solver, around, v, self.monitor is not None, accuracy)
-        truncated = solved.linear.status in (Status.TRUNCATED, Status.FIRST_ORDER)
+        solutions = solved.tasks or (solved.linear,)
+        truncated = {Status.TRUNCATED, Status.FIRST_ORDER} & {s.status for s in solutions}
         if around.is_adjoint and (truncated or self.damping):
             raise GraphError(
                 "second derivatives of a truncated or damped solve would not be those of its first "
@@ -141,26 +143,51 @@ class Reporting:
             warnings.warn(sentence, ImplicitGradWarning, stacklevel=2)
 
     def _tell(self, solved: Solved, around: Linearization) -> None:
-        """Record the solve, and warn or raise if it failed."""
-        fine = solved.linear.status.ok and not self.inner_solved and not around.degenerate
-        if self.monitor is None and (fine or self.on_failure == "ignore"):
+        """Record the solves, and warn or raise if one failed."""
+        solutions = solved.tasks or (solved.linear,)
+        fine = all(s.status.ok for s in solutions) and not around.degenerate
+        if self.monitor is None and (
+            (fine and not self.inner_solved) or self.on_failure == "ignore"
+        ):
             return  # nobody would read a report: measure nothing
-        report = self._report(solved, around)
+        reports = self._reports(solved, solutions, around)
         if self.monitor is not None:
-            self.monitor.reports.append(report)
-        if report.status.ok or self.on_failure == "ignore":
+            self.monitor.reports.extend(reports)
+        if self.on_failure == "ignore":
             return
-        if self.on_failure == "raise":
-            raise LinearSolveError(f"{report.status.sentence} ({_figures(report)})", report)
-        # no figures here: Python shows a warning once only if its text does not change
-        warnings.warn(report.status.sentence, ImplicitGradWarning, stacklevel=2)
+        for report in reports:
+            if report.status.ok:
+                continue
+            if self.on_failure == "raise":
+                raise LinearSolveError(f"{report.status.sentence} ({_figures(report)})", report)
+            # no figures here: Python shows a warning once only if its text does not change
+            warnings.warn(report.status.sentence, ImplicitGradWarning, stacklevel=2)
 
-    def _report(self, solved: Solved, around: Linearization) -> Report:
-        flat, solution = Flat(around.phi), solved.linear
+    def _reports(
+        self, solved: Solved, solutions: tuple[LinearSolution, ...], around: Linearization
+    ) -> list[Report]:
+        """One for each task, or for the only one."""
+        flat = Flat(around.phi, around.tasks)
         with torch.no_grad():
-            residual, phi = flat.ravel(around.residual), flat.ravel(around.phi)
-            inner, size = norm(residual), norm(phi)
-            outer_error = -dot(flat.ravel(solved.x), residual)
+            F, phi, u = (
+                flat.ravel(t).view(len(solutions), -1)
+                for t in (around.residual, around.phi, solved.x)
+            )
+            rows = torch.stack([dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1).tolist()
+        return [
+            self._report(solution, solved.products, around, *row)
+            for solution, row in zip(solutions, rows, strict=True)
+        ]
+
+    def _report(
+        self,
+        solution: LinearSolution,
+        products: int,
+        around: Linearization,
+        inner: float,
+        size: float,
+        outer_error: float,
+    ) -> Report:
         status = solution.status
         least, greatest = solution.curvature or (None, None)
         if status.ok and around.is_hessian and not solution.substitute and (least or 0.0) < 0:
@@ -178,7 +205,7 @@ class Reporting:
         return Report(
             status=status,
             iterations=solution.iterations,
-            products=solved.products,
+            products=products,
             linear_residual=solution.residual,
             inner_residual=inner,
             min_curvature=least,

@@ -443,6 +443,29 @@ def the_wrong_sign_for_lambda():
     return of_hand(backward, Cause.WRONG_SIGN)
 
 
+def not_finite(value: float, known: bool) -> Piece:
+    def backward(v, w, H, X, y, lam):
+        dX, dy, dlam = right_parts(torch.linalg.solve(H, v), w, X, y)
+        return dX, torch.cat([dy[:-1], torch.full((1,), value, dtype=F64)]), dlam
+
+    return of_hand(backward, Cause.NOT_FINITE, known)
+
+
+@piece
+def an_infinite_element():
+    return not_finite(float("inf"), known=True)
+
+
+@piece
+def an_infinite_element_seen_from_outside():
+    return not_finite(float("inf"), known=False)
+
+
+@piece
+def an_element_that_is_not_a_number():
+    return not_finite(float("nan"), known=True)
+
+
 @piece
 def a_dropped_cross_term():
     def backward(v, w, H, X, y, lam):
@@ -477,6 +500,15 @@ def a_factor_two_seen_from_outside():
 
 
 @piece
+def a_factor_two_for_one_argument_seen_from_outside():
+    def backward(v, w, H, X, y, lam):
+        dX, dy, dlam = right_parts(torch.linalg.solve(H, v), w, X, y)
+        return dX, 2 * dy, dlam
+
+    return of_hand(backward, Cause.WRONG_SCALE, known=False)
+
+
+@piece
 def the_wrong_lambda_in_the_system():
     def backward(v, w, H, X, y, lam):
         wrong = H - lam / 2 * torch.eye(len(v), dtype=F64)
@@ -492,6 +524,29 @@ def no_gradient_for_lambda():
         return dX, dy, None
 
     return of_hand(backward, Cause.STRUCTURALLY_ZERO)
+
+
+@piece
+def a_wrong_factor_for_one_of_two_numbers():
+    X, y, lam = (t.detach() for t in data())
+    eye = torch.eye(4, dtype=F64)
+
+    class Solve(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, lam, size):
+            w = size * torch.linalg.solve(X.T @ X + lam * eye, X.T @ y)
+            ctx.save_for_backward(lam, w)
+            return w
+
+        @staticmethod
+        def backward(ctx, v):
+            lam, w = ctx.saved_tensors
+            u = torch.linalg.solve(X.T @ X + lam * eye, v)
+            return -(w @ u), 2 * (X @ u) @ y
+
+    condition = ig.argmin(lambda w, lam, size: objective(w, X, size * y, lam))
+    args = (lam.clone().requires_grad_(), number(1.5))
+    return Piece(Solve.apply, args, Cause.MISSING_CROSS_DERIVATIVE, {"condition": condition})
 
 
 @piece

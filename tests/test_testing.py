@@ -13,12 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from museum import PIECES, data, descent, normal, number, objective, ridge
+from problems import minimize
+from test_readme import README, python_blocks
 
 import implicit_grad as ig
 from implicit_grad.testing import Cause, ImplicitGradientError, check_implicit
 from implicit_grad.testing import strategies as draw
 from implicit_grad.testing._captures import captured_tensors
 from implicit_grad.testing._difference import derivative, noise
+from implicit_grad.testing._local import Local
+
+pytest_plugins = ["pytester"]
 
 F32, F64 = torch.float32, torch.float64
 
@@ -80,6 +85,24 @@ def test_the_message_tells_it_all():
         assert part in text, text
     assert max(map(len, text.splitlines())) <= 100
     assert [a.ok for a in report.arguments] == [True, True, False]
+
+
+@pytest.mark.parametrize("decimals", [2, 3])
+def test_rounded_solutions_are_too_noisy(decimals):
+    solve = ig.implicit(
+        lambda *args: torch.round(ridge(*args), decimals=decimals), ig.argmin(objective)
+    )
+    report = check_implicit(solve, data(), raise_on_failure=False)
+    assert report.cause == Cause.REFERENCE_TOO_NOISY, f"{report}"
+
+
+def test_a_random_condition_is_one_function_while_it_is_measured():
+    def condition(w, b):
+        return (torch.nn.functional.dropout(w, 0.5) - b).square().sum() + w.square().sum()
+
+    first = Local(ig.argmin(condition), (normal(8),), normal(8), ()).residual
+    torch.rand(3)  # what a solver does between
+    assert torch.equal(Local(ig.argmin(condition), (normal(8),), normal(8), ()).residual, first)
 
 
 FAULTS = {
@@ -183,6 +206,69 @@ def test_few_shot_tasks_pass(task, network):
     check_implicit(solve, (theta, X), outer=lambda phi: loss(call(phi, test_X), test_y))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_two_oracles_agree_to_six_digits(seed):
+    """Differences through the solver, and 300 unrolled steps of another one."""
+    task = draw.Task(shots=3, queries=3, seed=seed)
+    (X, y), (test_X, test_y) = task.support, task.query
+    module = draw.Network((2, 2, 2), bias=False, seed=seed).module
+    theta = {k: p.detach().requires_grad_() for k, p in module.named_parameters()}
+
+    def loss(phi, X, y):
+        out = torch.func.functional_call(module, phi, (X,))
+        return torch.nn.functional.cross_entropy(out, y)
+
+    def unrolled(theta):
+        phi = {k: t.clone() for k, t in theta.items()}
+        for _ in range(300):
+            pull = sum((phi[k] - t).square().sum() for k, t in theta.items())
+            slopes = torch.autograd.grad(loss(phi, X, y) + pull, phi.values(), create_graph=True)
+            phi = {k: p - 0.3 * g for (k, p), g in zip(phi.items(), slopes, strict=True)}
+        return phi
+
+    condition = ig.proximal(lambda phi: loss(phi, X, y), lam=2.0)
+    solver, linear_solver = ig.solvers.NewtonCG(tol=1e-11), ig.CG(rtol=1e-12)
+    solve = ig.implicit(solver, condition, linear_solver=linear_solver)
+    options = {"outer": lambda phi: loss(phi, test_X, test_y), "rtol": 1e-6, "atol": 1e-9}
+    check_implicit(solve, (theta,), directions=1, **options)
+    check_implicit(solve, (theta,), reference="unrolled", unrolled=unrolled, **options)
+
+
+@given(draw.problems(families=["proximal"]))
+def test_the_gradient_of_a_moreau_envelope(problem):
+    """Of the inner objective's minimum by θ it is λ (θ − φ), whatever the loss."""
+    theta, b, M = problem.args
+    phi = problem.implicit(linear_solver=ig.Exact())(theta, b, M)
+    step = problem._vector(theta) - problem._vector(phi)
+    envelope = problem._quadratic(phi, b, M) + problem.lam / 2 * step.square().sum()
+    found = torch.autograd.grad(envelope, _leaves([theta]))
+    expected = problem._form(problem.lam * step.detach())
+    for f, e in zip(found, _leaves([expected]), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
+
+
+def test_the_gradient_of_a_moreau_envelope_is_of_second_order_in_phi():
+    X, y, theta, way, lam = normal(12, 4, grad=False), normal(12), normal(4), normal(4, seed=1), 0.5
+
+    def loss(w):
+        return torch.nn.functional.softplus(X @ w).sum() - y.detach().sigmoid() @ (X @ w)
+
+    solution = minimize(lambda w: loss(w) + lam / 2 * (w - theta.detach()).square().sum(), theta)
+    sizes, errors = [10.0**-k for k in (1, 1.5, 2, 2.5, 3, 3.5, 4)], []
+    for size in sizes:
+        phi = (solution + size * way / way.norm()).detach()
+        condition = ig.proximal(loss, lam)
+        solve = ig.implicit(
+            lambda _, phi=phi: phi, condition, linear_solver=ig.Exact(), on_failure="ignore"
+        )
+        phi = solve(theta)
+        envelope = loss(phi) + lam / 2 * (phi - theta).square().sum()
+        (found,) = torch.autograd.grad(envelope, theta)
+        errors.append(float((found - lam * (theta - solution)).detach().norm()))
+    rise = math.log10(errors[0] / errors[-1]) / 3
+    assert abs(rise - 2) < 0.1, errors
+
+
 def test_constraints_pass():
     condition = ig.argmin(lambda p, t: (p - t).square().sum() / 2, bounds=(0.0, None))
     solve = ig.implicit(lambda t: t.clamp(min=0.0), condition)
@@ -246,6 +332,27 @@ def test_nothing_of_the_users_changes():
     assert all(t.grad is None for t in (W, y, lam))
     assert torch.equal(torch.get_rng_state(), random)
     assert not monitor.reports and solve.setup.reporting.on_failure == "raise"
+
+
+def test_random_solvers_leave_the_generator_alone():
+    piece, random = PIECES["noise"](), torch.get_rng_state()
+    check_implicit(piece.solve, piece.args, raise_on_failure=False)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_an_argument_that_is_captured_as_well_is_one_tensor():
+    X, y, lam = data()
+    condition = ig.argmin(lambda w, a, y, lam: objective(w, (a + X) / 2, y, lam))
+    solve = ig.implicit(ridge, condition)
+    report = check_implicit(solve, (X, y, lam), reference="unrolled", unrolled=ridge)
+    assert [a.kind for a in report.arguments] == ["argument"] * 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_missing_part_shows_along_one_direction(seed):
+    x = normal(3, seed=seed)
+    with pytest.raises(ImplicitGradientError):
+        check_implicit(lambda x: x[:2].sin().sum() + x[2].detach(), (x,), directions=1)
 
 
 def test_captured_tensors_come_back_from_a_solver_that_raises():
@@ -312,7 +419,8 @@ def test_rtol_is_what_it_says():
     found = check_implicit(solve, data(), rtol=0.5)
     worst = max(a.error for a in found.arguments)
     assert 1e-7 < worst < 0.1
-    assert not check_implicit(solve, data(), rtol=worst / 10, raise_on_failure=False).ok
+    found = check_implicit(solve, data(), rtol=worst / 10, raise_on_failure=False)
+    assert found.cause == Cause.INNER_NOT_SOLVED
 
 
 # ---------------------------------------------------------------- differences
@@ -321,9 +429,9 @@ def test_rtol_is_what_it_says():
 @pytest.mark.parametrize("sigma", [1e-12, 1e-6, 1e-2])
 def test_noise_is_measured(sigma):
     random = torch.Generator().manual_seed(0)
-    jitter = (sigma * torch.randn(40, generator=random, dtype=F64)).tolist()
-    found = [noise([1.0 + 1e-9 * k + jitter[i + k] for k in range(7)]) for i in range(30)]
-    assert sigma / 4 < sorted(found)[15] < 4 * sigma
+    jitter = (sigma * torch.randn(7 * 99, generator=random, dtype=F64)).tolist()
+    found = [noise([1.0 + 1e-9 * k + jitter[7 * i + k] for k in range(7)]) for i in range(99)]
+    assert 0.8 * sigma < sorted(found)[49] < 1.5 * sigma
     assert noise([0.5 * k * k - k for k in range(7)]) < 1e-12
 
 
@@ -344,9 +452,9 @@ def test_derivatives(function, expected):
     assert found.error <= 0.03 * abs(expected) + 1e-6
 
 
-@pytest.mark.parametrize("tread", [1e-2, 1e-3, 1e-4])
-def test_stairs_are_noticed(tread):
-    found = derivative(lambda t: tread * round((t + 0.3) / tread), 0.02, 1e-16, 1e-5, scale=1.0)
+@pytest.mark.parametrize(("tread", "start"), [(0.03, 0.0), (1e-2, 0.3), (1e-3, 0.3), (1e-4, 0.3)])
+def test_stairs_are_noticed(tread, start):
+    found = derivative(lambda t: tread * round((t + start) / tread), 0.02, 1e-16, 1e-5, scale=1.0)
     assert found.error > tread and abs(found.value - 1) <= 3 * found.error
 
 
@@ -445,7 +553,7 @@ def test_examples_shrink_to_readable_ones():
     assert draw.Operator((2.0, 3.0)).matrix.tolist() == [[2.0, 0.0], [0.0, 3.0]]
 
 
-@given(draw.trees(dtypes=(F32, F64), max_leaves=2, depth=3))
+@given(draw.trees(dtypes=(F32, F64), max_parts=2, depth=3))
 def test_trees_can_be_arguments(tree):
     def solver(tree, b):
         return torch.utils._pytree.tree_map(lambda t: t.detach() * b, tree)
@@ -485,17 +593,57 @@ def test_numbers_and_tensors(lam, X):
 # ---------------------------------------------------------------- the package
 
 
+BRIEF = settings(max_examples=3, database=None, phases=[hypothesis.Phase.generate])
+
+
 def test_the_snippet_of_the_docstring_runs():
     text = textwrap.dedent(ig.testing.__doc__.split("call:\n")[1].split("When it fails")[0])
-    text = text.replace("@given", "@short\n@given")
-    assert len(text.strip().splitlines()) <= 8  # two imports, a blank, ours, and at most 5
-    short = settings(max_examples=5, database=None, phases=[hypothesis.Phase.generate])
-    names = {"short": short, "solve": ig.implicit(ridge, ig.argmin(objective))}
+    names = {"solve": ig.implicit(ridge, ig.argmin(objective))}
     exec(text, names)
-    names["test_my_solver"]()
+    test = BRIEF(names["test_my_solver"])
+    test()
     names["solve"] = ig.implicit(lambda X, y, lam: ridge(X, y, 2 * lam), ig.argmin(objective))
     with pytest.raises(ImplicitGradientError, match="WRONG_CONDITION"):
-        names["test_my_solver"]()
+        test()
+
+
+def test_the_snippet_of_the_readme_runs():
+    blocks, names = python_blocks(README.read_text(encoding="utf-8")), {"__name__": "readme"}
+    (last,) = (k for k, block in enumerate(blocks) if "check_implicit" in block)
+    for block in blocks[: last + 1]:
+        exec(compile(block, str(README), "exec"), names)
+    snippet = blocks[last][blocks[last].index("from hypothesis") :]
+    assert len(snippet.strip().splitlines()) == 5
+    test, fit = BRIEF(names["test_my_solver"]), names["fit"]
+    test()
+    names["solve"].solver = lambda X, y, lam: fit(X, y, 2 * lam)
+    with pytest.raises(ImplicitGradientError, match="WRONG_CONDITION"):
+        test()
+
+
+def test_the_plug_in(pytester):
+    pytester.makeconftest('pytest_plugins = ["implicit_grad.testing.plugin"]')
+    pytester.makepyfile(
+        """
+        import torch, hypothesis, implicit_grad as ig
+        from hypothesis import given, strategies as st
+        from implicit_grad.testing import check_implicit
+
+        def test_a_linear_solver(implicit_problem):
+            solve = implicit_problem.implicit(linear_solver=ig.NormalCG())
+            check_implicit(solve, implicit_problem.args)
+
+        drawn = set()
+
+        @given(st.integers())
+        def test_random_numbers(k):
+            drawn.add(float(torch.rand(())))
+
+        def test_they_were_the_same_in_every_example():
+            assert len(drawn) == 1
+        """
+    )
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=12)
 
 
 def test_hypothesis_is_imported_only_for_strategies():

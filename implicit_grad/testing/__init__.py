@@ -10,7 +10,8 @@ A property test of a solver of yours is its arguments, drawn by hypothesis, and 
         check_implicit(solve, (X, y, lam))
 
 When it fails, hypothesis finds the simplest arguments, and the message says which gradient is
-wrong, by how much, and why. `check_implicit` alone needs neither hypothesis nor pytest.
+wrong, by how much, and why. `check_implicit` alone needs neither hypothesis nor pytest; for pytest
+there is a plug-in, `implicit_grad.testing.plugin`.
 """
 
 from __future__ import annotations

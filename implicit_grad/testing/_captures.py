@@ -18,11 +18,7 @@ _DEPTH = 5
 def captured_tensors(*functions: object) -> list[tuple[str, Tensor]]:
     """The distinct tensors behind functions, each with the name under which it is held."""
     seen: set[int] = set()
-    found: list[tuple[str, Tensor]] = []
-    for function in functions:
-        for name, tensor in _walk(function, "", seen, _DEPTH):
-            found.append((name, tensor))
-    return found
+    return [found for function in functions for found in _walk(function, "", seen, _DEPTH)]
 
 
 def _walk(value: Any, name: str, seen: set[int], depth: int) -> Iterator[tuple[str, Tensor]]:
@@ -33,13 +29,17 @@ def _walk(value: Any, name: str, seen: set[int], depth: int) -> Iterator[tuple[s
         yield name, value
     elif isinstance(value, torch.nn.Module):
         for label, parameter in value.named_parameters():
-            yield from _walk(parameter, f"{name}.{label}", seen, depth)
+            yield from _walk(parameter, _joined(name, label), seen, depth)
     elif isinstance(value, (list, tuple, dict)):
         for label, leaf in zip(_tree.names(value, name), _tree.leaves(value), strict=True):
             yield from _walk(leaf, label, seen, depth - 1)
     else:
         for label, part in _parts(value):
-            yield from _walk(part, label if not name else f"{name}.{label}", seen, depth - 1)
+            yield from _walk(part, _joined(name, label), seen, depth - 1)
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,10 @@ import enum
 class Cause(enum.Enum):
     """What measurements say is wrong; the earlier members explain away the later ones."""
 
+    NOT_FINITE = (
+        "the gradient or the outer loss is NaN or infinite. Look for 0/0, roots and logarithms at "
+        "0, and overflow: in phi, in the linear solve, and in the derivatives of F there"
+    )
     NON_DETERMINISTIC = (
         "the solver returns another phi when it is called again with the same arguments, by more "
         "than rounding. Seed it in each call, or solve far enough that the start does not matter"

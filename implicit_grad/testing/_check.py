@@ -11,11 +11,11 @@ from torch import Tensor
 
 from implicit_grad._condition import Condition
 from implicit_grad._errors import InvalidArgumentError, describe
-from implicit_grad.testing._diagnosis import Diagnosis
+from implicit_grad.testing._diagnosis import Diagnosis, is_finite
 from implicit_grad.testing._local import LARGEST, Local
 from implicit_grad.testing._reference import Comparison, Differences, Reference, Whole
 from implicit_grad.testing._report import ArgumentCheck, CheckReport, ImplicitGradientError
-from implicit_grad.testing._subject import Subject, gradients_of
+from implicit_grad.testing._subject import Subject
 
 REFERENCES = ("finite-difference", "unrolled", "exact")
 
@@ -111,7 +111,7 @@ def _checked(
         compared = Whole(subject, "a dense solve at the exact solution", _exact(subject))
     elif kind == "unrolled":
         assert unrolled is not None
-        whole = gradients_of(unrolled, subject)
+        whole = subject.gradients(unrolled)
         compared = Whole(subject, "autograd through the unrolled solver", whole)
     else:
         compared = Differences(subject, values, rtol, directions, gradients)
@@ -120,7 +120,7 @@ def _checked(
     floors = [atol * influence for influence in influences]
 
     def is_right(i: int, gradient: Tensor | None) -> bool:
-        return compared.compare(i, gradient).is_right(rtol, floors[i])
+        return is_finite(gradient) and compared.compare(i, gradient).is_right(rtol, floors[i])
 
     for i in everything:
         if not is_right(i, gradients[i]):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from implicit_grad import _tree
 from implicit_grad._errors import ImplicitGradError
 from implicit_grad._tree import Flat
 from implicit_grad.monitor import Report
@@ -52,7 +52,9 @@ class Diagnosis:
         causes = {}
         plain = self.subject.gradients()
         for i in failed:
-            if self._is_random(i in vague):
+            if not (is_finite(self.gradients[i]) and all(map(math.isfinite, self.values))):
+                causes[i] = Cause.NOT_FINITE
+            elif self._is_random(i in vague):
                 causes[i] = Cause.NON_DETERMINISTIC
             elif i in vague:
                 singular = self._local is not None and self._is_singular(self._local)
@@ -77,16 +79,23 @@ class Diagnosis:
         assert gradient is not None
         if self.is_right(i, -gradient):
             return Cause.WRONG_SIGN
-        everything = range(len(self.gradients))
-        pairs = [p for j in everything for p in self.reference.pairs(j, self.gradients[j])]
-        own = sum(g * g for g, _ in pairs)
-        factor = sum(g * r for g, r in pairs) / own if own else 0.0
-        if len(pairs) > 1 and factor:
-            scaled = [None if g is None else factor * g for g in self.gradients]
-            if all(self.is_right(j, scaled[j]) for j in everything):
-                self._see(f"all gradients times {factor:.4g} agree with the reference")
+        for group, whose in ((range(len(self.gradients)), "all gradients"), ((i,), self._name(i))):
+            factor = self._factor(group)
+            if factor is not None:
+                self._see(f"{whose}, times {factor:.4g}: that would agree with the reference")
                 return Cause.WRONG_SCALE
         return Cause.UNEXPLAINED
+
+    def _factor(self, group: Sequence[int]) -> float | None:
+        """The one factor that makes these gradients right; None if there is none."""
+        pairs = [p for j in group for p in self.reference.pairs(j, self.gradients[j])]
+        own = sum(g * g for g, _ in pairs)
+        factor = sum(g * r for g, r in pairs) / own if own else 0.0
+        if len(pairs) < 2 or not factor:
+            return None  # one number is a factor away from any other
+        scaled = [(j, self.gradients[j]) for j in group]
+        right = all(self.is_right(j, None if g is None else factor * g) for j, g in scaled)
+        return factor if right else None
 
     def _is_zero(self, i: int) -> bool:
         gradient = self.gradients[i]
@@ -205,13 +214,7 @@ class Diagnosis:
         try:
             phi = self.subject.phi(elsewhere)
             with self.subject.shifted(elsewhere) as args:
-                slots = [v.slot for v in self.subject.variables]
-                leaves, _ = _tree.flatten(args)
-                targets = tuple(
-                    v.tensor if slot < 0 else leaves[slot]
-                    for v, slot in zip(self.subject.variables, slots, strict=True)
-                )
-                there = Local(local.condition, args, phi, targets)
+                there = Local(local.condition, args, phi, self.subject.targets_in(args))
                 u = there.exact(self.subject.cotangent(local.value))
                 expected = [] if u is None else there.gradients(u)
         except FAILURES:
@@ -277,6 +280,11 @@ class Diagnosis:
     def _see(self, sentence: str) -> None:
         if sentence not in self.evidence:
             self.evidence.append(sentence)
+
+
+def is_finite(gradient: Tensor | None) -> bool:
+    """Whether there is no NaN and no infinity in it."""
+    return gradient is None or bool(torch.isfinite(gradient).all())
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

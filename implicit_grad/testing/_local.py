@@ -12,7 +12,6 @@ from torch import Tensor
 from implicit_grad import _tree
 from implicit_grad._adjoint import solve_newton
 from implicit_grad._condition import Condition
-from implicit_grad._curvature import Curvature
 from implicit_grad._dense import Exact
 from implicit_grad._evaluation import Evaluation, Setup
 from implicit_grad._tree import Flat, Tensors
@@ -35,19 +34,16 @@ class Local:
         args: Sequence[Any],
         phi: Any,
         targets: Tensors,
-        curvature: Curvature = "auto",
     ) -> None:
         self.condition, self.args, self.targets = condition, tuple(args), targets
-        self.curvature = curvature
         self.value = phi
         self.phi, self._phi_tree = _tree.flatten(phi)
         inputs, tree = _tree.flatten((self.args, {}, condition.parameters))
-        setup = Setup(condition, Exact(), Reporting(on_failure="ignore"), curvature)
+        setup = Setup(condition, Exact(), Reporting(on_failure="ignore"), "auto")
         evaluation = Evaluation(lambda _: phi, setup, tree, inputs)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.default_generator.manual_seed(
-                0
-            )  # F is the same function each time, also with dropout
+            # F is the same function each time, also with dropout
+            torch.default_generator.manual_seed(0)
             evaluation.solve_and_record(inputs)
             self.around, stand_ins = evaluation.recorded()
         originals = (*inputs, *evaluation.captured)
@@ -70,7 +66,7 @@ class Local:
 
     def at(self, phi: Any) -> Local:
         """The same elsewhere."""
-        return Local(self.condition, self.args, phi, self.targets, self.curvature)
+        return Local(self.condition, self.args, phi, self.targets)
 
     @functools.cached_property
     def matrix(self) -> Tensor:
@@ -108,11 +104,6 @@ class Local:
     def gradients(self, u: Tensor) -> list[Tensor]:
         """−(∂F/∂a)ᵀu for each target."""
         return [-g for g in self.pullback(u)]
-
-    @functools.cached_property
-    def is_symmetric(self) -> bool:
-        """Whether the condition says that A is."""
-        return self.condition.symmetric
 
     @functools.cached_property
     def asymmetry(self) -> float:
@@ -230,21 +221,3 @@ def solve_dense(matrix: Tensor, rhs: Tensor) -> Tensor | None:
     """matrix⁻¹ rhs; None where the matrix is singular."""
     x, info = torch.linalg.solve_ex(matrix, rhs)
     return x if not int(info) and bool(torch.isfinite(x).all()) else None
-
-
-def conjugate_gradients(matrix: Tensor, rhs: Tensor, most: int) -> list[Tensor]:
-    """The textbook iterates of CG from 0, for any matrix."""
-    x, r = torch.zeros_like(rhs), rhs.clone()
-    p, iterates = r.clone(), [torch.zeros_like(rhs)]
-    for _ in range(most):
-        rr, product = r @ r, matrix @ p
-        curvature = p @ product
-        if not float(curvature) or float(rr) < 1e-28 * float(rhs @ rhs):
-            break
-        x = x + rr / curvature * p
-        r = r - rr / curvature * product
-        p = r + (r @ r) / rr * p
-        if not bool(torch.isfinite(x).all()):
-            break
-        iterates.append(x)
-    return iterates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from implicit_grad.testing._difference import Derivative, derivative, noise
 from implicit_grad.testing._subject import Subject, unit_direction
 
 _FIRST_STEP = 0.02  # relative to an argument
+_OTHER_STEPS = (3.7, 1 / 7.3, 1 / 47)  # times the first
 _CONFIDENCE = 3.0  # times the uncertainty
 
 
@@ -91,15 +93,11 @@ class Differences:
 
     def compare(self, index: int, gradient: Tensor | None) -> Comparison:
         """One variable's gradient against differences."""
-        if index not in self._known:
-            self._known[index] = [
-                _Along(d, self._derivative(index, d, _FIRST_STEP)) for d in self._directions(index)
-            ]
         pairs = self.pairs(index, gradient)
         return Comparison(
             error=max(abs(s - d) for s, d in pairs),
             size=max(max(abs(s), abs(d)) for s, d in pairs),
-            uncertainty=max(along.found.error for along in self._known[index]),
+            uncertainty=max(along.found.error for along in self._along(index)),
             reference=max(abs(d) for _, d in pairs),
         )
 
@@ -110,16 +108,32 @@ class Differences:
                 0.0 if gradient is None else float(gradient.cpu() @ along.direction.flatten()),
                 along.found.value,
             )
-            for along in self._known[index]
+            for along in self._along(index)
         ]
 
     def confirm(self, index: int) -> None:
-        """Difference once more from another first step; the uncertainty covers both results."""
-        for along in self._known[index]:
-            again = self._derivative(index, along.direction, _FIRST_STEP / 7.3)
-            apart = abs(again.value - along.found.value)
-            error = max(min(again.error, along.found.error), apart)
-            along.found = Derivative(min(again, along.found, key=lambda d: d.error).value, error)
+        """Difference anew from other first steps: two neighbours have to agree.
+
+        Exactly 0 from a smaller step agrees with nothing: there are functions like stairs.
+        """
+        for along in self._along(index):
+            direction, first = along.direction, along.found
+            greater, *smaller = (
+                self._derivative(index, direction, factor * _FIRST_STEP) for factor in _OTHER_STEPS
+            )
+            results = [greater, first, *smaller]
+            pairs = [(a, b) for a, b in pairwise(results) if b.value or not first.value]
+            apart = [max(abs(a.value - b.value), a.error, b.error) for a, b in pairs]
+            k = min(range(len(pairs)), key=apart.__getitem__)
+            better = min(pairs[k], key=lambda derivative: derivative.error)
+            along.found = Derivative(better.value, apart[k])
+
+    def _along(self, index: int) -> list[_Along]:
+        if index not in self._known:
+            self._known[index] = [
+                _Along(d, self._derivative(index, d, _FIRST_STEP)) for d in self._directions(index)
+            ]
+        return self._known[index]
 
     def _derivative(self, index: int, direction: Tensor, first_step: float) -> Derivative:
         size = self._subject.variables[index].size

@@ -130,6 +130,11 @@ class Subject:
         """The variables' tensors."""
         return tuple(v.tensor for v in self.variables)
 
+    def targets_in(self, args: Sequence[Any]) -> Tensors:
+        """The variables' tensors in arguments that `shifted` made."""
+        leaves, _ = _tree.flatten(tuple(args))
+        return tuple(v.tensor if v.slot < 0 else leaves[v.slot] for v in self.variables)
+
     @property
     def args(self) -> tuple[Any, ...]:
         """The arguments, with the tensors that are differentiated by."""
@@ -197,9 +202,24 @@ class Subject:
             torch.zeros_like(t) if g is None else g for g, t in zip(found, at, strict=True)
         )
 
-    def gradients(self, between: Callable[[], object] | None = None) -> list[Tensor | None]:
-        """As autograd has them, in float64; `between` runs between forward and backward."""
-        return gradients_of(self.solve, self, between)
+    def gradients(
+        self,
+        solve: Callable[..., Any] | None = None,
+        between: Callable[[], object] | None = None,
+    ) -> list[Tensor | None]:
+        """The outer loss's gradients as autograd has them, in float64; None where it has none.
+
+        Through another solver, if one is given; `between` runs between forward and backward.
+        """
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImplicitGradWarning)
+            value = self.outer((solve or self.solve)(*self.args))
+            if between is not None:
+                between()
+            if not value.requires_grad:
+                return [None for _ in self.variables]
+            found = torch.autograd.grad(value, self.targets, allow_unused=True)
+        return [None if g is None else g.detach().double().flatten() for g in found]
 
     @property
     def elsewhere(self) -> dict[int, Tensor]:
@@ -215,9 +235,8 @@ class Subject:
         with contextlib.suppress(*FAILURES), self.shifted(self.elsewhere) as args:
             with torch.enable_grad():
                 value = self.outer(self.solve(*args))
-            moved = [t for t in _tree.flatten(args)[0] if t.requires_grad]
-            if value.requires_grad and moved:
-                torch.autograd.grad(value, moved, allow_unused=True)
+            if value.requires_grad:
+                torch.autograd.grad(value, self.targets_in(args), allow_unused=True)
         self.monitor.clear()
 
     def reports(self) -> list[Report]:
@@ -225,21 +244,6 @@ class Subject:
         found = list(self.monitor.reports)
         self.monitor.clear()
         return found
-
-
-def gradients_of(
-    solve: Callable[..., Any], subject: Subject, between: Callable[[], object] | None = None
-) -> list[Tensor | None]:
-    """The outer loss's gradients through a solver, for all variables; None where there is none."""
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImplicitGradWarning)
-        value = subject.outer(solve(*subject.args))
-        if between is not None:
-            between()
-        if not value.requires_grad:
-            return [None for _ in subject.variables]
-        found = torch.autograd.grad(value, subject.targets, allow_unused=True)
-    return [None if g is None else g.detach().double().flatten() for g in found]
 
 
 def _leaf(tensor: Tensor) -> Tensor:

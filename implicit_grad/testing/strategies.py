@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from implicit_grad.testing._operators import Kind, Operator, normal
-from implicit_grad.testing._problems import FAMILIES, Family, Network, Problem, Task
+from implicit_grad.testing._problems import FAMILIES, Family, Problem
+from implicit_grad.testing._tasks import Network, Task
 
 Nesting = Literal["tensor", "list", "tuple", "dict"]
 NESTINGS: tuple[Nesting, ...] = ("tensor", "list", "tuple", "dict")
@@ -81,7 +82,7 @@ def trees(
     draw: st.DrawFn,
     dtypes: Sequence[torch.dtype] = (torch.float64,),
     nestings: Sequence[Nesting] = NESTINGS,
-    max_leaves: int = 3,
+    max_parts: int = 3,
     max_dims: int = 2,
     max_side: int = 3,
     depth: int = 2,
@@ -91,8 +92,8 @@ def trees(
     if nesting == "tensor":
         dtype, shape = draw(st.sampled_from(list(dtypes))), draw(shapes(max_dims, max_side))
         return normal(*shape, seed=draw(seeds()), dtype=dtype).requires_grad_()
-    smaller = trees(dtypes, nestings, max_leaves, max_dims, max_side, depth - 1)
-    parts = draw(st.lists(smaller, min_size=1, max_size=max_leaves))
+    smaller = trees(dtypes, nestings, max_parts, max_dims, max_side, depth - 1)
+    parts = draw(st.lists(smaller, min_size=1, max_size=max_parts))
     if nesting == "dict":
         return {"abcdefgh"[k % 8] * (1 + k // 8): part for k, part in enumerate(parts)}
     return tuple(parts) if nesting == "tuple" else parts

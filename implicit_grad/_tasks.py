@@ -1,0 +1,236 @@
+"""Conjugate gradients for a batch of systems: one product for all tasks, and a recurrence each.
+
+Tasks that share no unknowns have a block-diagonal matrix, so that one product serves them all. The
+scalars of the recurrences are vectors here, with a number for each task; a task that is done, for
+better or worse, is left out by a mask, and ends as it would have ended alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from implicit_grad._errors import Status
+from implicit_grad._linear import LinearSolution, Operator
+from implicit_grad._recurrence import LOST, PATIENCE
+from implicit_grad._stopping import RESTART_GAIN, SLACK, Iterative
+
+# Where a number can be read from the device only by waiting for it, iterations taken between two
+# looks at whether any task still needs one.
+_LOOK_EVERY = 4
+
+
+def solve_tasks(
+    rules: Iterative, operator: Operator, rhs: Tensor, verify: bool
+) -> tuple[Tensor, list[LinearSolution]]:
+    """Solve operator · x = rhs, where both have a row for each task."""
+    run = _Run(rules, operator, rhs)
+    run.iterate(run.status == run.exhausted)
+    residual = run.refine() if verify or not run.fixed else None
+    return run.solutions(residual)
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """xᵀy for each task."""
+    if x.is_cuda:  # one kernel instead of one for each task
+        products: Tensor = torch.linalg.vecdot(x, y)
+        return products
+    return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])  # makes no vector
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """CG's coefficients of one iteration, and the tasks that took it."""
+
+    alpha: Tensor
+    beta: Tensor
+    rz: Tensor
+    taken: Tensor
+
+    def told(self) -> Tensor:
+        return torch.stack([t.double() for t in (self.alpha, self.beta, self.rz, self.taken)])
+
+
+class _Run:
+    """The iterates of all tasks, as rows, and what the recurrences carry."""
+
+    def __init__(self, rules: Iterative, operator: Operator, rhs: Tensor) -> None:
+        self.operator = operator
+        least, most = torch.aminmax(rhs, dim=1) if rhs.shape[1] else [rhs.new_zeros(len(rhs))] * 2
+        largest = torch.maximum(-least, most)
+        finite = torch.isfinite(largest)
+        exponents = torch.frexp(torch.where(finite, largest, 0.0)).exponent
+        limit = 126 if rhs.dtype == torch.float32 else 1022
+        self.unit = torch.ldexp(torch.ones_like(largest), exponents.clamp(-limit, limit))
+        self.rhs = self.residual = rhs / self.unit[:, None]
+        self.x = torch.zeros_like(rhs)
+        self.size = dots(self.rhs, self.rhs).sqrt()
+        rtol, self.maxiter, self.fixed = rules.limits(operator, rhs, rhs.shape[1])
+        self.target = (rtol * self.size).maximum(rules.atol / self.unit)
+        self.exhausted = Status.TRUNCATED if self.fixed else Status.MAX_ITER
+        self.stalled = Status.TRUNCATED if self.fixed else Status.STAGNATED
+        self.status = torch.full_like(exponents, self.exhausted)
+        self._end(largest == 0, Status.ZERO_RHS)
+        self._end(~finite, Status.NONFINITE_RHS)
+        self.iterations = torch.zeros_like(exponents)
+        self.restarted = torch.zeros_like(finite)
+        self.least = torch.full_like(largest, math.inf)
+        self.greatest = torch.full_like(largest, -math.inf)
+        self.residual_norm = self.gap = torch.full_like(largest, math.nan)
+        self.steps: list[_Step] = []
+
+    def _end(self, tasks: Tensor, status: Status) -> Tensor:
+        """Give the tasks their status; returns the others."""
+        self.status = self.status.masked_fill(tasks, status)
+        return ~tasks
+
+    def iterate(self, going: Tensor) -> None:
+        """Conjugate gradients on operator · d = residual for some of the tasks, adding d to x."""
+        operator, eps = self.operator, torch.finfo(self.rhs.dtype).eps
+        self._end(going, self.exhausted)
+        self.residual = r = self.residual.clone()
+        rr = dots(r, r)
+        going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
+        z, weight = self._preconditioned(r)
+        rz = rr * weight if z is r else dots(r, z)
+        p = (z * weight).masked_fill_(~going[:, None], 0.0)
+        energy, gains = torch.zeros_like(rz), rz.new_full((PATIENCE, len(rz)), math.inf)
+        for k in itertools.count():
+            going = going & (self.iterations < self.maxiter)
+            if (k % _LOOK_EVERY == 0 or not r.is_cuda) and not bool(going.any()):
+                break
+            product = operator.matvec(p)
+            self.iterations = self.iterations + going
+            curvature, pp = dots(p, product), dots(p, p)
+            finite = torch.isfinite(curvature)
+            going = going & self._end(going & ~finite, Status.NONFINITE_OPERATOR)
+            self._meet(curvature / pp, going)
+            going = going & self._end(going & (curvature <= 0), Status.NEGATIVE_CURVATURE)
+            alpha = torch.where(going, rz / curvature, 0.0)
+            lost = alpha * pp.sqrt() * self.greatest * eps > LOST * self.size
+            going = going & self._end(going & lost, Status.SINGULAR)
+            alpha = torch.where(going, alpha, 0.0)
+            self.x.addcmul_(alpha[:, None], p)
+            self._leave_out(product, going)
+            r.addcmul_(alpha[:, None], product, value=-1)
+            del product
+            rr, before = dots(r, r), rz
+            z, weight = self._preconditioned(r)
+            rz = rr * weight if z is r else dots(r, z)
+            beta = torch.where(going, rz / before, 0.0)
+            self.steps.append(_Step(alpha, beta, rz, going))
+            going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
+            gain = alpha * before
+            energy, gains = energy + gain, torch.cat([gains[1:], gain[None]])
+            still = gains.sum(0) <= eps**2 * energy
+            going = going & self._end(going & still, self.stalled)
+            p.mul_(beta[:, None]).add_(z, alpha=weight)
+            self._leave_out(p, going)
+        self._limit()
+
+    def _preconditioned(self, r: Tensor) -> tuple[Tensor, float]:
+        """z and w with w·z = S⁻¹r; a scale that is a number costs no vector."""
+        scale = self.operator.scale
+        if isinstance(scale, Tensor):
+            return r / scale, 1.0
+        return r, 1.0 if scale is None else 1.0 / scale
+
+    def _leave_out(self, rows: Tensor, going: Tensor) -> None:
+        """Zeros for the tasks that have ended, whatever there is: 0 times NaN is not 0."""
+        if rows.is_cuda or not bool(going.all()):  # a look is cheaper than a pass on a CPU only
+            rows.masked_fill_(~going[:, None], 0.0)
+
+    def _meet(self, curvature: Tensor, going: Tensor) -> None:
+        """Remember the curvatures pᵀMp/pᵀp of the tasks that go on."""
+        self.least = torch.where(going, self.least.minimum(curvature), self.least)
+        self.greatest = torch.where(going, self.greatest.maximum(curvature), self.greatest)
+
+    def _limit(self) -> None:
+        """After negative curvature, keep x no longer than the first-order solution."""
+        stopped = self.status == Status.NEGATIVE_CURVATURE
+        if not stopped.is_cuda and not bool(stopped.any()):
+            return
+        first = self.operator.over_scale(self.rhs)
+        self.x = torch.where((stopped & (self.iterations == 1))[:, None], first, self.x)
+        size, most = self._scaled_norm(self.x), self._residual_norm(self.rhs)
+        self.x.mul_(torch.where(stopped & (size > most), most / size, 1.0)[:, None])
+
+    def refine(self) -> Tensor:
+        """Hold the carried residuals to their word, and restart tasks where they have drifted.
+
+        Returns the relative residuals.
+        """
+        before = torch.full_like(self.size, math.inf)
+        while True:
+            carried, self.residual = self.residual, self.rhs - self.operator.matvec(self.x)
+            self._measure(carried)
+            size = dots(self.residual, self.residual).sqrt()
+            promised = (self.status == Status.CONVERGED) | (self.status == self.stalled)
+            small = size <= SLACK * self.target
+            self._end(promised & small, Status.CONVERGED)
+            self._end(promised & ~small, self.stalled)
+            again = promised & ~small & (self.iterations < self.maxiter)
+            again = again & (size < RESTART_GAIN * before)
+            if self.fixed or not bool(again.any()):
+                return size / self.size
+            before, self.restarted = torch.where(again, size, before), self.restarted | again
+            self.iterate(again)
+
+    def _measure(self, carried: Tensor) -> None:
+        """The true residuals and their distances from the carried ones, with rounding errors."""
+        operator, greatest = self.operator, self.greatest.clamp_min(0.0)
+        length = dots(self.x, self.x).sqrt()
+        rounding = operator.precision(self.rhs) * (greatest * length + self.size)
+        if operator.scale is not None:
+            least = torch.as_tensor(operator.scale).to(self.rhs)
+            rounding = rounding / (least.amin(1) if least.dim() else least).sqrt()
+        self.residual_norm = self._residual_norm(self.residual) + rounding
+        self.gap = self._residual_norm(self.residual - carried) + rounding
+
+    def _scaled_norm(self, x: Tensor) -> Tensor:
+        scale = self.operator.scale
+        return dots(x, x if scale is None else x * scale).sqrt()
+
+    def _residual_norm(self, r: Tensor) -> Tensor:
+        return dots(r, self.operator.over_scale(r)).sqrt()
+
+    def solutions(self, residual: Tensor | None) -> tuple[Tensor, list[LinearSolution]]:
+        """All solutions, and what is known of each: read from the device at once."""
+        nothing = (self.status == Status.NONFINITE_RHS) | (self.status == Status.NONFINITE_OPERATOR)
+        x = self.x.mul_(torch.where(nothing, math.nan, self.unit)[:, None])
+        measured = residual is not None
+        told = torch.stack([
+            t.double()
+            for t in (
+                self.status, self.iterations, self.least, self.greatest, self.unit,
+                self.restarted, self.residual_norm, self.gap,
+                torch.zeros_like(self.size) if residual is None else residual,
+            )
+        ])  # fmt: skip
+        steps = [
+            torch.stack([t.double() for t in (s.alpha, s.beta, s.rz, s.taken)]) for s in self.steps
+        ]
+        history = torch.stack(steps).tolist() if steps else []
+        found = []
+        for task, numbers in enumerate(told.T.tolist()):
+            status, iterations, least, greatest, unit, restarted, size, gap, relative = numbers
+            taken = [tuple(row[task] for row in step) for step in history]
+            found.append(
+                LinearSolution(
+                    x[task],
+                    Status(int(status)),
+                    int(iterations),
+                    (0.0 if status == Status.ZERO_RHS else relative) if measured else None,
+                    (least, greatest) if least <= greatest else None,
+                    ()
+                    if restarted
+                    else tuple((a, b, rz * unit * unit) for a, b, rz, went in taken if went),
+                    residual_norm=size * unit if measured else None,
+                    gap=gap * unit if measured else None,
+                )
+            )
+        return x, found
