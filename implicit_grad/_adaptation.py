@@ -139,10 +139,9 @@ class Step:
             outputs=self.outputs,
             again=None if self.replay is None else self._again,
             guard=self.gate_of_phi.closed,
+            tasks=self.tasks,
         )
-        around = objective.linearize(curvature or self.method.curvature)
-        around.tasks = self.tasks
-        return around, (*inputs, *self.captured)
+        return objective.linearize(curvature or self.method.curvature), (*inputs, *self.captured)
 
     def _place(self, pull: Pull) -> Tensors:
         """The adapted weights; where F's linear part is taken from its graph, in terms of φ."""

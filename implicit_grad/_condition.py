@@ -45,6 +45,7 @@ class Condition(abc.ABC):
     symmetric: ClassVar[bool]
     must_depend_on_phi: ClassVar[bool] = True
     definite = True
+    tasks = False  # φ is a batch of solutions of separate problems
 
     @property
     def parameters(self) -> Any:
@@ -55,6 +56,10 @@ class Condition(abc.ABC):
     def curvatures(self) -> tuple[Curvature, ...]:
         """The kinds of products that there can be."""
         return ("auto",)
+
+    def for_tasks(self) -> Condition | None:
+        """The condition for a batch of such problems, if there is a batched linear solve for it."""
+        return None
 
     def check_call(self, call: Call) -> None:  # noqa: B027  (most conditions accept any call)
         """Raise if the arguments cannot work, before the solver runs."""
@@ -117,3 +122,29 @@ def check_distinct(name: str, phi: Any, variables: Tensors) -> None:
         raise InvalidSolutionError(
             f"{name}: phi holds one tensor more than once; return distinct tensors"
         )
+
+
+def composed(
+    function: Callable[..., Any], model: Callable[..., Any] | None, args: Any, kwargs: Any
+) -> Callable[[Any], tuple[Any, Tensors | None]]:
+    """phi ↦ function(model(phi)), and the model's outputs, none of which is behind another."""
+
+    def evaluate(phi: Any) -> tuple[Any, Tensors | None]:
+        if model is None:
+            return function(phi, *args, **kwargs), None
+        returned = model(phi, *args, **kwargs)
+        tensors, tree = _tree.flatten(returned, lambda t: torch.is_tensor(t) and t.requires_grad)
+        outputs = tuple(t.view_as(t) for t in tensors)
+        return function(tree.rebuild(outputs), *args, **kwargs), outputs
+
+    return evaluate
+
+
+def curvatures(model: Any) -> tuple[Curvature, ...]:
+    every: tuple[Curvature, ...] = ("auto", "hessian", "finite_difference")
+    return every if model is None else (*every, "gauss_newton")
+
+
+def check_model(condition: str, model: object) -> None:
+    if model is not None:
+        check_callable(condition, "model", model)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicit_grad import _tree
 from implicit_grad._ad import Linearization
+from implicit_grad._batched import aligned, batched, number_of_tasks, total
 from implicit_grad._condition import (
     Again,
     Call,
@@ -20,13 +21,23 @@ from implicit_grad._condition import (
     Snapshot,
     check_callable,
     check_distinct,
+    check_model,
+    composed,
+    curvatures,
     like_phi,
     scalar,
 )
 from implicit_grad._constraints import Constraints
 from implicit_grad._curvature import Curvature, Objective
 from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._proximal import LowRank, ProximalObjective, check_lam, evaluated, proximal_pull
+from implicit_grad._proximal import (
+    LowRank,
+    ProximalObjective,
+    Pull,
+    check_lam,
+    evaluated,
+    proximal_pull,
+)
 from implicit_grad._tree import Tensors
 
 
@@ -45,6 +56,8 @@ class argmin(Condition):
             a function of the solver's arguments that returns such a pair.
         equality: `equality(phi, *args)` returns tensors that are 0 at a solution.
         inequality: `inequality(phi, *args)` returns tensors that are at most 0 at a solution.
+        tasks: φ is a batch of solutions of separate problems, along the first dimension of each
+            of its tensors; `objective` then returns one value for each, and CG solves for each.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
     are found from φ; where one holds by chance (a multiplier of 0), φ has no derivative, and the
@@ -58,16 +71,19 @@ class argmin(Condition):
     bounds: Any = None
     equality: Callable[..., Any] | None = None
     inequality: Callable[..., Any] | None = None
+    tasks: bool = False
     symmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_callable("argmin", "objective", self.objective)
-        _check_model("argmin", self.model)
+        check_model("argmin", self.model)
         mu = self.strong_convexity
         if mu is not None and not 0 < mu < math.inf:
             raise InvalidArgumentError(f"argmin(strong_convexity={mu!r}): expected a number > 0")
         if self.constraints and self.model is not None:
             raise InvalidArgumentError("argmin: model does not go with constraints")
+        if self.constraints and self.tasks:
+            raise InvalidArgumentError("argmin: tasks does not go with constraints")
 
     @property
     def constraints(self) -> Constraints:
@@ -80,18 +96,29 @@ class argmin(Condition):
 
     @property
     def curvatures(self) -> tuple[Curvature, ...]:
-        return ("auto", "hessian") if self.constraints else _curvatures(self.model)
+        return ("auto", "hessian") if self.constraints else curvatures(self.model)
 
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "minimize":
             return super().problem_for(solver, call)
-        function = _composed(self.objective, self.model, call.args, call.kwargs)
-        return lambda phi: function(phi)[0], self.constraints.for_minimizer(call.args, call.kwargs)
+        function = composed(self.objective, self.model, call.args, call.kwargs)
+
+        def objective(phi: Any) -> Tensor:
+            return _value("argmin: objective", function(phi)[0], _tasks(self, phi))
+
+        return objective, self.constraints.for_minimizer(call.args, call.kwargs)
+
+    def for_tasks(self) -> Condition | None:
+        if self.constraints or self.tasks:
+            return None
+        model = None if self.model is None else batched(self.model)
+        return argmin(batched(self.objective), self.strong_convexity, model=model, tasks=True)
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
-        value, outputs = _composed(self.objective, self.model, call.args, call.kwargs)(phi)
-        scalar("argmin: objective", value)
-        objective = Objective(value, variables, outputs=outputs, again=again)
+        returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
+        tasks = _tasks(self, phi)
+        value = _value("argmin: objective", returned, tasks)
+        objective = Objective(value, variables, outputs=outputs, again=again, tasks=tasks)
         if not self.constraints:
             return Snapshot((value,), objective.linearize)
         check_distinct("argmin", phi, variables)
@@ -116,6 +143,8 @@ class proximal(Condition):
             linear solver's error is bounded (`Report.solve_error_bound`).
         model: if given, the loss is `loss(model(phi, *args), *args)`; this form allows
             Gauss-Newton products.
+        tasks: θ and φ are batches of separate problems, along the first dimension of each of their
+            tensors; `loss` then returns one value for each, and CG solves for each.
     """
 
     loss: Callable[..., Tensor]
@@ -123,12 +152,13 @@ class proximal(Condition):
     convex: bool = False
     _: dataclasses.KW_ONLY
     model: Callable[..., Any] | None = None
+    tasks: bool = False
     symmetric: ClassVar[bool] = True
     must_depend_on_phi: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_callable("proximal", "loss", self.loss)
-        _check_model("proximal", self.model)
+        check_model("proximal", self.model)
         diagonal = self.lam.diagonal if isinstance(self.lam, LowRank) else self.lam
         for leaf in () if callable(diagonal) else _tree.leaves(diagonal):
             check_lam(leaf, "proximal")
@@ -139,7 +169,7 @@ class proximal(Condition):
 
     @property
     def curvatures(self) -> tuple[Curvature, ...]:
-        return _curvatures(self.model)
+        return curvatures(self.model)
 
     def check_call(self, call: Call) -> None:
         if not call.args:
@@ -147,7 +177,20 @@ class proximal(Condition):
                 "proximal: the solver's first positional argument is theta, but it was called "
                 "without positional arguments"
             )
-        proximal_pull(call.parameters, call.args[0], "proximal")
+        if self.tasks and isinstance(call.parameters, LowRank):
+            raise InvalidArgumentError(
+                "proximal: with tasks=True, lam must not be a LowRank matrix"
+            )
+        self._pull(call)
+
+    def for_tasks(self) -> Condition | None:
+        if self.tasks or isinstance(self.parameters, LowRank):
+            return None
+        model = None if self.model is None else batched(self.model)
+        return _Stacked(batched(self.loss), self.lam, self.convex, model=model, tasks=True)
+
+    def _pull(self, call: Call) -> Pull:
+        return proximal_pull(call.parameters, call.args[0], "proximal")
 
     def template(self, call: Call) -> Any:
         return call.args[0]
@@ -156,24 +199,34 @@ class proximal(Condition):
         if solver != "minimize":
             return super().problem_for(solver, call)
         theta, *rest = call.args
-        thetas = tuple(_tree.leaves(theta))
-        pull = proximal_pull(call.parameters, theta, "proximal")
-        loss = _composed(self.loss, self.model, rest, call.kwargs)
-        return ProximalObjective(lambda phi: loss(phi)[0], pull, thetas), {}
+        whole = composed(self.loss, self.model, rest, call.kwargs)
+
+        def loss(phi: Any) -> Tensor:
+            return _value("proximal: loss", whole(phi)[0], _tasks(self, phi))
+
+        return ProximalObjective(loss, self._pull(call), tuple(_tree.leaves(theta))), {}
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         theta, *rest = call.args
-        value, outputs = _composed(self.loss, self.model, rest, call.kwargs)(phi)
-        scalar("proximal: loss", value)
-        pull = proximal_pull(call.parameters, theta, "proximal")
+        returned, outputs = composed(self.loss, self.model, rest, call.kwargs)(phi)
+        tasks, pull = _tasks(self, phi), self._pull(call)
+        value = _value("proximal: loss", returned, tasks)
         slot = {id(t): i for i, t in enumerate(variables)}
         slots = [slot[id(t)] for t in _tree.leaves(phi)]
 
         def force(slope: Tensors) -> Any:
             return pull.force(slope, variables, _tree.leaves(theta), slots)
 
-        objective = Objective(value, variables, force, outputs, again)
+        objective = Objective(value, variables, force, outputs, again, tasks=tasks)
         return Snapshot((value,), objective.linearize)
+
+
+class _Stacked(proximal):
+    """A batch made of single problems: λ, an argument like the others, has tasks as well."""
+
+    def _pull(self, call: Call) -> Pull:
+        theta = call.args[0]
+        return proximal_pull(aligned(call.parameters, theta), theta, "proximal")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,27 +286,13 @@ class fixed_point(Condition):
         return Snapshot(residual, lambda _: Linearization(residual, variables))
 
 
-def _composed(
-    function: Callable[..., Any], model: Callable[..., Any] | None, args: Any, kwargs: Any
-) -> Callable[[Any], tuple[Any, Tensors | None]]:
-    """phi ↦ function(model(phi)), and the model's outputs, none of which is behind another."""
-
-    def evaluate(phi: Any) -> tuple[Any, Tensors | None]:
-        if model is None:
-            return function(phi, *args, **kwargs), None
-        returned = model(phi, *args, **kwargs)
-        tensors, tree = _tree.flatten(returned, lambda t: torch.is_tensor(t) and t.requires_grad)
-        outputs = tuple(t.view_as(t) for t in tensors)
-        return function(tree.rebuild(outputs), *args, **kwargs), outputs
-
-    return evaluate
+def _tasks(condition: argmin | proximal, phi: Any) -> int | None:
+    """How many problems there are, if φ is a batch."""
+    if not condition.tasks:
+        return None
+    return number_of_tasks(type(condition).__name__, tuple(_tree.leaves(phi)))
 
 
-def _curvatures(model: Any) -> tuple[Curvature, ...]:
-    every: tuple[Curvature, ...] = ("auto", "hessian", "finite_difference")
-    return every if model is None else (*every, "gauss_newton")
-
-
-def _check_model(condition: str, model: object) -> None:
-    if model is not None:
-        check_callable(condition, "model", model)
+def _value(name: str, returned: object, tasks: int | None) -> Tensor:
+    """The objective, or the sum of those of all tasks."""
+    return scalar(name, returned) if tasks is None else total(name, returned, tasks)

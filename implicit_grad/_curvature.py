@@ -54,6 +54,7 @@ class Objective:
         outputs: the model's outputs that value depends on φ through, if there is a model.
         again: evaluates value at another φ, on the same arguments; needed for differences.
         guard: see `Linearization`.
+        tasks: how many separate problems the value sums over.
     """
 
     value: Tensor
@@ -62,9 +63,15 @@ class Objective:
     outputs: Tensors | None = None
     again: Callable[[Tensors], Tensor] | None = None
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    tasks: int | None = None
 
     def linearize(self, curvature: Curvature) -> Linearization:
         """F around φ, with products of the kind asked for."""
+        around = self._linearized(curvature)
+        around.tasks = self.tasks
+        return around
+
+    def _linearized(self, curvature: Curvature) -> Linearization:
         if curvature == "finite_difference":
             return FiniteDifference(self)
         if curvature == "auto":
@@ -212,14 +219,8 @@ class Ladder(Linearization):
         self._objective = objective
         once = once_differentiable([objective.value], objective.phi)
         self._rung = parts = self._differences(None) if once else Hessian(objective)
-        super().__init__(
-            parts.make_residual,
-            parts.phi,
-            parts.curved,
-            parts.pulled,
-            parts.scale,
-            objective.guard,
-        )
+        fields = parts.phi, parts.curved, parts.pulled, parts.scale
+        super().__init__(parts.make_residual, *fields, guard=objective.guard)
         self.convex = parts.convex
 
     @property

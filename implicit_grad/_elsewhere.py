@@ -17,7 +17,7 @@ from torch import Tensor
 from implicit_grad._ad import Linearization, own_precision, variables, vjp, without_hooks
 from implicit_grad._curvature import Curvature
 from implicit_grad._errors import GraphError
-from implicit_grad._lift import is_transformed, lifted
+from implicit_grad._lift import Plain, is_transformed, lifted
 from implicit_grad._tree import Tensors
 
 
@@ -98,4 +98,4 @@ class _Attached(torch.autograd.Function):
             return attached(grads, (*ctx.stand_ins, *own), inputs)
 
         inputs = (*ctx.saved_tensors, *v)
-        return None, None, *(lifted(pull, inputs) if is_transformed(v) else pull(inputs, ()))
+        return None, None, *(lifted(Plain(pull), inputs) if is_transformed(v) else pull(inputs, ()))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from implicit_grad._ad import Linearization, dense, own_precision, variables
 from implicit_grad._errors import GraphError
-from implicit_grad._lift import is_transformed, lifted, pullback
+from implicit_grad._lift import Plain, is_transformed, lifted, pullback
 from implicit_grad._tree import Tensors
 
 
@@ -134,7 +134,7 @@ def _batched_backward(
 
     v = [torch.zeros_like(p) if v is None else v for v, p in zip(cotangents, phi, strict=True)]
     xs = [a[i] for i in places]
-    grads = lifted(pullback(at_phi, len(xs)), (*xs, *v), known=phi)
+    grads = lifted(pullback(Plain(at_phi), len(xs)), (*xs, *v), known=phi)
     found = dict(zip(places, grads, strict=True))
     return tuple(found.get(i) for i in range(len(wanted)))
 

@@ -158,6 +158,8 @@ def implicit(
             f"implicit: rtol_gradient={rtol_gradient!r} is for CG, whose coefficients tell the "
             f"error; {type(linear_solver).__name__} stops by its own options"
         )
+    if condition.tasks:
+        _check_tasks(linear_solver, polish, rtol_gradient)
     reporting = Reporting(
         monitor=monitor,
         on_failure=on_failure,
@@ -192,6 +194,16 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
         setup = dataclasses.replace(setup, condition=condition)
         solver = _to_accuracy(solver, setup.reporting.rtol_gradient)
     return ImplicitSolver(solver, setup, init)
+
+
+def _check_tasks(linear_solver: LinearSolver, polish: int, rtol_gradient: float | None) -> None:
+    if not linear_solver.takes_tasks:
+        raise InvalidArgumentError(
+            "implicit: with tasks=True, linear_solver must be CG without preconditioner and warm "
+            f'start, and with on_negative_curvature "stop" or "raise"; got {linear_solver!r}'
+        )
+    if polish or rtol_gradient is not None:
+        raise InvalidArgumentError("implicit: polish and rtol_gradient do not go with tasks=True")
 
 
 def _check_curvature(

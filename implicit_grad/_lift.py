@@ -7,6 +7,7 @@ lifted again, and so has pullbacks itself; its forward derivative is the pullbac
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,9 +19,21 @@ from implicit_grad._ad import vjp
 from implicit_grad._errors import GraphError
 from implicit_grad._tree import Tensors
 
-# (xs, known) ↦ ys. `known` holds the ys once they have been computed, so that derivatives need not
-# find them anew; it is empty at first, and has no derivative of its own.
-Plain = Callable[[Tensors, Tensors], Tensors]
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """(xs, known) ↦ ys for plain tensors, differentiable by autograd.
+
+    `known` holds the ys once they have been computed, so that derivatives need not find them anew;
+    it is empty at first, and has no derivative of its own. `batched`, where there is one, is the
+    same function for many samples at once, along the first dimension of all tensors.
+    """
+
+    function: Callable[[Tensors, Tensors], Tensors]
+    batched: Plain | None = None
+
+    def __call__(self, xs: Tensors, known: Tensors) -> Tensors:
+        return self.function(xs, known)
 
 
 def is_transformed(tensors: Iterable[Tensor]) -> bool:
@@ -64,7 +77,7 @@ def pullback(function: Plain, size: int) -> Plain:
             ys = function(xs, known)
         return vjp(ys, _real(xs), v)
 
-    return pull
+    return Plain(pull, None if function.batched is None else pullback(function.batched, size))
 
 
 def _pushforward(function: Plain, size: int) -> Plain:
@@ -81,7 +94,7 @@ def _pushforward(function: Plain, size: int) -> Plain:
             pulled = vjp(ys, _real(xs), dummy)
         return vjp(pulled, dummy, t)
 
-    return push
+    return Plain(push, None if function.batched is None else _pushforward(function.batched, size))
 
 
 class _Lifted(torch.autograd.Function):
@@ -120,6 +133,16 @@ class _Lifted(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], function: Plain, size: int, *tensors: Tensor
     ) -> tuple[Tensors, tuple[int, ...]]:
+        if function.batched is not None:
+            rows = tuple(
+                t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+                for t, dim in zip(tensors, in_dims[2:], strict=True)
+            )
+            try:
+                ys: Tensors = _Lifted.apply(function.batched, size, *rows)
+                return ys, (0,) * len(ys)
+            except RuntimeError:  # the user's code cannot run for a batch: or fails below again
+                pass
         samples = [
             _Lifted.apply(
                 function,

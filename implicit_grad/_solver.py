@@ -16,10 +16,11 @@ from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._evaluation import Evaluation, Setup
 from implicit_grad._function import ImplicitFunction
 from implicit_grad._krylov import CG
-from implicit_grad._lift import has_derivatives, is_transformed, lifted
+from implicit_grad._lift import Plain, has_derivatives, is_transformed, lifted
 from implicit_grad._linear import LinearSolver
 from implicit_grad._minres import MINRES
 from implicit_grad._normal import NormalCG
+from implicit_grad._solution import checked
 from implicit_grad._state import uncompiled
 from implicit_grad._tree import Tensors, Tree
 
@@ -101,16 +102,31 @@ class ImplicitSolver:
     def _under_transforms(self, inputs: Tensors, tree: Tree) -> Any:
         """A call with tensors that torch.func or forward mode look at, made of plain calls."""
         sample: list[Evaluation] = []
+        batched, condition = None, self.setup.condition.for_tasks()
+        if condition is not None and self._takes_tasks():
+            setup = dataclasses.replace(self.setup, condition=condition)
+            run = functools.partial(self._run_for_tasks, condition)
+            batched = Plain(self._plain(setup, run, tree, sample))
+        phi = lifted(Plain(self._plain(self.setup, self.run, tree, sample), batched), inputs)
+        # below, in the plain calls, what a transform looks at passes for a number without a history
+        if has_derivatives(sample[0].outputs_again()):
+            raise GraphError(f"{_CAPTURED}: pass it to the solver as an argument")
+        return sample[0].phi_tree.rebuild(phi)
+
+    def _plain(
+        self, setup: Setup, run: Callable[[Call], Any], tree: Tree, sample: list[Evaluation]
+    ) -> Callable[[Tensors, Tensors], Tensors]:
+        """One call as a function of its tensors; the first evaluation is left in `sample`."""
 
         def plain(xs: Tensors, known: Tensors) -> Tensors:
-            self.setup.condition.check_call(Call(*tree.rebuild(xs)))
+            setup.condition.check_call(Call(*tree.rebuild(xs)))
             if known:
-                setup = dataclasses.replace(self.setup, polish=0)
+                there = dataclasses.replace(setup, polish=0)
                 evaluation = Evaluation(
-                    lambda _: sample[0].phi_tree.rebuild(known), setup, tree, xs
+                    lambda _: sample[0].phi_tree.rebuild(known), there, tree, xs
                 )
             else:
-                evaluation = Evaluation(self.run, self.setup, tree, xs)
+                evaluation = Evaluation(run, setup, tree, xs)
             # F is evaluated also where no gradient is taken: to find out what it captured
             phi: Tensors = ImplicitFunction.apply(evaluation.problem(), *xs)
             if evaluation.captured:
@@ -118,14 +134,32 @@ class ImplicitSolver:
             sample[:] = sample or [evaluation]
             return phi
 
-        phi = lifted(plain, inputs)
-        # below, in the plain calls, what a transform looks at passes for a number without a history
-        if has_derivatives(sample[0].outputs_again()):
-            raise GraphError(f"{_CAPTURED}: pass it to the solver as an argument")
-        return sample[0].phi_tree.rebuild(phi)
+        return plain
+
+    def _takes_tasks(self) -> bool:
+        """Whether a batch of such problems can be linearised, and its systems solved, at once."""
+        setup = self.setup
+        plain = not setup.polish and setup.reporting.rtol_gradient is None
+        return plain and setup.linear_solver.takes_tasks
+
+    def _run_for_tasks(self, condition: Condition, call: Call) -> Any:
+        """The solver's output for a batch: at once if it works element by element."""
+        if self.init is None and getattr(self.solver, "elementwise", False):
+            return self._run(condition, call)
+        tensors, tree = _tree.flatten((call.args, call.kwargs, call.parameters))
+        rows = zip(*(t.unbind() for t in tensors), strict=True)
+        solved = []
+        for row in rows:
+            one = Call(*tree.rebuild(row))
+            phi, phi_tree = checked(self.run(one), row, self.setup.condition.template(one))
+            solved.append(phi)
+        return phi_tree.rebuild(tuple(map(torch.stack, zip(*solved, strict=True))))
 
     def run(self, call: Call) -> Any:
         """The solver's own output."""
+        return self._run(self.setup.condition, call)
+
+    def _run(self, condition: Condition, call: Call) -> Any:
         method = _method(self.solver)
         if method is None:
             assert callable(self.solver)
@@ -135,7 +169,7 @@ class ImplicitSolver:
                 "implicit: without a positional argument to start from, this solver needs init="
             )
         init = call.args[0] if self.init is None else self.init(*call.args, **call.kwargs)
-        function, constraints = self.setup.condition.problem_for(method, call)
+        function, constraints = condition.problem_for(method, call)
         try:
             return getattr(self.solver, method)(function, init, **constraints)
         except TypeError as error:

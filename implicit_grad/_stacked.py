@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call, vmap
 
 from implicit_grad import _tree
@@ -66,14 +65,3 @@ def stacked_call(module: nn.Module, stacked: Tensors, args: Any, kwargs: Any) ->
 
     shared = {name: 0 if id(p) in own else None for name, p in parameters.items()}
     return vmap(one, in_dims=(shared, 0, 0), randomness="different")(parameters, buffers, inputs)
-
-
-def total(name: str, losses: object, tasks: int | None) -> Tensor:
-    """The sum of the tasks' losses, none of which depends on another task's weights."""
-    if not torch.is_tensor(losses) or losses.shape != (tasks,) or not losses.is_floating_point():
-        raise InvalidArgumentError(
-            f"{name} must be one number for each of {tasks} tasks, a floating-point tensor of "
-            f"shape ({tasks},), such as torch.func.vmap(loss)(learner(x), y); got "
-            f"{describe(losses)}"
-        )
-    return losses.sum()

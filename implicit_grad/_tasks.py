@@ -8,7 +8,6 @@ better or worse, is left out by a mask, and ends as it would have ended alone.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 
 import torch
@@ -22,6 +21,8 @@ from implicit_grad._stopping import RESTART_GAIN, SLACK, Iterative
 # Where a number can be read from the device only by waiting for it, iterations taken between two
 # looks at whether any task still needs one.
 _LOOK_EVERY = 4
+# Rows shorter than this are multiplied by one operation for all: calls would cost more than memory.
+_SHORT = 2**13
 
 
 def solve_tasks(
@@ -36,7 +37,7 @@ def solve_tasks(
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """xᵀy for each task."""
-    if x.is_cuda:  # one kernel instead of one for each task
+    if x.is_cuda or x.shape[1] < _SHORT:
         products: Tensor = torch.linalg.vecdot(x, y)
         return products
     return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])  # makes no vector
@@ -60,8 +61,8 @@ class _Run:
 
     def __init__(self, rules: Iterative, operator: Operator, rhs: Tensor) -> None:
         self.operator = operator
-        least, most = torch.aminmax(rhs, dim=1) if rhs.shape[1] else [rhs.new_zeros(len(rhs))] * 2
-        largest = torch.maximum(-least, most)
+        # not aminmax, nor a norm: along rows, these are many times slower
+        largest = rhs.amax(1).maximum(-rhs.amin(1)) if rhs.shape[1] else rhs.new_zeros(len(rhs))
         finite = torch.isfinite(largest)
         exponents = torch.frexp(torch.where(finite, largest, 0.0)).exponent
         limit = 126 if rhs.dtype == torch.float32 else 1022
@@ -95,11 +96,11 @@ class _Run:
         self.residual = r = self.residual.clone()
         rr = dots(r, r)
         going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
-        z, weight = self._preconditioned(r)
-        rz = rr * weight if z is r else dots(r, z)
-        p = (z * weight).masked_fill_(~going[:, None], 0.0)
+        rz, z = self._preconditioned(r, rr)
+        p = z.clone()
+        self._leave_out(p, going)
         energy, gains = torch.zeros_like(rz), rz.new_full((PATIENCE, len(rz)), math.inf)
-        for k in itertools.count():
+        for k in range(self.maxiter):
             going = going & (self.iterations < self.maxiter)
             if (k % _LOOK_EVERY == 0 or not r.is_cuda) and not bool(going.any()):
                 break
@@ -119,25 +120,24 @@ class _Run:
             r.addcmul_(alpha[:, None], product, value=-1)
             del product
             rr, before = dots(r, r), rz
-            z, weight = self._preconditioned(r)
-            rz = rr * weight if z is r else dots(r, z)
+            rz, z = self._preconditioned(r, rr)
             beta = torch.where(going, rz / before, 0.0)
-            self.steps.append(_Step(alpha, beta, rz, going))
+            self.steps.append(_Step(alpha * self.unit_scale, beta, rz / self.unit_scale, going))
             going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
             gain = alpha * before
             energy, gains = energy + gain, torch.cat([gains[1:], gain[None]])
             still = gains.sum(0) <= eps**2 * energy
             going = going & self._end(going & still, self.stalled)
-            p.mul_(beta[:, None]).add_(z, alpha=weight)
+            torch.addcmul(z, beta[:, None], p, out=p)
             self._leave_out(p, going)
-        self._limit()
+        self._limit(started)
 
-    def _preconditioned(self, r: Tensor) -> tuple[Tensor, float]:
-        """z and w with w·z = S⁻¹r; a scale that is a number costs no vector."""
-        scale = self.operator.scale
-        if isinstance(scale, Tensor):
-            return r / scale, 1.0
-        return r, 1.0 if scale is None else 1.0 / scale
+    def _preconditioned(self, r: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
+        """rᵀz and z = S⁻¹r; or z = r for a scale that is a number, which CG's iterates ignore."""
+        if not isinstance(self.operator.scale, Tensor):
+            return rr, r
+        z = r / self.operator.scale
+        return dots(r, z), z
 
     def _leave_out(self, rows: Tensor, going: Tensor) -> None:
         """Zeros for the tasks that have ended, whatever there is: 0 times NaN is not 0."""

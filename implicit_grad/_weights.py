@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from implicit_grad import _tree
 from implicit_grad._ad import leaves_behind, walk
+from implicit_grad._batched import total
 from implicit_grad._condition import scalar
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._proximal import Pull
-from implicit_grad._stacked import total
 from implicit_grad._tree import Tensors
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.

@@ -34,6 +34,11 @@ class GradientDescent(Stepwise):
         super().__post_init__()
         require_positive(self, "lr")
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether it descends a batch of problems just as each of them alone."""
+        return self.tol is None and self.rtol is None
+
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         phi = start
         for step in range(self.most_steps):

@@ -52,6 +52,12 @@ class Nesterov(Stepwise):
         if self.kappa is not None and self.momentum is not None:
             raise InvalidArgumentError("Nesterov: give kappa or momentum, not both")
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether it descends a batch of problems just as each of them alone."""
+        restarts = self.kappa is None and self.momentum is None
+        return self.tol is None and self.rtol is None and not restarts
+
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         x = y = start
         t = 1.0

@@ -1,0 +1,65 @@
+"""Functions of one task as functions of a batch, whose tensors have the tasks along dimension 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from implicit_grad import _tree
+from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._tree import Tensors
+
+
+def batched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, for all tasks at once; each draws random numbers of its own."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors, tree = _tree.flatten((args, kwargs))
+
+        def one(tensors: Tensors) -> Any:
+            args, kwargs = tree.rebuild(tensors)
+            return function(*args, **kwargs)
+
+        return vmap(one, randomness="different")(tensors)
+
+    return call
+
+
+def total(name: str, losses: object, tasks: int | None) -> Tensor:
+    """The sum of the tasks' losses, none of which depends on another task's φ."""
+    if not torch.is_tensor(losses) or losses.shape != (tasks,) or not losses.is_floating_point():
+        raise InvalidArgumentError(
+            f"{name} must be one number for each of {tasks} tasks, a floating-point tensor of "
+            f"shape ({tasks},), such as torch.func.vmap(loss)(outputs, y); got {describe(losses)}"
+        )
+    return losses.sum()
+
+
+def number_of_tasks(name: str, tensors: Tensors) -> int:
+    """The length of the first dimension, if it is the same for all."""
+    lengths = {len(t) if t.dim() else 0 for t in tensors}
+    if len(lengths) != 1 or 0 in lengths:
+        raise InvalidArgumentError(
+            f"{name}: with tasks=True, the first dimension of each tensor of phi counts the tasks; "
+            f"got {', '.join(map(describe, tensors))}"
+        )
+    return lengths.pop()
+
+
+def aligned(values: Any, like: Any) -> Any:
+    """Values for each task, which broadcast against each task's `like`, as values for the batch.
+
+    A number for each of 3 tasks gets the shape (3, 1, 1) to go with a batch of matrices.
+    """
+    spread = optree.broadcast_prefix(values, like, namespace=_tree.NAMESPACE)
+    leaves, structure = optree.tree_flatten(like, namespace=_tree.NAMESPACE)
+    shaped = [
+        v.reshape(len(v), *[1] * (t.dim() - v.dim()), *v.shape[1:]) if torch.is_tensor(v) else v
+        for v, t in zip(spread, leaves, strict=True)
+    ]
+    return optree.tree_unflatten(structure, shaped)
