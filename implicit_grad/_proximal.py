@@ -58,22 +58,22 @@ class Pull(NamedTuple):
             terms.append(self._coordinates(away).square().sum())
         return torch.stack(terms).sum() / 2
 
-    def at(self, phi: Tensors, theta: Tensors) -> tuple[Tensor, Tensors]:
-        """The same number and its gradient Λ(φ − θ), without a graph: a few passes over memory."""
+    def step(
+        self, phi: Tensors, theta: Tensors, slope: Sequence[Tensor | None], lr: float
+    ) -> Tensors:
+        """φ − lr (slope + Λ(φ − θ)), without a graph; None is a slope of 0."""
+        if not phi:
+            return ()
         with torch.no_grad():
-            away = torch._foreach_sub(phi, theta)
-            weights = [w.to(p.dtype) for w, p in zip(self.weights, phi, strict=True)]
-            if self.factors or any(w.dim() for w in weights):
-                slope = torch._foreach_mul(away, weights)
-                if self.factors:
-                    torch._foreach_add_(slope, self.along_factors(away))
-                parts = [(d * g).sum() for d, g in zip(away, slope, strict=True)]
-            else:
-                squares = torch.stack(torch._foreach_norm(away)).square_()
-                parts = [(squares * torch.stack(weights)).sum()]
-                slope = away
-                torch._foreach_mul_(slope, weights)
-            return torch.stack(parts).sum() / 2, tuple(slope)
+            share = {id(w): w * lr for w in self.weights}  # one product for one λ
+            shares = [share[id(w)].to(p.dtype) for w, p in zip(self.weights, phi, strict=True)]
+            moved = torch._foreach_lerp(phi, theta, shares)
+            if self.factors:
+                along = self.along_factors(torch._foreach_sub(phi, theta))
+                torch._foreach_sub_(moved, along, alpha=lr)
+            moving = [(p, g) for p, g in zip(moved, slope, strict=True) if g is not None]
+            torch._foreach_sub_([p for p, _ in moving], [g for _, g in moving], alpha=lr)
+            return tuple(moved)
 
     def along_factors(self, away: Sequence[Tensor]) -> list[Tensor]:
         """U Uᵀ(φ − θ)."""
@@ -131,6 +131,15 @@ class ProximalObjective:
 
     def __call__(self, phi: Any) -> Tensor:
         return self.loss(phi) + self.pull.term(_tree.leaves(phi), self.theta)
+
+    def slope(self, phi: Tensors, of_loss: Tensors) -> Tensors:
+        """The gradient at φ, from that of the loss."""
+        with torch.no_grad():
+            away = torch._foreach_sub(phi, self.theta)
+            pulls = torch._foreach_mul(away, self.pull.weights)
+            if self.pull.factors:
+                torch._foreach_add_(pulls, self.pull.along_factors(away))
+            return tuple((g + p).to(g.dtype) for g, p in zip(of_loss, pulls, strict=True))
 
 
 def evaluated(lam: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import sys
 import threading
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -51,19 +49,22 @@ class RandomState:
 
 
 class _Setting:
-    """A setting of the whole process while any thread is inside: the last to leave puts it back."""
+    """Settings of the whole process while any thread is inside: the last to leave puts them back.
 
-    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
-        self._enter, self._lock, self._inside = enter, threading.Lock(), 0
-        self._restore = contextlib.ExitStack()
-        self._context: contextvars.Context  # the first and the last may be different threads
+    Each is a function that reads it, one that writes it, and its value inside.
+    """
+
+    def __init__(self, *settings: tuple[Callable[[], Any], Callable[[Any], Any], Any]) -> None:
+        self._settings, self._lock, self._inside = settings, threading.Lock(), 0
+        self._before: list[Any] = []
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         with self._lock:
             if self._inside == 0:
-                self._context = contextvars.copy_context()
-                self._context.run(self._restore.enter_context, self._enter())
+                self._before = [read() for read, _, _ in self._settings]
+                for _, write, value in self._settings:
+                    write(value)
             self._inside += 1
         try:
             yield
@@ -71,11 +72,18 @@ class _Setting:
             with self._lock:
                 self._inside -= 1
                 if self._inside == 0:
-                    self._context.run(self._restore.close)
+                    for (_, write, _), value in zip(self._settings, self._before, strict=True):
+                        write(value)
 
 
-_plain_attention = _Setting(lambda: sdpa_kernel(SDPBackend.MATH))
-_without_cudnn = _Setting(lambda: torch.backends.cudnn.flags(enabled=False))
+_attention = torch.backends.cuda  # the switches are there, and are those of CPUs as well
+_plain_attention = _Setting(
+    (_attention.math_sdp_enabled, _attention.enable_math_sdp, True),
+    (_attention.flash_sdp_enabled, _attention.enable_flash_sdp, False),
+    (_attention.mem_efficient_sdp_enabled, _attention.enable_mem_efficient_sdp, False),
+    (_attention.cudnn_sdp_enabled, _attention.enable_cudnn_sdp, False),
+)
+_without_cudnn = _Setting((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
 
 
 @contextlib.contextmanager

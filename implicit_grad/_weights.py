@@ -194,19 +194,7 @@ class Weights:
 
     def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
         """One gradient step on loss + λ/2 ‖φ − θ‖² from the present weights."""
-        with torch.no_grad():
-            share = {id(w): w * lr for w in self.pull.weights}  # one product for one λ
-            shares = [
-                share[id(w)].to(p.dtype)
-                for w, p in zip(self.pull.weights, self.current, strict=True)
-            ]
-            pulled = torch._foreach_lerp(self.current, self.theta, shares)
-            if self.pull.factors:
-                away = torch._foreach_sub(self.current, self.theta)
-                torch._foreach_sub_(pulled, self.pull.along_factors(away), alpha=lr)
-            moving = [(p, g) for p, g in zip(pulled, slope, strict=True) if g is not None]
-            torch._foreach_sub_([p for p, _ in moving], [g for _, g in moving], alpha=lr)
-            return tuple(pulled)
+        return self.pull.step(self.current, self.theta, slope, lr)
 
     def captured_by(self, loss: Tensor) -> Tensors:
         """The other leaves that the loss depends on."""

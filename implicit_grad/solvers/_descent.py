@@ -41,9 +41,12 @@ class Watch:
         return self._seen(here, step), around
 
     def _seen(self, here: Point, step: int) -> Point:
-        self.objective.check(here, step)
+        # without a tolerance not even a zero gradient ends the run: momentum may go on
+        watched = self._tol is not None or self._rtol is not None
+        self.objective.check(here, step, watched)
+        if not watched:
+            return here
         if self._target is None:
-            # without a tolerance not even a zero gradient ends the run: momentum may go on
             absolute = -1.0 if self._tol is None else self._tol
             relative = -1.0 if self._rtol is None else self._rtol * here.norm
             self._target = max(absolute, relative)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,19 +18,57 @@ from implicit_grad._proximal import ProximalObjective
 from implicit_grad._tree import Tensors
 
 
-@dataclasses.dataclass(frozen=True)
 class Point:
-    """The objective around one φ; `norm` is ‖slope‖₂ over all tensors."""
+    """The objective around one φ: a loss and its gradient, and the proximal term if there is one.
 
-    phi: Tensors
-    value: float
-    slope: Tensors
-    norm: float
+    What is not asked for is not computed, and no number read from the device.
+    """
 
-    @property
-    def finite(self) -> bool:
-        """Whether there is neither NaN nor Inf in the value and the slope."""
-        return math.isfinite(self.value) and math.isfinite(self.norm)
+    def __init__(
+        self,
+        phi: Tensors,
+        loss: Tensor,
+        of_loss: Tensors,
+        proximal: ProximalObjective | None = None,
+    ) -> None:
+        self.phi, self.loss = phi, loss.detach()
+        self._of_loss, self._proximal = of_loss, proximal
+
+    @functools.cached_property
+    def slope(self) -> Tensors:
+        """The objective's gradient."""
+        if self._proximal is None:
+            return self._of_loss
+        return self._proximal.slope(self.phi, self._of_loss)
+
+    @functools.cached_property
+    def value(self) -> float:
+        """The objective."""
+        return float(self._value())
+
+    @functools.cached_property
+    def norm(self) -> float:
+        """‖slope‖₂ over all tensors."""
+        value = self._value().reshape(()).double()
+        # both numbers at once: a step waits for the device a single time
+        self.value, size = torch.stack([value, _norm(self.slope).to(value)]).tolist()
+        if math.isfinite(size):
+            return float(size)
+        # squares may overflow where what they are summed for does not
+        return float(_norm(tuple(g.double() for g in self.slope)))
+
+    def step(self, lr: float) -> Tensors:
+        """φ − lr slope."""
+        if self._proximal is None:
+            return moved(self.phi, self.slope, -lr)
+        pull, theta = self._proximal.pull, self._proximal.theta
+        return pull.step(self.phi, theta, self._of_loss, lr)
+
+    def _value(self) -> Tensor:
+        if self._proximal is None:
+            return self.loss
+        with torch.no_grad():
+            return self.loss + self._proximal.pull.term(self.phi, self._proximal.theta)
 
 
 class Variables:
@@ -78,30 +116,27 @@ class Objective(Variables):
 
     def at(self, phi: Tensors) -> Point:
         """Value and gradient; no graph is kept."""
-        if self._proximal is None:
-            here, value = self._recorded(self._objective, phi)
-            with torch.no_grad():
-                return _point(phi, value, gradient(value, here))
-        here, loss = self._recorded(self._proximal.loss, phi)
+        proximal = self._proximal
+        here, loss = self._recorded(self._objective if proximal is None else proximal.loss, phi)
         with torch.no_grad():
-            term, slope = self._proximal.pull.at(phi, self._proximal.theta)
-            torch._foreach_add_(slope, gradient(loss, here))
-            return _point(phi, loss + term, slope)
+            return Point(phi, loss, gradient(loss, here), proximal)
 
     def curved_at(self, phi: Tensors) -> tuple[Point, Linearization]:
         """Value and gradient, and the gradient's graph for products with the Hessian."""
         here, value = self._recorded(self._objective, phi)
         with torch.enable_grad():
             around = Linearization(gradient(value, here), here)
-        return _point(phi, value, tuple(g.detach() for g in around.residual)), around
+        return Point(phi, value, tuple(g.detach() for g in around.residual)), around
 
-    def check(self, here: Point, step: int) -> None:
-        """Raise if there are NaN or Inf."""
-        if not here.finite:
-            raise InvalidSolutionError(
-                f"{self.name}: at step {step} the objective is {here.value:g} and its gradient's "
-                f"norm {here.norm:g}: {_WHY}"
-            )
+    def check(self, here: Point, step: int, slope: bool = True) -> None:
+        """Raise if the objective is not finite; without `slope`, only the loss is looked at."""
+        seen = (here.norm, here.value) if slope else (float(here.loss),)
+        if all(map(math.isfinite, seen)):
+            return
+        raise InvalidSolutionError(
+            f"{self.name}: at step {step} the objective is {here.value:g} and its gradient's "
+            f"norm {here.norm:g}: {_WHY}"
+        )
 
     def _evaluated(self, function: Callable[[Any], Tensor], phi: Tensors) -> Tensor:
         return scalar(f"{self.name}: objective", function(self.tree.rebuild(phi)))
@@ -116,15 +151,6 @@ _WHY = (
     "a step was too long for this objective (lower lr, or choose a minimiser with a line search), "
     "or it is not defined everywhere on the way (start elsewhere)"
 )
-
-
-def _point(phi: Tensors, value: Tensor, slope: Tensors) -> Point:
-    """Both numbers come from the device at once: a step waits for it a single time."""
-    value = value.detach().reshape(()).double()
-    loss, size = torch.stack([value, _norm(slope).to(value)]).tolist()
-    if not math.isfinite(size):  # squares may overflow where what they are summed for does not
-        size = float(_norm(tuple(g.double() for g in slope)))
-    return Point(phi, loss, slope, size)
 
 
 def _norm(tensors: Tensors) -> Tensor:

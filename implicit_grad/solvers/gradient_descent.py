@@ -6,7 +6,6 @@ import dataclasses
 
 from implicit_grad._tree import Tensors
 from implicit_grad.solvers._descent import Stepwise, Watch
-from implicit_grad.solvers._objective import moved
 from implicit_grad.solvers._options import require_positive
 
 
@@ -42,5 +41,5 @@ class GradientDescent(Stepwise):
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         phi = start
         for step in range(self.most_steps):
-            phi = moved(phi, watch.at(phi, step).slope, -self.lr)
+            phi = watch.at(phi, step).step(self.lr)
         return phi

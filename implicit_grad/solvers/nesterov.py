@@ -62,12 +62,12 @@ class Nesterov(Stepwise):
         x = y = start
         t = 1.0
         for step in range(self.most_steps):
-            slope = watch.at(y, step).slope
-            before, x = x, moved(y, slope, -self.lr)
+            here = watch.at(y, step)
+            before, x = x, here.step(self.lr)
             movement = moved(x, before, -1.0)
             beta = self._constant_momentum()
             if beta is None:
-                if inner(slope, movement) > 0:
+                if inner(here.slope, movement) > 0:
                     t = 1.0
                 t, last = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
                 beta = (last - 1) / t
