@@ -177,8 +177,10 @@ def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
     def weight(value: Any, i: int, t: Tensor) -> Any:
         # one tensor for one λ, so that a λ for all of θ is seen to be one number
         if not torch.is_tensor(value):
-            key = (value, t.dtype, t.device)
-            value = made.setdefault(key, torch.tensor(value, dtype=t.dtype, device=t.device))
+            key: Any = (value, t.dtype, t.device)
+            if key not in made:
+                made[key] = torch.tensor(value, dtype=t.dtype, device=t.device)
+            value = made[key]
         elif value.device != t.device:
             value = made.setdefault((id(value), t.device), value.to(t.device))
         if value.dim() > t.dim() or any(

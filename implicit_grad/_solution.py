@@ -30,27 +30,35 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
             f"the solver returned phi of the form {_tree.structure(returned)}; theta has the form "
             f"{_tree.structure(template)}, and phi must have the same"
         )
-    names = _tree.names(returned, "phi")
-    likes = [None] * len(names) if template is None else _tree.leaves(template)
     leaves, tree = _tree.flatten(returned, is_variable=lambda _: True)
     dtype, device = _common(inputs)
     slots = [slot for slot in tree.slots if slot is not None]
+    likes = [None] * len(slots) if template is None else _tree.leaves(template)
     found: dict[int, Tensor] = {}
-    for name, slot, like in zip(names, slots, likes, strict=True):
+    for index, (slot, like) in enumerate(zip(slots, likes, strict=True)):
         leaf = leaves[slot]
         if isinstance(leaf, (np.ndarray, np.generic, float, int)) and not isinstance(leaf, bool):
             place = (device, dtype) if like is None else (like.device, like.dtype)
             leaf = torch.as_tensor(leaf).to(*place)
-        _check(name, leaf, like)
+        fault = _fault(leaf, like)
+        if fault is not None:
+            raise InvalidSolutionError(f"{_tree.names(returned, 'phi')[index]} {fault}")
         found.setdefault(slot, leaf)
+    if not _tree.finite(list(found.values())):
+        wrong = (i for i, slot in enumerate(slots) if not _tree.finite([found[slot]]))
+        raise InvalidSolutionError(
+            f"{_tree.names(returned, 'phi')[next(wrong)]} holds NaN or Inf: the solver diverged, "
+            "and there is no gradient to take"
+        )
     # copies: a solver may return its own buffer and write to it again, or one of its arguments
     return tuple(found[slot].detach().clone() for slot in range(len(leaves))), tree
 
 
-def _check(name: str, leaf: Any, like: Tensor | None) -> None:
+def _fault(leaf: Any, like: Tensor | None) -> str | None:
+    """What keeps a leaf from being a tensor of φ."""
     if not torch.is_tensor(leaf) or not leaf.is_floating_point() or leaf.layout != torch.strided:
-        raise InvalidSolutionError(
-            f"{name} must be a dense floating-point tensor (or a NumPy array), the solver returned "
+        return (
+            "must be a dense floating-point tensor (or a NumPy array), the solver returned "
             f"{describe(leaf)}"
         )
     if like is not None and (leaf.shape, leaf.dtype, leaf.device) != (
@@ -58,14 +66,11 @@ def _check(name: str, leaf: Any, like: Tensor | None) -> None:
         like.dtype,
         like.device,
     ):
-        raise InvalidSolutionError(
-            f"{name} must be like theta, {describe(like)} on {like.device}; the solver returned "
+        return (
+            f"must be like theta, {describe(like)} on {like.device}; the solver returned "
             f"{describe(leaf)} on {leaf.device}"
         )
-    if not bool(torch.isfinite(leaf).all()):
-        raise InvalidSolutionError(
-            f"{name} holds NaN or Inf: the solver diverged, and there is no gradient to take"
-        )
+    return None
 
 
 def _common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from implicit_grad import _tree
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear import LinearSolver
-from implicit_grad._proximal import LowRank
+from implicit_grad._proximal import Pull
 from implicit_grad._stopping import is_integer
 from implicit_grad._tree import Tensors
 
 
-def check_tasks(tasks: object, already: int | None, solver: LinearSolver, lam: object) -> None:
+def check_tasks(tasks: object, already: int | None, solver: LinearSolver) -> None:
     """Raise unless a learner with these options can be one for a batch of tasks."""
     if not is_integer(tasks, 1):
         raise InvalidArgumentError(
@@ -30,16 +31,24 @@ def check_tasks(tasks: object, already: int | None, solver: LinearSolver, lam: o
             f"clone(tasks={tasks}): a batch of tasks is solved by CG without preconditioner and "
             f'warm start, and with on_negative_curvature "stop" or "raise"; got {solver!r}'
         )
-    if isinstance(lam, LowRank):
+
+
+def stack_parameters(theta: Tensors, pull: Pull, tasks: int) -> Tensors:
+    """θ once for each task, without a copy."""
+    if pull.factors:
         raise InvalidArgumentError(f"clone(tasks={tasks}): lam must not be a LowRank matrix")
+    return tuple(t.expand(tasks, *t.shape) for t in theta)
 
 
 def stack_buffers(module: nn.Module, tasks: int) -> None:
     """Give each task a copy of the module's buffers, such as BatchNorm's statistics."""
+    copies: dict[int, Tensor] = {}  # a buffer that two modules share stays one
     for owner in module.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None:
-                owner._buffers[name] = buffer.expand(tasks, *buffer.shape).clone()
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.expand(tasks, *buffer.shape).clone()
+                owner._buffers[name] = copies[id(buffer)]
 
 
 def stacked_call(module: nn.Module, stacked: Tensors, args: Any, kwargs: Any) -> Any:
@@ -57,11 +66,35 @@ def stacked_call(module: nn.Module, stacked: Tensors, args: Any, kwargs: Any) ->
                 f"got {describe(tensor)}"
             )
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
+    buffers, names = _tree.flatten(dict(module.named_buffers(remove_duplicate=False)))
+    output_tree = names
 
-    def one(parameters: Any, buffers: Any, inputs: Tensors) -> Any:
+    def one(parameters: Any, buffers: Tensors, inputs: Tensors) -> tuple[Tensors, Any]:
+        nonlocal output_tree
+        state = {**parameters, **names.rebuild(buffers)}
         args, kwargs = tree.rebuild(inputs)
-        return functional_call(module, (parameters, buffers), args, kwargs, tie_weights=False)
+        output = functional_call(module, state, args, kwargs, tie_weights=False)
+        outputs, output_tree = _tree.flatten(output)
+        # a buffer that was assigned, not written into, has been put into `state`
+        before = {id(b) for b in buffers}
+        assigned = {n: t for n, t in state.items() if n not in parameters and id(t) not in before}
+        return outputs, assigned
 
     shared = {name: 0 if id(p) in own else None for name, p in parameters.items()}
-    return vmap(one, in_dims=(shared, 0, 0), randomness="different")(parameters, buffers, inputs)
+    call = vmap(one, in_dims=(shared, 0, 0), randomness="different")
+    outputs, assigned = call(parameters, buffers, inputs)
+    for name, buffer in assigned.items():
+        owner, _, last = name.rpartition(".")
+        module.get_submodule(owner)._buffers[last] = buffer
+    return output_tree.rebuild(outputs)
+
+
+def total(name: str, losses: object, tasks: int | None) -> Tensor:
+    """The sum of the tasks' losses, none of which depends on another task's weights."""
+    if not torch.is_tensor(losses) or losses.shape != (tasks,) or not losses.is_floating_point():
+        raise InvalidArgumentError(
+            f"{name} must be one number for each of {tasks} tasks, a floating-point tensor of "
+            f"shape ({tasks},), such as torch.func.vmap(loss)(learner(x), y); got "
+            f"{describe(losses)}"
+        )
+    return losses.sum()

@@ -21,8 +21,8 @@ from implicit_grad._stopping import RESTART_GAIN, SLACK, Iterative
 # Where a number can be read from the device only by waiting for it, iterations taken between two
 # looks at whether any task still needs one.
 _LOOK_EVERY = 4
-# Rows shorter than this are multiplied by one operation for all: calls would cost more than memory.
-_SHORT = 2**13
+# Longer rows are multiplied one by one on a CPU: that makes no vector, and calls are cheap then.
+_LONG_ROW = 2**13
 
 
 def solve_tasks(
@@ -36,11 +36,12 @@ def solve_tasks(
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
-    """xᵀy for each task."""
-    if x.is_cuda or x.shape[1] < _SHORT:
+    """xᵀy for each task, in double precision: what follows from it is small."""
+    if x.is_cuda or x.shape[1] < _LONG_ROW:
         products: Tensor = torch.linalg.vecdot(x, y)
-        return products
-    return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])  # makes no vector
+    else:
+        products = torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])
+    return products.double()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Step:
     taken: Tensor
 
     def told(self) -> Tensor:
-        return torch.stack([t.double() for t in (self.alpha, self.beta, self.rz, self.taken)])
+        return torch.stack([self.alpha, self.beta, self.rz, self.taken.double()])
 
 
 class _Run:
@@ -61,13 +62,14 @@ class _Run:
 
     def __init__(self, rules: Iterative, operator: Operator, rhs: Tensor) -> None:
         self.operator = operator
-        # not aminmax, nor a norm: along rows, these are many times slower
+        # along rows, aminmax and norms are many times slower
         largest = rhs.amax(1).maximum(-rhs.amin(1)) if rhs.shape[1] else rhs.new_zeros(len(rhs))
         finite = torch.isfinite(largest)
         exponents = torch.frexp(torch.where(finite, largest, 0.0)).exponent
         limit = 126 if rhs.dtype == torch.float32 else 1022
-        self.unit = torch.ldexp(torch.ones_like(largest), exponents.clamp(-limit, limit))
-        self.rhs = self.residual = rhs / self.unit[:, None]
+        ones = torch.ones_like(largest, dtype=torch.float64)
+        self.unit = torch.ldexp(ones, exponents.clamp(-limit, limit))
+        self.rhs = self.residual = rhs / _column(self.unit, rhs)
         self.x = torch.zeros_like(rhs)
         self.size = dots(self.rhs, self.rhs).sqrt()
         rtol, self.maxiter, self.fixed = rules.limits(operator, rhs, rhs.shape[1])
@@ -79,9 +81,9 @@ class _Run:
         self._end(~finite, Status.NONFINITE_RHS)
         self.iterations = torch.zeros_like(exponents)
         self.restarted = torch.zeros_like(finite)
-        self.least = torch.full_like(largest, math.inf)
-        self.greatest = torch.full_like(largest, -math.inf)
-        self.residual_norm = self.gap = torch.full_like(largest, math.nan)
+        self.least = torch.full_like(ones, math.inf)
+        self.greatest = torch.full_like(ones, -math.inf)
+        self.residual_norm = self.gap = torch.full_like(ones, math.nan)
         self.steps: list[_Step] = []
 
     def _end(self, tasks: Tensor, status: Status) -> Tensor:
@@ -89,75 +91,79 @@ class _Run:
         self.status = self.status.masked_fill(tasks, status)
         return ~tasks
 
-    def iterate(self, going: Tensor) -> None:
+    def iterate(self, started: Tensor) -> None:
         """Conjugate gradients on operator · d = residual for some of the tasks, adding d to x."""
-        operator, eps = self.operator, torch.finfo(self.rhs.dtype).eps
-        self._end(going, self.exhausted)
+        eps, scale = torch.finfo(self.rhs.dtype).eps, self._number
+        going = started & ~self._end(started, self.exhausted)
         self.residual = r = self.residual.clone()
         rr = dots(r, r)
         going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
         rz, z = self._preconditioned(r, rr)
-        p = z.clone()
-        self._leave_out(p, going)
+        p = self._left_out(z.clone(), going)
         energy, gains = torch.zeros_like(rz), rz.new_full((PATIENCE, len(rz)), math.inf)
         for k in range(self.maxiter):
             going = going & (self.iterations < self.maxiter)
             if (k % _LOOK_EVERY == 0 or not r.is_cuda) and not bool(going.any()):
                 break
-            product = operator.matvec(p)
+            product = self.operator.matvec(p)
             self.iterations = self.iterations + going
             curvature, pp = dots(p, product), dots(p, p)
             finite = torch.isfinite(curvature)
             going = going & self._end(going & ~finite, Status.NONFINITE_OPERATOR)
             self._meet(curvature / pp, going)
             going = going & self._end(going & (curvature <= 0), Status.NEGATIVE_CURVATURE)
-            alpha = torch.where(going, rz / curvature, 0.0)
+            alpha = rz / curvature
             lost = alpha * pp.sqrt() * self.greatest * eps > LOST * self.size
             going = going & self._end(going & lost, Status.SINGULAR)
             alpha = torch.where(going, alpha, 0.0)
-            self.x.addcmul_(alpha[:, None], p)
-            self._leave_out(product, going)
-            r.addcmul_(alpha[:, None], product, value=-1)
-            del product
+            self.x.addcmul_(_column(alpha, p), p)
+            r.addcmul_(_column(alpha, p), self._left_out(product, going), value=-1)
+            del product  # the next one need not find it still there
             rr, before = dots(r, r), rz
             rz, z = self._preconditioned(r, rr)
             beta = torch.where(going, rz / before, 0.0)
-            self.steps.append(_Step(alpha * self.unit_scale, beta, rz / self.unit_scale, going))
+            self.steps.append(_Step(alpha * scale, beta, rz / scale, going))
             going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
             gain = alpha * before
             energy, gains = energy + gain, torch.cat([gains[1:], gain[None]])
             still = gains.sum(0) <= eps**2 * energy
             going = going & self._end(going & still, self.stalled)
-            torch.addcmul(z, beta[:, None], p, out=p)
-            self._leave_out(p, going)
+            p = self._left_out(torch.addcmul(z, _column(beta, p), p, out=p), going)
         self._limit(started)
 
+    @property
+    def _number(self) -> float:
+        """The scale, if it is a number; CG's iterates would be the same for any."""
+        scale = self.operator.scale
+        return 1.0 if scale is None or isinstance(scale, Tensor) else scale
+
     def _preconditioned(self, r: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
-        """rᵀz and z = S⁻¹r; or z = r for a scale that is a number, which CG's iterates ignore."""
+        """rᵀz and z = S⁻¹r, but for a scale that is a number."""
         if not isinstance(self.operator.scale, Tensor):
             return rr, r
         z = r / self.operator.scale
         return dots(r, z), z
 
-    def _leave_out(self, rows: Tensor, going: Tensor) -> None:
+    def _left_out(self, rows: Tensor, going: Tensor) -> Tensor:
         """Zeros for the tasks that have ended, whatever there is: 0 times NaN is not 0."""
         if rows.is_cuda or not bool(going.all()):  # a look is cheaper than a pass on a CPU only
             rows.masked_fill_(~going[:, None], 0.0)
+        return rows
 
     def _meet(self, curvature: Tensor, going: Tensor) -> None:
         """Remember the curvatures pᵀMp/pᵀp of the tasks that go on."""
         self.least = torch.where(going, self.least.minimum(curvature), self.least)
         self.greatest = torch.where(going, self.greatest.maximum(curvature), self.greatest)
 
-    def _limit(self) -> None:
+    def _limit(self, started: Tensor) -> None:
         """After negative curvature, keep x no longer than the first-order solution."""
-        stopped = self.status == Status.NEGATIVE_CURVATURE
+        stopped = started & (self.status == Status.NEGATIVE_CURVATURE)
         if not stopped.is_cuda and not bool(stopped.any()):
             return
         first = self.operator.over_scale(self.rhs)
         self.x = torch.where((stopped & (self.iterations == 1))[:, None], first, self.x)
         size, most = self._scaled_norm(self.x), self._residual_norm(self.rhs)
-        self.x.mul_(torch.where(stopped & (size > most), most / size, 1.0)[:, None])
+        self.x.mul_(_column(torch.where(stopped & (size > most), most / size, 1.0), self.x))
 
     def refine(self) -> Tensor:
         """Hold the carried residuals to their word, and restart tasks where they have drifted.
@@ -165,31 +171,34 @@ class _Run:
         Returns the relative residuals.
         """
         before = torch.full_like(self.size, math.inf)
+        ran = torch.ones_like(self.restarted)
         while True:
             carried, self.residual = self.residual, self.rhs - self.operator.matvec(self.x)
-            self._measure(carried)
+            self._measure(carried, ran)
             size = dots(self.residual, self.residual).sqrt()
             promised = (self.status == Status.CONVERGED) | (self.status == self.stalled)
             small = size <= SLACK * self.target
             self._end(promised & small, Status.CONVERGED)
             self._end(promised & ~small, self.stalled)
-            again = promised & ~small & (self.iterations < self.maxiter)
-            again = again & (size < RESTART_GAIN * before)
-            if self.fixed or not bool(again.any()):
+            ran = promised & ~small & (self.iterations < self.maxiter)
+            ran = ran & (size < RESTART_GAIN * before)
+            if self.fixed or not bool(ran.any()):
                 return size / self.size
-            before, self.restarted = torch.where(again, size, before), self.restarted | again
-            self.iterate(again)
+            before, self.restarted = torch.where(ran, size, before), self.restarted | ran
+            self.iterate(ran)
 
-    def _measure(self, carried: Tensor) -> None:
+    def _measure(self, carried: Tensor, ran: Tensor) -> None:
         """The true residuals and their distances from the carried ones, with rounding errors."""
         operator, greatest = self.operator, self.greatest.clamp_min(0.0)
         length = dots(self.x, self.x).sqrt()
         rounding = operator.precision(self.rhs) * (greatest * length + self.size)
         if operator.scale is not None:
-            least = torch.as_tensor(operator.scale).to(self.rhs)
+            least = torch.as_tensor(operator.scale).to(rounding)
             rounding = rounding / (least.amin(1) if least.dim() else least).sqrt()
-        self.residual_norm = self._residual_norm(self.residual) + rounding
-        self.gap = self._residual_norm(self.residual - carried) + rounding
+        norm = self._residual_norm(self.residual) + rounding
+        gap = self._residual_norm(self.residual - carried) + rounding
+        self.residual_norm = torch.where(ran, norm, self.residual_norm)
+        self.gap = torch.where(ran, gap, self.gap)
 
     def _scaled_norm(self, x: Tensor) -> Tensor:
         scale = self.operator.scale
@@ -201,36 +210,42 @@ class _Run:
     def solutions(self, residual: Tensor | None) -> tuple[Tensor, list[LinearSolution]]:
         """All solutions, and what is known of each: read from the device at once."""
         nothing = (self.status == Status.NONFINITE_RHS) | (self.status == Status.NONFINITE_OPERATOR)
-        x = self.x.mul_(torch.where(nothing, math.nan, self.unit)[:, None])
-        measured = residual is not None
+        x = self.x.mul_(_column(torch.where(nothing, math.nan, self.unit), self.x))
+        blank = torch.full_like(self.unit, math.nan)
+        measured = (blank if residual is None else residual, self.residual_norm, self.gap)
+        numbers = (self.status, self.iterations, self.least, self.greatest, self.restarted)
         told = torch.stack([
-            t.double()
-            for t in (
-                self.status, self.iterations, self.least, self.greatest, self.unit,
-                self.restarted, self.residual_norm, self.gap,
-                torch.zeros_like(self.size) if residual is None else residual,
-            )
+            *(t.double() for t in (*numbers, self.unit)),
+            *(t.where(~nothing, blank) for t in measured),
         ])  # fmt: skip
-        steps = [
-            torch.stack([t.double() for t in (s.alpha, s.beta, s.rz, s.taken)]) for s in self.steps
-        ]
-        history = torch.stack(steps).tolist() if steps else []
+        history = torch.stack([s.told() for s in self.steps]).tolist() if self.steps else []
         found = []
-        for task, numbers in enumerate(told.T.tolist()):
-            status, iterations, least, greatest, unit, restarted, size, gap, relative = numbers
-            taken = [tuple(row[task] for row in step) for step in history]
+        for task, (status, iterations, least, greatest, restarted, unit, *sizes) in enumerate(
+            told.T.tolist()
+        ):
+            if status in (Status.ZERO_RHS, Status.NONFINITE_RHS):
+                zero = 0.0 if status == Status.ZERO_RHS else None
+                found.append(LinearSolution(x[task], Status(int(status)), residual=zero))
+                continue
+            steps = [[row[task] for row in step] for step in history]
+            relative, size, gap = (None,) * 3 if residual is None else sizes
             found.append(
                 LinearSolution(
                     x[task],
                     Status(int(status)),
                     int(iterations),
-                    (0.0 if status == Status.ZERO_RHS else relative) if measured else None,
+                    relative,
                     (least, greatest) if least <= greatest else None,
                     ()
                     if restarted
-                    else tuple((a, b, rz * unit * unit) for a, b, rz, went in taken if went),
-                    residual_norm=size * unit if measured else None,
-                    gap=gap * unit if measured else None,
+                    else tuple((a, b, rz * unit * unit) for a, b, rz, taken in steps if taken),
+                    residual_norm=None if size is None else size * unit,
+                    gap=None if gap is None else gap * unit,
                 )
             )
         return x, found
+
+
+def _column(numbers: Tensor, like: Tensor) -> Tensor:
+    """One number for each row, in the dtype of the rows."""
+    return numbers.to(like.dtype)[:, None]

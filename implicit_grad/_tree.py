@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,17 @@ def structure(container: Any) -> Any:
 def names(container: Any, root: str) -> list[str]:
     """A readable name for every leaf, such as `phi['weight']`, for error messages."""
     return [a.codify(root) for a in optree.tree_accessors(container, namespace=NAMESPACE)]
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is neither NaN nor Inf, in as few looks at the devices as there are."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(list(tensors))
+    if all(math.isfinite(n) for n in torch.stack([n.to(norms[0].device) for n in norms]).tolist()):
+        return True
+    # a norm may overflow where no element does
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 class Flat:

@@ -27,7 +27,7 @@ from implicit_grad._krylov import CG
 from implicit_grad._learned import registrable
 from implicit_grad._linear import LinearSolver
 from implicit_grad._proximal import evaluated, proximal_pull
-from implicit_grad._stacked import check_tasks, stack_buffers, stacked_call
+from implicit_grad._stacked import check_tasks, stack_buffers, stack_parameters, stacked_call
 from implicit_grad._state import differentiable_twice, uncompiled
 from implicit_grad._tree import Tensors
 from implicit_grad._weights import Weights
@@ -169,7 +169,7 @@ class ImplicitMAML(nn.Module):
             InvalidArgumentError: tasks is not a number of tasks, or an option does not go with it.
         """
         if tasks is not None:
-            check_tasks(tasks, self.tasks, self.linear_solver, evaluated(self.lam))
+            check_tasks(tasks, self.tasks, self.linear_solver)
         from learn2learn import clone_module  # an optional neighbour, there if a MAML is
 
         learner = ImplicitMAML(
@@ -257,7 +257,7 @@ class ImplicitMAML(nn.Module):
         if self._weights is not None:  # under no_grad, fast weights do not tell
             trainable = self._weights.trainable
         if tasks is not None:
-            theta = tuple(t.expand(tasks, *t.shape) for t in theta)
+            theta = stack_parameters(theta, pull, tasks)
         return Weights(module, theta, pull, trainable, self.tasks if tasks is None else tasks)
 
 

@@ -88,7 +88,7 @@ class Variables:
 
     def result(self, phi: Tensors) -> Any:
         """φ in the form of init, if it is made of numbers."""
-        if not all(bool(torch.isfinite(t).all()) for t in phi):
+        if not _tree.finite(phi):
             raise InvalidSolutionError(
                 f"{self.name}: phi holds NaN or Inf after the last step: {_WHY}"
             )
