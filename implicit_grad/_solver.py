@@ -61,6 +61,12 @@ class ImplicitSolver:
             functools.update_wrapper(self, solver)
         self.solver, self.setup, self.init = solver, setup, init
 
+    def __get__(self, instance: Any, owner: type | None = None) -> ImplicitSolver:
+        """As a method: the solver is handed its object, the condition is not."""
+        if instance is None or not hasattr(self.solver, "__get__"):
+            return self
+        return ImplicitSolver(self.solver.__get__(instance, owner), self.setup, self.init)
+
     def __repr__(self) -> str:
         name = getattr(self.solver, "__qualname__", None) or repr(self.solver)
         condition, linear_solver = self.setup.condition, self.setup.linear_solver

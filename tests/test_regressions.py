@@ -252,3 +252,21 @@ def test_inference_tensors_are_taken_for_what_they_are(double_precision):
     )
     solve(theta, data).sum().backward()
     torch.testing.assert_close(theta.grad, torch.full((3,), 0.5))
+
+
+class Scaled:
+    """A solver that is a method."""
+
+    scale = 2.0
+
+    @ig.implicit(condition=ig.argmin(lambda p, t: ((p - 2 * t) ** 2).sum()))
+    def solve(self, t: Tensor) -> Tensor:
+        return self.scale * t
+
+
+def test_methods_are_solvers_of_their_object():
+    t = normal(3).requires_grad_()
+    assert torch.equal(Scaled().solve(t), 2 * t.detach())
+    (found,) = torch.autograd.grad(Scaled().solve(t).sum(), t)
+    torch.testing.assert_close(found, torch.full_like(t, 2.0))
+    assert isinstance(Scaled.solve, type(Scaled().solve))
