@@ -7,13 +7,17 @@ and is tested on alphabets it never saw; `--data omniglot:PATH` reads Omniglot's
 character turned by 0, 90, 180 or 270 degrees is four classes, in training and in testing. Batch
 normalisation uses the batch's own statistics throughout, as in learn2learn's examples, so the
 drawings of a query are classified together.
+
+`--batched` lets implicit MAML adapt to all tasks of a meta-batch at once, with the same numbers up
+to rounding: on a GPU, one task alone keeps little of it busy.
 """
 
 import argparse
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,23 +44,29 @@ Number = TypeVar("Number", int, float)
 def fast_adapt(
     batch: Batch,
     learner: l2l.algorithms.MAML | ImplicitMAML,
-    features: nn.Module,
+    features: Callable[[Tensor], Tensor],
     loss: Loss,
     steps: int,
     shots: int,
     ways: int,
     device: torch.device,
-) -> tuple[Tensor, float]:
-    """Adapt to the task's support drawings; the loss and the accuracy on its query drawings."""
+) -> tuple[Tensor, Tensor]:
+    """Adapt to the task's support drawings; the loss and the accuracy on its query drawings.
+
+    A learner for several tasks has them along the first dimension of all this.
+    """
     data, labels = (part.to(device) for part in batch)
-    data = features(data).unflatten(0, (ways, 2 * shots))
-    labels = labels.unflatten(0, (ways, 2 * shots))
-    support, support_labels = data[:, :shots].flatten(0, 1), labels[:, :shots].flatten()
-    query, query_labels = data[:, shots:].flatten(0, 1), labels[:, shots:].flatten()
+    drawings = labels.dim() - 1
+
+    def split(part: Tensor) -> list[Tensor]:
+        halves = part.unflatten(drawings, (ways, 2 * shots)).split(shots, drawings + 1)
+        return [half.flatten(drawings, drawings + 1) for half in halves]
+
+    (support, query), (support_labels, query_labels) = split(features(data)), split(labels)
     for _ in range(steps):
         learner.adapt(loss(learner(support), support_labels))
     predictions = learner(query)
-    accuracy = (predictions.argmax(1) == query_labels).float().mean().item()
+    accuracy = (predictions.argmax(-1) == query_labels).float().mean(-1)
     return loss(predictions, query_labels), accuracy
 
 
@@ -83,30 +93,37 @@ class MetaLearner:
         self.learner = maml
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options.meta_lr)
 
-    def adapt(self, batch: Batch) -> tuple[Tensor, float]:
-        """The loss and accuracy of a copy of the learner that adapted to one task."""
-        options = self.options
-        return fast_adapt(
-            batch,
-            self.learner.clone(),
-            self.features,
-            nn.functional.cross_entropy,
-            options.steps,
-            options.shots,
-            options.ways,
-            options.device,
-        )
+    def adapt(self, tasks: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Losses and accuracies of copies of the learner that adapted to tasks, one by one.
+
+        With --batched, of copies that adapted to as many tasks at once as a meta-batch has.
+        """
+        options, tasks = self.options, iter(tasks)
+        rest = (options.steps, options.shots, options.ways, options.device)
+        loss, features = nn.functional.cross_entropy, self.features
+        if not options.batched:
+            for task in tasks:
+                yield fast_adapt(task, self.learner.clone(), features, loss, *rest)
+            return
+
+        def each(data: Tensor) -> Tensor:  # batch normalisation is by task
+            return torch.stack([features(task) for task in data])
+
+        while group := list(islice(tasks, options.meta_batch)):
+            data, labels = (torch.stack(parts) for parts in zip(*group, strict=True))
+            learner = self.learner.clone(tasks=len(group))
+            yield fast_adapt((data, labels), learner, each, torch.func.vmap(loss), *rest)
 
     def step(self, tasks: l2l.data.Taskset) -> dict[str, float]:
         """One meta-iteration; means over its tasks, and the share of linear solves that failed."""
         count = self.options.meta_batch
         total_loss = total_accuracy = 0.0
         self.optimiser.zero_grad()
-        for _ in range(count):
-            loss, accuracy = self.adapt(tasks.sample())
+        for losses, accuracies in self.adapt(tasks.sample() for _ in range(count)):
+            loss = losses.sum()
             (loss / count).backward()
             total_loss += loss.item()
-            total_accuracy += accuracy
+            total_accuracy += accuracies.sum().item()
         self.optimiser.step()
         news = {"loss": total_loss / count, "accuracy": total_accuracy / count}
         if self.monitor is not None:
@@ -116,7 +133,7 @@ class MetaLearner:
 
     def accuracies(self, tasks: list[Batch]) -> list[float]:
         """The accuracy on each of the given tasks."""
-        return [self.adapt(task)[1] for task in tasks]
+        return [a for _, found in self.adapt(tasks) for a in found.flatten().tolist()]
 
     def state(self) -> dict[str, Any]:
         """Weights and optimiser."""
@@ -186,6 +203,9 @@ def load_tasks(options: argparse.Namespace) -> tuple[l2l.data.Taskset, list[Batc
 
 def plan(options: argparse.Namespace) -> list[Run]:
     """One run for each algorithm and seed, after a look at what is there to go on from."""
+    for algorithm in options.algorithm:
+        if options.batched and not algorithm.endswith("imaml"):
+            raise InputError(f"--batched: {algorithm} adapts to one task at a time, imaml to many")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -198,6 +218,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
         for seed in dict.fromkeys(options.seed):
             config = {"algorithm": algorithm, "seed": seed}
             config |= {name: getattr(options, name) for name in names}
+            config |= {"batched": True} if options.batched else {}
             runs.append(Run(config, options, partial(MetaLearner, algorithm, options)))
     if options.resume:
         for run in runs:
@@ -232,6 +253,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add("--hidden", type=whole, default=64, help="the network's width")
     add("--meta-batch", type=whole, default=8, help="tasks in a meta-iteration")
+    add("--batched", action="store_true", help="imaml: adapt to a meta-batch's tasks at once")
     add("--meta-lr", type=real, default=1e-3, help="Adam's learning rate")
     add("--iterations", type=whole, default=400, help="meta-iterations")
     add("--test-tasks", type=number(int, least=2), default=600, help="for the last test")

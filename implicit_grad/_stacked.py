@@ -16,7 +16,9 @@ from implicit_grad._stopping import is_integer
 from implicit_grad._tree import Tensors
 
 
-def check_tasks(tasks: object, already: int | None, solver: LinearSolver) -> None:
+def check_tasks(
+    tasks: object, already: int | None, solver: LinearSolver, module: nn.Module
+) -> None:
     """Raise unless a learner with these options can be one for a batch of tasks."""
     if not is_integer(tasks, 1):
         raise InvalidArgumentError(
@@ -31,6 +33,12 @@ def check_tasks(tasks: object, already: int | None, solver: LinearSolver) -> Non
             f"clone(tasks={tasks}): a batch of tasks is solved by CG without preconditioner and "
             f'warm start, and with on_negative_curvature "stop" or "raise"; got {solver!r}'
         )
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase):
+            raise InvalidArgumentError(
+                f"clone(tasks={tasks}): torch.func.vmap, which calls the model for all tasks at "
+                f"once, has no rule for nn.{type(part).__name__}; clone it for each task instead"
+            )
 
 
 def stack_parameters(theta: Tensors, pull: Pull, tasks: int) -> Tensors:
@@ -51,50 +59,37 @@ def stack_buffers(module: nn.Module, tasks: int) -> None:
                 owner._buffers[name] = copies[id(buffer)]
 
 
-def stacked_call(module: nn.Module, stacked: Tensors, args: Any, kwargs: Any) -> Any:
+def stacked_call(module: nn.Module, stacked: Tensors, tasks: int, args: Any, kwargs: Any) -> Any:
     """module(*args, **kwargs) for each task, with its own weights, buffers and inputs.
 
     All tensors have the tasks along their first dimension, except for parameters that are not among
     the `stacked`.
     """
-    tasks, own = len(stacked[0]), {id(t) for t in stacked}
-    inputs, tree = _tree.flatten((args, kwargs))
-    for tensor in inputs:
+    for tensor in filter(torch.is_tensor, _tree.leaves((args, kwargs))):
         if tensor.dim() == 0 or len(tensor) != tasks:
             raise InvalidArgumentError(
                 f"learner: with tasks={tasks}, the first dimension of each input counts the tasks, "
                 f"got {describe(tensor)}"
             )
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers, names = _tree.flatten(dict(module.named_buffers(remove_duplicate=False)))
-    output_tree = names
+    state = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+    inputs, tree = _tree.flatten((state, args, kwargs))
+    shared = {id(p) for p in parameters.values()} - {id(t) for t in stacked}
+    output_tree = tree
 
-    def one(parameters: Any, buffers: Tensors, inputs: Tensors) -> tuple[Tensors, Any]:
+    def one(*inputs: Tensor) -> tuple[Tensors, dict[str, Tensor]]:
         nonlocal output_tree
-        state = {**parameters, **names.rebuild(buffers)}
-        args, kwargs = tree.rebuild(inputs)
+        state, args, kwargs = tree.rebuild(inputs)
         output = functional_call(module, state, args, kwargs, tie_weights=False)
         outputs, output_tree = _tree.flatten(output)
-        # a buffer that was assigned, not written into, has been put into `state`
-        before = {id(b) for b in buffers}
-        assigned = {n: t for n, t in state.items() if n not in parameters and id(t) not in before}
-        return outputs, assigned
+        # a buffer that was assigned, and not written into, has been put into `state`
+        known = {id(t) for t in inputs}
+        return outputs, {name: t for name, t in state.items() if id(t) not in known}
 
-    shared = {name: 0 if id(p) in own else None for name, p in parameters.items()}
-    call = vmap(one, in_dims=(shared, 0, 0), randomness="different")
-    outputs, assigned = call(parameters, buffers, inputs)
+    # one flat tuple: vmap walks containers slowly
+    dims = tuple(None if id(t) in shared else 0 for t in inputs)
+    outputs, assigned = vmap(one, in_dims=dims, randomness="different")(*inputs)
     for name, buffer in assigned.items():
         owner, _, last = name.rpartition(".")
         module.get_submodule(owner)._buffers[last] = buffer
     return output_tree.rebuild(outputs)
-
-
-def total(name: str, losses: object, tasks: int | None) -> Tensor:
-    """The sum of the tasks' losses, none of which depends on another task's weights."""
-    if not torch.is_tensor(losses) or losses.shape != (tasks,) or not losses.is_floating_point():
-        raise InvalidArgumentError(
-            f"{name} must be one number for each of {tasks} tasks, a floating-point tensor of "
-            f"shape ({tasks},), such as torch.func.vmap(loss)(learner(x), y); got "
-            f"{describe(losses)}"
-        )
-    return losses.sum()

@@ -82,6 +82,7 @@ _plain_attention = _Setting(
     (_attention.flash_sdp_enabled, _attention.enable_flash_sdp, False),
     (_attention.mem_efficient_sdp_enabled, _attention.enable_mem_efficient_sdp, False),
     (_attention.cudnn_sdp_enabled, _attention.enable_cudnn_sdp, False),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
 )
 _without_cudnn = _Setting((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
 

@@ -143,7 +143,8 @@ class ImplicitMAML(nn.Module):
             if self.tasks is None:
                 output = self.module(*args, **kwargs)
             else:
-                output = stacked_call(self.module, self._weights.current, args, kwargs)
+                stacked = self._weights.current
+                output = stacked_call(self.module, stacked, self.tasks, args, kwargs)
         if self._method(False, False).needs_outputs:
             output = self._weights.remembered(output)
         return output
@@ -160,16 +161,17 @@ class ImplicitMAML(nn.Module):
 
         Args:
             first_order, allow_unused, allow_nograd: override those of the MAML that was wrapped.
-            tasks: make it a learner for a batch of so many tasks, each with weights, buffers and a
-                linear solve of its own, as that many clones would have. Every input, output and
-                loss then has the tasks along its first dimension: `adapt` takes one loss for each,
-                such as `torch.func.vmap(loss)(learner(x), y)`.
+            tasks: make it a learner for a batch of so many tasks, each with weights and a linear
+                solve of its own. Every input, output and loss then has the tasks along its first
+                dimension: `adapt` takes one loss for each, such as
+                `torch.func.vmap(loss)(learner(x), y)`. Each task has copies of the buffers, and
+                the model's own (running statistics) stay as they are.
 
         Raises:
             InvalidArgumentError: tasks is not a number of tasks, or an option does not go with it.
         """
         if tasks is not None:
-            check_tasks(tasks, self.tasks, self.linear_solver)
+            check_tasks(tasks, self.tasks, self.linear_solver, self.module)
         from learn2learn import clone_module  # an optional neighbour, there if a MAML is
 
         learner = ImplicitMAML(

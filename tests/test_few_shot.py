@@ -91,6 +91,27 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert sorted(losses[0]) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("algorithm", ["imaml", "anil-imaml"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_batched_is_the_loop(
+    algorithm: str, curvature: str, small_glyphs: None, tmp_path: Path
+) -> None:
+    """Eight test tasks in batches of three: also the last batch, which is smaller."""
+    arguments = ["--algorithm", algorithm, "--curvature", curvature, "--iterations", "4"]
+    arguments += ["--meta-batch", "3"]
+    few_shot(tmp_path / "loop", *arguments)
+    few_shot(tmp_path / "batched", *arguments, "--batched")
+    name = f"{algorithm}-seed0"
+    for column in ("loss", "accuracy", "failed_solves", "test_accuracy"):
+        loop, batched = (rows(tmp_path / way / name, column) for way in ("loop", "batched"))
+        assert loop.keys() == batched.keys() != set()
+        for iteration, value in loop.items():
+            assert float(batched[iteration]) == pytest.approx(float(value), rel=1e-3)
+    loop, batched = (result(tmp_path / way / name) for way in ("loop", "batched"))
+    assert loop["score"]["accuracy"] == pytest.approx(batched["score"]["accuracy"], abs=0.03)
+    assert batched["config"] == {**loop["config"], "batched": True}
+
+
 def test_an_interrupted_run_goes_on_from_its_checkpoint(
     small_glyphs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +307,10 @@ def test_the_pipeline_learns_from_omniglot(
         (["--data", "omniglot:nowhere"], "--data omniglot: there is no nowhere"),
         (["--test-alphabets", "Klingon"], "--test-alphabets: no alphabet 'Klingon'; there are"),
         (["--ways", "500"], "--ways 500: only 292 classes in ['Greek', 'Latin']"),
+        (
+            ["--batched", "--algorithm", "imaml", "maml"],
+            "--batched: maml adapts to one task at a time, imaml to many",
+        ),
         (["--shots", "11"], "--shots 11: a character has drawings for at most 10"),
     ],
 )
