@@ -30,6 +30,7 @@ TOOLS = [
     "mypy>=2.4,<2.5",  # new versions of these two find new faults: raise them on purpose
     "ruff>=0.17,<0.18",
     "pytest>=8,<10",
+    "pytest-cov>=6,<8",
     "pytest-timeout>=2.3,<3",
     "pytest-xdist>=3.6,<4",
     "rich>=13,<16",

@@ -57,6 +57,11 @@ def has_derivatives(tensors: Iterable[Tensor]) -> bool:
     return any(t.requires_grad or _tangent(t) is not None for t in tensors)
 
 
+def in_forward_mode() -> bool:
+    """Whether forward mode is on, whatever it looks at."""
+    return forward_ad._current_level >= 0
+
+
 def _tangent(t: Tensor) -> Tensor | None:
     tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
     return tangent

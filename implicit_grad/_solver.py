@@ -16,7 +16,13 @@ from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._evaluation import Evaluation, Setup
 from implicit_grad._function import ImplicitFunction
 from implicit_grad._krylov import CG
-from implicit_grad._lift import Plain, has_derivatives, is_transformed, lifted
+from implicit_grad._lift import (
+    Plain,
+    has_derivatives,
+    in_forward_mode,
+    is_transformed,
+    lifted,
+)
 from implicit_grad._linear import LinearSolver
 from implicit_grad._minres import MINRES
 from implicit_grad._normal import NormalCG
@@ -85,6 +91,9 @@ class ImplicitSolver:
                 return evaluation.phi_tree.rebuild(phi)
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
+        # a Function's forward does not see the tangents of what the user's function captured
+        if in_forward_mode() and is_transformed(evaluation.outputs_again()):
+            raise GraphError(f"{_CAPTURED}: pass it to the solver as an argument")
         if evaluation.captured:
             # Only at φ do we learn which tensors the user's function captured: attach them too.
             phi = ImplicitFunction.apply(problem, *inputs, *evaluation.captured)

@@ -166,7 +166,9 @@ def test_functions_that_cannot_run_for_a_batch_run_one_by_one():
 
 BAD = {
     "linear solver": (
-        lambda: ig.implicit(torch.clone, ig.proximal(loss, 1.0, tasks=True), linear_solver=ig.MINRES()),
+        lambda: ig.implicit(
+            torch.clone, ig.proximal(loss, 1.0, tasks=True), linear_solver=ig.MINRES()
+        ),
         "linear_solver must be CG",
     ),
     "polish": (

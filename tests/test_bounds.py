@@ -369,3 +369,20 @@ def test_there_is_no_bound_where_the_solve_itself_refutes_mu():
     )
     solve(theta).sum().backward()
     assert monitor.last.ritz_min < 0.9 and monitor.last.solve_error_bound is None
+
+
+def test_no_error_is_estimated_from_a_ritz_value_that_is_not_positive():
+    """Of a Lanczos matrix that is positive definite but for rounding."""
+    watch = ErrorWatch(None, 1.0)
+    for row in ((1.0, 1e20, 1.0), (1.0, 1.0, 1.0)):
+        watch.note(*row)
+    assert ritz_values([(1.0, 1e20, 1.0), (1.0, 1.0, 1.0)])[0] <= 0 < watch.mu
+    assert not watch.within(1e300) and watch.error == math.inf
+
+
+@pytest.mark.parametrize("said", [{}, {"convex": True}])
+def test_a_loss_is_convex_only_if_that_is_said(said):
+    theta, monitor = torch.ones(3, dtype=F64, requires_grad=True), ig.Monitor()
+    condition = ig.proximal(lambda w: w.square().sum() / 2, 1.0, **said)
+    ig.implicit(lambda theta: theta / 2, condition, monitor=monitor)(theta).sum().backward()
+    assert (monitor.last.solve_error_bound is not None) == bool(said)

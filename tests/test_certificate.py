@@ -506,6 +506,9 @@ LOW_RANK = ig.proximal(lambda w: (w**4).sum(), ig.LowRank(1.0, torch.ones(3, 1))
 BAD = {
     r"solve must be what implicit\(\) returned, got a function": lambda: certified(lambda t: t),
     "none of the arguments requires grad": lambda: certified(theta=torch.ones(3)),
+    "args must be a tuple of the solver's arguments, got a float": lambda: ig.certify(
+        ig.implicit(torch.clone, QUARTIC), torch.ones(3), torch.sum
+    ),
     "outer_loss must return a scalar.*shape": lambda: certified(outer=lambda phi: phi),
     "outer_loss must return a scalar.*float": lambda: certified(outer=lambda phi: 1.0),
     r"constants must be \(L, rho, mu\)": lambda: certified(constants=(1.0, 2.0)),

@@ -321,6 +321,36 @@ def test_a_pinned_rung_is_not_left(name, kind):
         gradients(solve(theta), list(theta.values()))
 
 
+def test_a_general_solver_takes_a_pinned_hessian():
+    """Whose products with A and Aᵀ are the same."""
+    theta, X = normal(3, seed=1), normal(4, 3, seed=2)
+    found = []
+    for linear_solver in (ig.NormalCG(rtol=1e-13), ig.Exact()):
+        options = {"linear_solver": linear_solver, "curvature": "hessian"}
+        condition = ig.proximal(lambda phi, X: softplus(X @ phi).sum(), LAM)
+        found.append(gradients(ig.implicit(here, condition, **QUIET | options)(theta, X), theta))
+    close(*found, 1e-11)
+
+
+def test_a_general_solver_needs_the_derivative_of_the_backward_pass():
+    theta = normal(3, seed=1)
+    condition = ig.root(lambda phi, theta: Cube.apply(phi) + phi - theta)
+    phi = ig.implicit(here, condition, linear_solver=ig.NormalCG(), on_failure="ignore")(theta)
+    with pytest.raises(ig.GraphError, match=r"marked as once_diff.*use Neumann\(\) or Exact\(\)"):
+        phi.sum().backward()
+    phi = ig.implicit(here, condition, **QUIET)(theta)
+    close(torch.autograd.grad(phi.sum(), theta), [1 / (theta.detach() ** 2 + 1)])
+
+
+@pytest.mark.parametrize("cotangent", [0.0, float("nan")])
+def test_differences_along_no_direction(cotangent):
+    theta = normal(3, seed=1)
+    condition = ig.proximal(lambda phi: (phi**4).sum(), LAM)
+    phi = ig.implicit(here, condition, curvature=FINITE, **QUIET)(theta)
+    found = torch.autograd.grad(phi, theta, torch.full_like(phi, cotangent))[0]
+    torch.testing.assert_close(found, torch.full_like(found, cotangent), equal_nan=True)
+
+
 @pytest.mark.parametrize("name", SECOND_RUNG)
 def test_no_second_derivatives_off_the_first_rung(name):
     model, x, _ = climb(name)
@@ -329,6 +359,25 @@ def test_no_second_derivatives_off_the_first_rung(name):
     phi = ig.implicit(here, condition, **QUIET)(theta)
     with pytest.raises((RuntimeError, NotImplementedError), match=NO_SECOND):
         gradients(gradients(phi, list(theta.values()), create_graph=True), list(theta.values()))
+
+
+def test_a_model_may_return_more_than_its_outputs():
+    theta, X, found = normal(3, seed=1), normal(4, 3, seed=2), []
+
+    def more(w, X):
+        return {"y": X @ w, "labels": torch.arange(4), "data": X.detach(), "name": "linear"}
+
+    def criterion(y, X):
+        if isinstance(y, dict):
+            assert y["name"] == "linear" and y["labels"].sum() == 6
+            y = y["y"] + 0 * y["data"].sum(1)
+        return softplus(y).sum()
+
+    for model in (lambda w, X: X @ w, more):
+        condition = ig.proximal(criterion, LAM, model=model)
+        phi = ig.implicit(here, condition, curvature="gauss_newton", **QUIET)(theta, X)
+        found.append(gradients(phi, (theta, X)))
+    close(*found, 1e-12)
 
 
 def test_what_lies_behind_phi_does_not_matter():

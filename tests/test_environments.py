@@ -27,6 +27,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import implicit_grad as ig
+from implicit_grad._state import RandomState, uncompiled
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -752,3 +753,20 @@ def test_memory_stays_flat_over_many_cycles(style):
     assert last() is None
     assert live_bytes() - before < 10_000
     assert grown < 1_000_000
+
+
+def test_without_a_compiler_in_the_process_nothing_is_kept_from_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.setattr(torch.compiler, "disable", None)
+    assert uncompiled(lambda x, y=1: x + y)(1, y=2) == 3
+
+
+def test_the_random_state_of_every_device_comes_back(monkeypatch):
+    states = {0: "state of 0", 2: "state of 2"}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, i: restored.update({i: s}))
+    devices = {torch.device("cpu"), torch.device("cuda"), torch.device("cuda:2")}
+    state, expected = RandomState(devices), torch.rand(3)
+    state.restore()
+    assert restored == states and torch.equal(torch.rand(3), expected)

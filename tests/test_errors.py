@@ -83,6 +83,7 @@ def tied_root(theta, X):
 
 
 CONDITION = ig.proximal(loss, LAM)
+DESCENT, ROOTS = ig.solvers.GradientDescent(lr=1, steps=1), ig.solvers.SciPyRoot()
 ARGUMENT, SOLUTION = ig.InvalidArgumentError, ig.InvalidSolutionError
 
 # what is done, the exception, and a part of its sentence
@@ -108,6 +109,14 @@ BAD = {
     "phi an empty list": (returning(lambda phi: []), SOLUTION, "returned a list; it must return"),
     "data edited": (edits_data, SOLUTION, r"changed one of its arguments in place.*clone\(\)"),
     "tied phi of a root": (tied_root, SOLUTION, "holds one tensor more than once"),
+    "tied phi under constraints": (
+        lambda theta, X: ig.implicit(
+            lambda theta: [theta.clone()] * 2,
+            ig.argmin(lambda phi, theta: (phi[0] - theta).square().sum(), bounds=(0, None)),
+        )(theta),
+        SOLUTION,
+        "argmin: phi holds one tensor more than once",
+    ),
     "lam 0": (with_lam(0), ARGUMENT, "lam must be a number.*greater than 0, got 0$"),
     "lam < 0": (with_lam(-0.5), ARGUMENT, "finite and greater than 0, got -0.5$"),
     "lam NaN": (with_lam(float("nan")), ARGUMENT, "greater than 0, got nan$"),
@@ -188,10 +197,28 @@ BAD = {
         ARGUMENT,
         "fixed_point: map must return the form of phi",
     ),
+    "loss not callable": (with_condition(lambda: ig.proximal(3, LAM)), ARGUMENT, "proximal: loss"),
+    "residual not callable": (with_condition(lambda: ig.root(3)), ARGUMENT, "root: residual must"),
+    "map not callable": (with_condition(lambda: ig.fixed_point(3)), ARGUMENT, "fixed_point: map"),
+    "model of argmin not callable": (
+        with_condition(lambda: ig.argmin(loss, model=3)),
+        ARGUMENT,
+        "argmin: model must be a function",
+    ),
+    "model of proximal not callable": (
+        with_condition(lambda: ig.proximal(loss, LAM, model=3)),
+        ARGUMENT,
+        "proximal: model must be a function",
+    ),
     "objective not callable": (
         with_condition(lambda: ig.argmin(3)),
         ARGUMENT,
         "function of.*an int",
+    ),
+    "strong_convexity inf": (
+        with_condition(lambda: ig.argmin(loss, strong_convexity=float("inf"))),
+        ARGUMENT,
+        r"argmin\(strong_convexity=inf\): expected a number > 0",
     ),
     "strong_convexity 0": (
         with_condition(lambda: ig.argmin(loss, strong_convexity=0.0)),
@@ -212,13 +239,58 @@ BAD = {
         ARGUMENT,
         r"CG needs a symmetric system.*root is general: use NormalCG\(\), Neumann\(\) or Exact\(\)",
     ),
+    "CG with fixed_point": (
+        made(condition=ig.fixed_point(loss), linear_solver=ig.CG()),
+        ARGUMENT,
+        "CG needs a symmetric system.*fixed_point is general",
+    ),
     "on_failure misspelt": (made(on_failure="rise"), ARGUMENT, "on_failure='rise': expected"),
     "monitor a class": (made(monitor=ig.Monitor), ARGUMENT, "monitor must be an implicit_grad"),
+    "a condition as the solver": (
+        lambda *_: ig.implicit(CONDITION),
+        ARGUMENT,
+        "as a decorator, pass the condition as condition=",
+    ),
+    "rtol_gradient without CG": (
+        made(rtol_gradient=0.1, linear_solver=ig.MINRES()),
+        ARGUMENT,
+        "rtol_gradient=0.1 is for CG.*MINRES stops by its own options",
+    ),
+    "Gauss-Newton without a model": (
+        made(curvature="gauss_newton"),
+        ARGUMENT,
+        r"pass proximal\(loss, \.\.\., model=model\)",
+    ),
+    "Gauss-Newton instead without a model": (
+        made(linear_solver=ig.CG(on_negative_curvature="gauss_newton")),
+        ARGUMENT,
+        r"pass proximal\(loss, \.\.\., model=model\)",
+    ),
+    "nothing to start from": (
+        lambda theta, X: ig.implicit(DESCENT, ig.argmin(loss))(X=X),
+        ARGUMENT,
+        "without a positional argument to start from, this solver needs init=",
+    ),
     "init with a function": (made(init=good), ARGUMENT, "init is for solvers"),
     "minimiser of a root": (
-        lambda theta, X: ig.implicit(ig.solvers.GradientDescent(lr=1, steps=1), ig.root(loss))(X),
+        lambda theta, X: ig.implicit(DESCENT, ig.root(loss))(X),
         ARGUMENT,
         "root has not an objective to minimise",
+    ),
+    "minimiser of a fixed point": (
+        lambda theta, X: ig.implicit(DESCENT, ig.fixed_point(loss))(X),
+        ARGUMENT,
+        "fixed_point has not an objective to minimise",
+    ),
+    "root finder of a minimum": (
+        lambda theta, X: ig.implicit(ROOTS, ig.argmin(loss))(theta, X),
+        ARGUMENT,
+        "argmin has not a residual to bring to 0.*one with `find_root` with root and fixed_point",
+    ),
+    "root finder of a minimum near theta": (
+        lambda theta, X: ig.implicit(ROOTS, CONDITION)(theta, X),
+        ARGUMENT,
+        "proximal has not a residual to bring to 0",
     ),
     "CG maxiter < 0": (lambda *_: ig.CG(maxiter=-1), ARGUMENT, r"CG\(maxiter=-1\): expected None"),
     "CG maxiter a float": (lambda *_: ig.CG(maxiter=5.0), ARGUMENT, r"CG\(maxiter=5.0\)"),
@@ -273,6 +345,15 @@ def test_bad_arguments_are_value_errors():
     assert issubclass(ig.ImplicitGradError, RuntimeError)
 
 
+@pytest.mark.parametrize(
+    "lam", [0.0, [1.0, -1.0], torch.tensor(-1.0), ig.LowRank(-1.0, torch.ones(3, 1))], ids=str
+)
+def test_lam_is_checked_when_it_is_given(lam):
+    with pytest.raises(ARGUMENT, match="proximal: lam must be a number"):
+        ig.proximal(loss, lam)
+    ig.proximal(loss, lambda: lam)  # a function is asked at each call
+
+
 # ---------------------------------------------------------------- allowed, and done right
 
 
@@ -324,6 +405,39 @@ def test_a_solvers_own_exception_comes_through():
     frames = traceback.extract_tb(caught.value.__traceback__)
     assert frames[-1].name == "a_name_to_look_for"
     assert torch.is_grad_enabled() and torch.equal(rng, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("bounds", [None, (0, None)])
+def test_a_minimisers_own_type_error_comes_through(bounds):
+    class Broken:
+        def minimize(self, objective, init, **constraints):
+            raise TypeError("unsupported operand")
+
+    solve = ig.implicit(Broken(), ig.argmin(loss, bounds=bounds), init=lambda *_: normal(3))
+    with pytest.raises(TypeError, match=r"^unsupported operand$"):
+        solve(normal(4, 3))
+
+
+def test_torchs_own_error_at_a_second_backward_comes_through():
+    phi = ig.implicit(good, CONDITION)(normal(3, seed=1), normal(4, 3, seed=2))
+    phi.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time") as caught:
+        phi.sum().backward()
+    assert not isinstance(caught.value, ig.ImplicitGradError)
+
+
+def test_an_interrupt_within_a_module_gives_its_buffers_back():
+    class Interrupted(torch.nn.BatchNorm1d):
+        def forward(self, x):
+            super().forward(x)
+            raise KeyboardInterrupt  # torch calls no hooks after it
+
+    norm = Interrupted(3).double()
+    buffers = list(norm.buffers())
+    with pytest.raises(KeyboardInterrupt):
+        ig.implicit(good, ig.proximal(lambda phi, X: norm(X).sum(), LAM))(normal(3), normal(4, 3))
+    assert all(b is a for b, a in zip(norm.buffers(), buffers, strict=True))
+    assert int(norm.num_batches_tracked) == 0
 
 
 def test_the_objectives_own_exception_comes_through_and_buffers_go_back():

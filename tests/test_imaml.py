@@ -8,6 +8,7 @@ import sys
 import textwrap
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import learn2learn as l2l
 import pytest
@@ -916,6 +917,32 @@ def test_second_derivatives_accumulate_once():
     close([p.grad for p in inputs], expected, 1e-12)
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "promises"), [({}, False), ({"tol": 1e-9}, True), ({"rtol": 1e-9}, True)]
+)
+def test_a_number_of_steps_promises_no_solution(tolerance, promises):
+    solver = ig.solvers.GradientDescent(lr=1e-3, steps=1, **tolerance)
+    maml = wrapped(nn.Linear(3, 2), lam=0.1, solver=solver, on_failure="raise")
+    learner = maml.clone()
+    learner.adapt(lambda: 100 * error(learner, data()))
+    if promises:
+        with pytest.raises(ig.LinearSolveError, match="does not solve the inner problem"):
+            outer(learner).backward()
+    else:
+        outer(learner).backward()
+
+
+@pytest.mark.parametrize(
+    ("linear_solver", "damping"), [(ig.CG(damping=0.3), 0.3), (ig.CG(), 0.0), (ig.Exact(), 0.0)]
+)
+def test_reports_tell_the_damping(linear_solver, damping):
+    monitor = ig.Monitor()
+    learner = wrapped(nn.Linear(3, 2), linear_solver=linear_solver, monitor=monitor).clone()
+    adapt(learner, lambda it: error(it, data()), "tensor")
+    outer(learner).backward()
+    assert monitor.last.damping == damping
+
+
 # ---------------------------------------------------------------- gradients that cannot be had
 
 
@@ -1088,6 +1115,10 @@ BAD_CALLS = {
     "a module": (lambda: ig.imaml(nn.Linear(2, 2)), MAML_WANTED.format("a Linear")),
     "None": (lambda: ig.imaml(None), MAML_WANTED.format("None")),
     "a string": (lambda: ig.imaml("maml"), MAML_WANTED.format("a str")),
+    "a look-alike": (
+        lambda: ig.imaml(SimpleNamespace(**dict.fromkeys(dir(plain())))),
+        MAML_WANTED.format("a SimpleNamespace"),
+    ),
     "MAML itself": (lambda: ig.imaml(l2l.algorithms.MAML), MAML_WANTED.format("a type")),
     "wrapped": (lambda: ig.imaml(ig.imaml(plain())), "is wrapped by imaml already"),
     "lam 0": (lambda: ig.imaml(plain(), 0.0), NOT_POSITIVE + "0$"),

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 
 import numpy as np
 import optree
@@ -280,6 +281,30 @@ def test_keyword_arguments_and_decorator():
     assert adapt.__name__ == "adapt" and adapt.__doc__ == "Adapt theta."
     exact = minimize(lambda phi: objective(phi, theta, X=X), theta)
     close(grad(wavy(adapt(theta, X=X)), (theta, X)), grad(wavy(exact), (theta, X)))
+
+
+KEYWORDS = {
+    "argmin": ig.argmin(lambda phi, a, *, c: (phi - a * c).square().sum()),
+    "argmin of a model": ig.argmin(
+        lambda y, a, *, c: (y - a * c * c).square().sum(), model=lambda phi, a, *, c: phi * c
+    ),
+    "root": ig.root(lambda phi, a, *, c: phi - a * c),
+    "fixed point": ig.fixed_point(lambda phi, a, *, c: (phi + a * c) / 2),
+}
+
+
+@pytest.mark.parametrize("form", KEYWORDS)
+@pytest.mark.parametrize("handed", [False, True], ids=["function", "handed"])
+def test_keyword_arguments_of_every_condition(form, handed):
+    a, c = normal(3, seed=1), (1 + normal(3, seed=2, grad=False).square()).requires_grad_()
+    solver = lambda a, *, c: a * c  # noqa: E731
+    if handed:
+        descent = ig.solvers.GradientDescent(lr=0.05, tol=1e-13)
+        solver = descent if "argmin" in form else ig.solvers.SciPyRoot(tol=1e-13)
+    init = {"init": lambda a, *, c: torch.zeros_like(a)} if handed else {}
+    phi = ig.implicit(solver, KEYWORDS[form], **init, **STRICT)(a, c=c)
+    close(phi, a * c)
+    close(grad(phi.sum(), (a, c)), (c, a))
 
 
 def test_our_minimiser_starts_at_init():
@@ -566,3 +591,60 @@ def test_a_random_solver_keeps_its_stream():
         phi.sum().backward()
         actual.append(phi.detach())
     assert all(map(torch.equal, actual, expected)) and not torch.equal(*actual)
+
+
+class Ignoring(torch.autograd.Function):
+    """Passes its input on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, v):
+        return None
+
+
+def test_where_no_gradient_arrives_nothing_is_solved():
+    theta, X, monitor = normal(3, seed=1), normal(4, 3, seed=2), ig.Monitor()
+    condition = ig.proximal(bumpy, 0.5)
+    phi = ig.implicit(lambda t, X: solved(t, X, 0.5), condition, monitor=monitor)(theta, X)
+    Ignoring.apply(phi).sum().backward()
+    assert theta.grad is None and X.grad is None and not monitor.reports
+
+
+def test_complex_arguments_twice():
+    c = torch.tensor([1 + 2j, 0.5 - 1j], dtype=torch.complex128, requires_grad=True)
+
+    def plain(c):
+        return (c * c).real
+
+    implicit = ig.implicit(plain, ig.argmin(lambda phi, c: (phi - plain(c)).square().sum()))
+    second = []
+    for solve in (implicit, plain):
+        (first,) = grad(wavy(solve(c)), c, create_graph=True)
+        second.append((first, *grad(first.abs().square().sum(), c)))
+    close(*second, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "condition", [ig.proximal(lambda phi: torch.zeros(()).double(), 0.5), ig.fixed_point(torch.sin)]
+)
+def test_what_does_not_depend_on_phi(condition):
+    """A loss that is constant leaves θ where it is, and a map may be a formula for φ."""
+    a = normal(3, seed=1)
+    if isinstance(condition, ig.fixed_point):
+        condition = ig.fixed_point(lambda phi, a: a * 1)
+    phi = ig.implicit(torch.clone, condition)(a)
+    close(grad(phi, a, torch.arange(3.0).double()), [torch.arange(3.0).double()], 1e-14)
+
+
+@pytest.mark.parametrize(
+    "make", [ig.argmin, lambda f: ig.proximal(f, [1.0]), ig.root, ig.fixed_point]
+)
+def test_conditions_are_themselves_for_ever(make):
+    one, other = make(bumpy), make(bumpy)
+    assert one == one and one != other and len({one, other}) == 2
+    field = dataclasses.fields(one)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(one, field, bumpy)

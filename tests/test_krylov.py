@@ -1,5 +1,6 @@
 """Linear solvers: against dense algebra, on systems drawn by their size, spectrum and dtype."""
 
+import dataclasses
 import math
 import statistics
 
@@ -166,13 +167,23 @@ def test_a_power_of_two_in_the_right_hand_side_comes_out_bitwise(seed, n, log_ka
         assert torch.equal(one.x, solver.solve(operator(matrix), rhs).x)
 
 
+@given(SEEDS, SIZES, LOG_KAPPAS, st.sampled_from([-300, -40, 40, 300]))
+def test_a_power_of_two_in_the_matrix_comes_out_bitwise(seed, n, log_kappa, k):
+    matrix, rhs = system(seed, n, log_kappa)
+    for solver in (CG(), CG(maxiter=3), CG(maxiter=500)):
+        one = solver.solve(operator(matrix), rhs)
+        other = solver.solve(operator(matrix * 2.0**k), rhs)
+        assert torch.equal(one.x, other.x * 2.0**k)
+        assert (one.status, one.iterations) == (other.status, other.iterations)
+
+
 @pytest.mark.parametrize("solver", [CG(), CG(maxiter=0), CG(maxiter=3), NormalCG(), Exact()])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_special_right_hand_sides(solver, dtype):
     matrix, rhs = system(1, 5, 1.0, dtype)
     counting = Counting(matrix)
     zero = solver.solve(counting.operator, torch.zeros_like(rhs))
-    assert zero.status == Status.ZERO_RHS and zero.x.count_nonzero() == 0
+    assert zero.status == Status.ZERO_RHS and zero.x.count_nonzero() == zero.iterations == 0
     empty = solver.solve(counting.operator, rhs[:0])
     assert empty.status == Status.ZERO_RHS and empty.x.shape == (0,) and empty.residual == 0.0
     for value in (math.nan, math.inf, -math.inf):
@@ -184,13 +195,32 @@ def test_special_right_hand_sides(solver, dtype):
     assert counting.products == 0
 
 
-@pytest.mark.parametrize("solver", [CG(), CG(maxiter=3), NormalCG(), NormalCG(maxiter=3), Exact()])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        CG(),
+        CG(maxiter=3),
+        NormalCG(),
+        NormalCG(maxiter=3),
+        ig.MINRES(),
+        ig.MINRES(maxiter=3),
+        ig.Neumann(),
+        ig.Neumann(scale=0.1),
+        Exact(),
+    ],
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_operators_that_are_not_finite(solver, value):
     matrix, rhs = system(1, 5, 1.0)
     matrix[3, 2] = matrix[2, 3] = value
     solution = solver.solve(operator(matrix), rhs)
     assert solution.status == Status.NONFINITE_OPERATOR and bool(solution.x.isnan().all())
+
+
+def test_normal_equations_that_underflow_are_called_singular():
+    tiny, rhs = 1e-100 * torch.eye(3, dtype=F64), torch.ones(3, dtype=F64)  # ‖M Mᵀrhs‖² = 0
+    assert NormalCG().solve(operator(tiny), rhs).status == Status.SINGULAR
+    assert CG().solve(operator(tiny), rhs).status == Status.CONVERGED
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -200,6 +230,30 @@ def test_one_unknown(dtype, size):
     for solver in (CG(), NormalCG(), Exact()):
         solution = solver.solve(operator(matrix), rhs)
         assert torch.equal(solution.x, rhs / 4) and solution.status.ok and solution.iterations == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "least"),
+    [(F32, 1e-42, 0.25), (F32, 3e38, 2.0), (F64, 1e-310, 0.25), (F64, 1.7e308, 2.0)],
+)
+@pytest.mark.parametrize("solver", [CG(), NormalCG(), ig.MINRES(), Exact()], ids=repr)
+def test_right_hand_sides_at_the_ends_of_the_range(solver, dtype, size, least):
+    """Nothing over- or underflows on the way, though squares of such numbers would."""
+    eigenvalues = least * torch.tensor([1.0, 1.5, 2.0], dtype=dtype)
+    rhs = size * torch.tensor([1.0, -1.0, 0.5], dtype=dtype)
+    solution = solver.solve(operator(torch.diag(eigenvalues)), rhs)
+    assert solution.status in (Status.CONVERGED, Status.EXACT)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(solution.x, rhs / eigenvalues, rtol=1e-4, atol=2 * smallest)
+
+
+def test_a_damped_operator_is_damped_in_all_its_products():
+    matrix, x = system(3, 4, 1.0)
+    skewed = operator(matrix.triu())
+    damped = dataclasses.replace(skewed, convex=skewed.matvec).damped(0.5)
+    torch.testing.assert_close(damped.matvec(x), matrix.triu() @ x + x / 2)
+    torch.testing.assert_close(damped.rmatvec(x), matrix.triu().T @ x + x / 2)
+    torch.testing.assert_close(damped.convex(x), damped.matvec(x))
 
 
 def test_a_budget_is_kept():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections.abc import Callable
@@ -309,6 +310,8 @@ def test_sketches_leave_the_users_random_numbers_alone(jacobi):
     [
         (lambda r: -r, "first order"),
         (lambda r: r * math.nan, "first order"),
+        (lambda r: r * 0, "first order"),
+        (lambda r: r * float(r.abs().max() > 0.4), "an iterate"),
         (lambda r: r if float(r.abs().max()) > 0.4 else -r, "an iterate"),
     ],
 )
@@ -379,7 +382,9 @@ def test_a_second_solve_of_the_same_system_takes_two_products():
     assert torch.equal(first.x, second.x) and second.status == Status.CONVERGED
 
 
-@pytest.mark.parametrize("spoilt", ["shape", "dtype", "farther than 0", "nan"])
+@pytest.mark.parametrize(
+    "spoilt", ["shape", "dtype", "farther than 0", "hardly farther than 0", "nan"]
+)
 def test_a_start_that_does_not_help_is_not_used(spoilt):
     matrix, rhs = changing(0)
     store = ig.WarmStart()
@@ -387,13 +392,14 @@ def test_a_start_that_does_not_help_is_not_used(spoilt):
         "shape": rhs[:-1],
         "dtype": rhs.float(),
         "farther than 0": -torch.linalg.solve(matrix, rhs),
+        "hardly farther than 0": -torch.linalg.solve(matrix, rhs) / 1e4,
         "nan": rhs * math.nan,
     }[spoilt]
     store.slot().put(x)
     cold = ig.CG(rtol=1e-6).solve(operator(matrix), rhs)
     found = ig.CG(rtol=1e-6, warm_start=store).solve(operator(matrix), rhs)
     assert torch.equal(found.x, cold.x)
-    assert found.iterations == cold.iterations + (spoilt in ("farther than 0", "nan"))
+    assert found.iterations == cold.iterations + (spoilt not in ("shape", "dtype"))
 
 
 def test_a_budget_holds_for_warm_starts_too():
@@ -410,6 +416,14 @@ def test_a_budget_holds_for_warm_starts_too():
     one.solve(operator(matrix), rhs)  # its start would take the only product there is
     cold = ig.CG(maxiter=1).solve(operator(matrix), rhs.flip(0))
     assert torch.equal(one.solve(operator(matrix), rhs.flip(0)).x, cold.x)
+
+
+def test_two_products_are_enough_for_a_start_and_a_step():
+    matrix, rhs = changing(0)
+    two = ig.CG(maxiter=2, warm_start=ig.WarmStart())
+    cold = two.solve(operator(matrix), rhs)
+    warm = two.solve(operator(matrix), rhs)
+    assert cold.iterations == warm.iterations == 2 and warm.residual < cold.residual
 
 
 def test_failed_solves_are_not_kept():
@@ -589,9 +603,61 @@ def test_on_request_gauss_newton_takes_the_convex_matrix(damping):
     assert torch.equal(solution.x, plain.x)
 
 
-def test_gauss_newton_without_a_convex_matrix_says_what_to_do():
+@pytest.mark.parametrize("policy", ["minres", "gauss_newton"])
+def test_what_is_solved_instead_keeps_the_options(policy):
     matrix, rhs = indefinite(0)
-    solver = ig.CG(on_negative_curvature="gauss_newton")
+    convex = symmetric(
+        torch.linspace(100.0, 120.0, 60, dtype=F64), torch.Generator().manual_seed(0)
+    )
+    coarse = ig.CG(on_negative_curvature=policy, atol=0.1 * float(rhs.norm()))
+    known = operator(matrix, convex=lambda x: convex @ x)
+    fine = dataclasses.replace(coarse, atol=0.0).solve(known, rhs)
+    found = coarse.solve(known, rhs)
+    assert found.status == fine.status == Status.CONVERGED
+    assert 1e-3 < found.residual <= 0.1 and fine.residual < 1e-9
+    if policy == "gauss_newton":  # the curvature of both matrices
+        assert found.curvature[0] < 0 and found.curvature[1] >= 100
+
+
+def test_what_is_solved_instead_starts_from_zero():
+    """A store holds solutions of A, and the last one may have been of the matrix in its place."""
+    matrix, rhs = indefinite(0)
+    convex = symmetric(torch.linspace(1.0, 9.0, 60, dtype=F64), torch.Generator().manual_seed(0))
+    known = operator(matrix, convex=lambda x: convex @ x)
+    solver = ig.CG(on_negative_curvature="gauss_newton", warm_start=ig.WarmStart())
+    once, again = (solver.solve(known, rhs) for _ in range(2))
+    assert torch.equal(once.x, again.x) and again.iterations >= once.iterations
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [(0.0, Status.NEGATIVE_CURVATURE), (math.nan, Status.NONFINITE_OPERATOR)],
+)
+def test_a_matrix_in_as_place_may_fail_too(value, status):
+    matrix, rhs = indefinite(0)
+    found = ig.CG(on_negative_curvature="gauss_newton").solve(
+        operator(matrix, convex=lambda x: value * x), rhs
+    )
+    assert found.status == status and found.curvature[0] < 0
+
+
+def test_a_preconditioner_lasts_when_a_warm_start_is_given_up():
+    matrix, rhs = indefinite(0)
+    solver = ig.CG(preconditioner=lambda r: r / 2, warm_start=ig.WarmStart())
+    solver.warm_start.slot().put(rhs / 10)
+    seen = []
+    cold = ig.CG(preconditioner=lambda r: seen.append(1) or r / 2).solve(operator(matrix), rhs)
+    calls = len(seen)
+    counted = dataclasses.replace(solver, preconditioner=lambda r: seen.append(1) or r / 2)
+    found = counted.solve(operator(matrix), rhs)
+    assert torch.equal(found.x, cold.x) and found.iterations > cold.iterations
+    assert len(seen) > 2 * calls
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_gauss_newton_without_a_convex_matrix_says_what_to_do(damping):
+    matrix, rhs = indefinite(0)
+    solver = ig.CG(on_negative_curvature="gauss_newton", damping=damping)
     with pytest.raises(ig.LinearSolveError, match=r'model=.*curvature="gauss_newton"'):
         solver.solve(operator(matrix), rhs)
     definite = symmetric(torch.linspace(1.0, 2.0, 60, dtype=F64), torch.Generator())
@@ -754,7 +820,51 @@ def test_a_fixed_budget_does_not_warn_of_rounding(solver):
     assert asked.status in (Status.STAGNATED, Status.MAX_ITER)
 
 
+@pytest.mark.parametrize(("kappa", "most"), [(30.0, 100), (1e3, 300)])
+def test_cg_notices_steps_that_lead_nowhere(kappa, most):
+    for seed in range(3):
+        system = System.draw("inconsistent", 60, kappa, "bfloat16", seed)
+        solution = ig.CG(maxiter=3000).solve(system.operator, system.rhs)
+        assert solution.status == Status.SINGULAR and solution.iterations < most
+
+
+def test_minres_ends_where_rounding_lets_it_gain_nothing():
+    for seed in range(5):
+        system = System.draw("indefinite", 40, 1e5, "float64", seed)
+        asked = ig.MINRES(maxiter=2000, rtol=1e-15).solve(system.operator, system.rhs)
+        fixed = ig.MINRES(maxiter=2000).solve(system.operator, system.rhs)
+        assert asked.status == Status.STAGNATED and asked.iterations < 2000
+        assert fixed.status == Status.TRUNCATED and fixed.iterations < 2000
+
+
+@pytest.mark.parametrize(
+    ("solver", "rtol_error", "promised"),
+    [
+        (ig.CG(), None, True),
+        (ig.CG(maxiter=3, rtol=1e-3), None, True),
+        (ig.CG(maxiter=3), 0.1, True),
+        (ig.CG(maxiter=3), None, False),
+        (ig.MINRES(maxiter=3, rtol=1e-3), None, True),
+        (ig.MINRES(maxiter=3), None, False),
+    ],
+)
+def test_the_residual_is_recomputed_where_something_was_promised(solver, rtol_error, promised):
+    system = System.draw("definite", 60, 30.0, "float64", 0)
+    counting = Counting(system.matrix)
+    known = dataclasses.replace(counting.operator, rtol_error=rtol_error)
+    unverified = solver.solve(known, system.rhs, verify=False)
+    assert (unverified.residual is not None) == promised
+    assert counting.products == unverified.iterations + promised
+    assert solver.solve(known, system.rhs).residual is not None
+
+
 # ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("solver", [ig.CG, ig.MINRES, ig.NormalCG, ig.Neumann, ig.Exact])
+def test_options_go_by_name(solver):
+    with pytest.raises(TypeError, match="positional argument"):
+        solver(1)
 
 
 @pytest.mark.parametrize(
@@ -766,6 +876,7 @@ def test_a_fixed_budget_does_not_warn_of_rounding(solver):
         (lambda: ig.MINRES(damping=-1.0), r"MINRES\(damping=-1.0\): expected a finite"),
         (lambda: ig.CG(damping=math.nan), r"CG\(damping=nan\)"),
         (lambda: ig.CG(on_negative_curvature="ggn"), r'"stop" or "raise" or "minres" or "gauss'),
+        (lambda: ig.CG(preconditioner=ig.Jacobi), r"CG\(preconditioner=<class .*Jacobi\(\)"),
         (lambda: ig.CG(preconditioner=3), r"CG\(preconditioner=3\): expected None, Jacobi\(\)"),
         (lambda: ig.CG(warm_start=True), r"CG\(warm_start=True\): expected None or a WarmStart"),
         (lambda: ig.Neumann(terms=0), r"Neumann\(terms=0\): expected an integer of at least 1"),

@@ -205,6 +205,13 @@ def test_frozen_weights_need_allow_nograd(style, given_to):
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_something_must_be_trained(style):
+    learner = wrapped(network().requires_grad_(False), allow_nograd=True).clone()
+    with pytest.raises(ig.InvalidArgumentError, match="no parameter that requires grad"):
+        adapt(learner, data(), style)
+
+
 class Twice(nn.Module):
     """Submodules that are registered under two names, as in learn2learn's own networks."""
 
@@ -409,6 +416,22 @@ def test_the_interface_is_that_of_the_wrapped_maml():
     assert (mine.allow_unused, mine.allow_nograd) == (False, False)
     clone = mine.clone()
     assert [n for n, _ in clone.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+
+
+def test_the_defaults_are_five_products_and_one_step():
+    maml, once = ig.imaml(l2l.algorithms.MAML(network(), lr=0.2)), []
+    assert maml.linear_solver == ig.CG(maxiter=5) and maml.lam == 2.0
+    for steps in ({}, {"steps": 1}):
+        learner = maml.clone()
+        learner.adapt(lambda: error(learner, data()), **steps)  # noqa: B023
+        once.append(list(learner.parameters()))
+    same(*once)
+
+
+def test_the_model_takes_keywords():
+    maml, (X, _) = wrapped(nn.Linear(4, 3)), data()
+    for learner in (maml, maml.clone()):
+        assert torch.equal(learner(input=X), maml.module(X))
 
 
 def test_checkpoints_pass_between_maml_and_imaml():

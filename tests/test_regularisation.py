@@ -13,6 +13,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import mse_loss, softplus
 
 import implicit_grad as ig
+from implicit_grad._proximal import proximal_pull
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 EXACT = {"linear_solver": ig.Exact(), "on_failure": "raise"}
@@ -379,6 +380,12 @@ def test_how_it_starts():
     before = torch.get_rng_state()
     ig.LearnedLam(model, torch.tensor(2.5), rank=2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_lam_follows_theta_to_its_device_once():
+    theta = [torch.empty(3, device="meta"), torch.empty(2, 2, device="meta")]
+    one, other = proximal_pull(torch.tensor(2.0), theta, "here").weights
+    assert one is other and one.device.type == "meta"
 
 
 def test_tied_weights_have_one_lam():

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from implicit_grad.solvers import (
     TorchOpt,
     TorchOptim,
 )
+from implicit_grad.solvers._neighbours import needed_by
+from implicit_grad.solvers.gurobi_qp import _check_status
 
 ARGUMENT, SOLUTION = ig.InvalidArgumentError, ig.InvalidSolutionError
 NEEDS_SCIPY = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="no SciPy")
@@ -990,6 +993,14 @@ def test_gurobis_errors(case):
         GurobiQP().minimize(objective, torch.tensor([0.4, 0.7]).double(), **given)
 
 
+def test_gurobis_doubts_are_a_warning():
+    names = pytest.importorskip("gurobipy").GRB
+    for status, solutions in ((names.SUBOPTIMAL, 1), (names.ITERATION_LIMIT, 1)):
+        with pytest.warns(ig.ImplicitGradWarning, match=f"not sure.* ended with status {status}"):
+            _check_status(SimpleNamespace(Status=status, SolCount=solutions), names)
+    _check_status(SimpleNamespace(Status=names.OPTIMAL, SolCount=1), names)  # says nothing
+
+
 def test_gurobis_params_reach_gurobi():
     pytest.importorskip("gurobipy")
     problem = shapes()
@@ -1284,10 +1295,16 @@ def test_an_empty_phi_is_returned_as_it_is(descent):
         return torch.zeros((), dtype=torch.float64, requires_grad=True) * 1
 
     for init in ([], {"a": torch.zeros(0, 3).double()}):
-        for solver in (descent(RIDGE, tol=1e-6), SciPyMinimize()):
+        for solver in (descent(RIDGE, tol=1e-6), SciPyMinimize(), GurobiQP()):
             found = solver.minimize(objective, init)
             assert optree.tree_structure(found) == optree.tree_structure(init)
         assert tensors(SciPyRoot().find_root(lambda p: p, init)) is not None
+
+
+def test_a_package_that_no_extra_brings_is_missed_as_usual():
+    with pytest.raises(ModuleNotFoundError, match="nowhere") as caught, needed_by(GurobiQP()):
+        raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
+    assert not isinstance(caught.value, ig.ImplicitGradError)
 
 
 @pytest.mark.parametrize("package", ["scipy", "gurobipy"])

@@ -6,6 +6,7 @@ import optree
 import pytest
 import torch
 from problems import PROBLEMS, Instance, tensors
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import implicit_grad as ig
@@ -237,3 +238,41 @@ def test_batches_from_before_torch_func_are_refused():
     phi = implicit(theta, AT[1])
     with pytest.raises(ig.GraphError, match="batches of gradients"):
         torch.autograd.grad(phi, theta, torch.eye(2), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("theta_only", [False, True])
+def test_cotangents_under_transforms(theta_only):
+    """Backward of a plain call, for many cotangents at once and for one with a tangent."""
+    implicit, reference, box = solvers_of("argmin", ig.CG(rtol=1e-14))
+    theta, lam = AT[0].clone().requires_grad_(), AT[1].clone().requires_grad_(not theta_only)
+    wanted = (theta,) if theta_only else (theta, lam)
+
+    def pulled(solve):
+        phi = solve(theta, lam)
+        return lambda v: torch.autograd.grad(phi, wanted, v, retain_graph=True)
+
+    many = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, -1.0]])
+    found, expected = (vmap(pulled(solve))(many) for solve in (implicit, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    found, expected = (
+        jvp(pulled(solve), (many[2],), (many[0],)) for solve in (implicit, reference)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    assert box.calls == 2  # one for each plain call: backward does not solve again
+
+
+def test_cotangents_of_a_part_of_phi_under_vmap():
+    a = torch.randn(3, requires_grad=True)
+    condition = ig.root(lambda phi, a: (phi[0] - a.sin(), phi[1] - phi[0] * a))
+    first, _ = ig.implicit(lambda a: (a.sin(), a.sin() * a), condition)(a)
+    found = vmap(lambda v: torch.autograd.grad(first, a, v, retain_graph=True)[0])(torch.eye(3))
+    torch.testing.assert_close(found, torch.diag(a.detach().cos()))
+
+
+def test_a_captured_tensor_with_a_tangent_is_refused():
+    theta = AT[0].clone().requires_grad_()
+    with forward_ad.dual_level():
+        w = forward_ad.make_dual(torch.tensor(0.5), torch.tensor(1.0))
+        condition = ig.argmin(lambda phi, t: (phi - w * t).square().sum())
+        with pytest.raises(ig.GraphError, match=r"captured a tensor.*pass it to the solver"):
+            ig.implicit(lambda t: 0.5 * t, condition)(theta)

@@ -1,0 +1,74 @@
+"""The benchmarks of memory, scaling and the paper's figure: in miniature, with what they claim."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+for neighbour in ("learn2learn", "matplotlib", "rich"):
+    pytest.importorskip(neighbour)
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import the benchmarks as they import each other; leave torch's threads as they were."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+def table(path: Path, *keys: str) -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of a CSV file by the values of some columns."""
+    with path.open(newline="") as file:
+        return {tuple(row[key] for key in keys): row for row in csv.DictReader(file)}
+
+
+def column(path: Path, value: str, *keys: str) -> dict[tuple[str, ...], float]:
+    """One column of it, as numbers."""
+    return {key: float(row[value]) for key, row in table(path, *keys).items()}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TorchOpt's, about functorch
+def test_memory_does_not_grow_with_the_steps(tmp_path, monkeypatch):
+    import memory
+
+    monkeypatch.setattr(memory, "NETS", {name: memory.NETS[name] for name in ("OmniglotCNN",)})
+    memory.main(["--out", str(tmp_path), "--steps", "4", "--shots", "1"])
+    peaks = column(tmp_path / "memory_steps.csv", "MiB", "method", "steps")
+    assert peaks["iMAML", "4"] == peaks["iMAML", "1"] < peaks["MAML", "4"]
+    found = column(tmp_path / "memory_parts.csv", "over_gradient", "network", "task", "method")
+    assert found["OmniglotCNN", "20-way 1-shot", "FOMAML"] == pytest.approx(1, abs=0.01)
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
+def test_cost_grows_with_parameters_and_tasks_and_memory_not_with_iterations(tmp_path, monkeypatch):
+    import scaling
+
+    monkeypatch.setattr(scaling, "TASKS", (1, 2, 4))
+    scaling.main(["--out", str(tmp_path), "--largest", "10000", "--shots", "1", "--repeats", "1"])
+    memory = column(tmp_path / "scaling_exponents.csv", "memory", "factor")
+    assert memory["parameters",] == pytest.approx(1, abs=0.1)
+    assert memory["CG iterations",] == memory["tasks",] == 0
+    taken = column(tmp_path / "scaling.csv", "iterations", "factor", "value")
+    assert taken["CG iterations", "128"] == 128  # nothing ends CG earlier
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_figure_2_in_miniature(tmp_path):
+    import figure2
+
+    sizes = {"problems": 2, "steps": 64, "ways": 5, "shots": 1, "repeats": 1, "unrolled": 4}
+    options = [part for k, v in sizes.items() for part in (f"--{k}", str(v))]
+    figure2.main(["--out", str(tmp_path), "--kappa", "100", *options])
+    error = column(tmp_path / "figure2_error.csv", "error", "method", "steps")
+    assert error["iMAML, CG 10", "64"] < error["iMAML, CG 5", "64"] < error["iMAML, CG 2", "64"]
+    truncated = error[f"MAML, truncated to {figure2.LAST}", "64"]
+    assert truncated == pytest.approx(error[f"iMAML, Neumann {figure2.LAST}", "64"], rel=1e-5)
+    growth = column(tmp_path / "figure2_exponents.csv", "exponent", "of")
+    assert growth["gradient descent, iterations",] == pytest.approx(1, abs=0.05)
+    assert growth["Nesterov, iterations",] == pytest.approx(0.5, abs=0.05)
+    assert growth["CG, iterations",] == pytest.approx(0.5, abs=0.05)
+    assert growth["iMAML, MiB",] == growth["FOMAML, MiB",] == 0 < growth["MAML, MiB",]
+    assert (tmp_path / "figure2.png").stat().st_size > 10_000
