@@ -39,8 +39,8 @@ demo: $(READY)
 	@$(BIN)/python examples/few_shot.py $(DEMO)
 
 bench: $(READY)
-	$(SAY) 'measurements into out/ (omniglot.py and indefinite.py need data and time: run them yourself)'
-	@for script in adaptation certificates adaptive; do \
+	$(SAY) 'measurements into out/ (the others need data, peers or time: see benchmarks/README.md)'
+	@for script in adaptation certificates adaptive floor batched memory figure2; do \
 	  $(BIN)/python benchmarks/$$script.py --out out || exit 1; done
 
 $(READY): $(CREATED) setup.py .ci/requirements.txt

@@ -228,9 +228,21 @@ def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool
         return node in own or id(getattr(node, "variable", None)) in ids
 
     def is_marked(node: Any) -> bool:
-        function = getattr(node, "_forward_cls", None)
+        function = _below_vmap(getattr(node, "_forward_cls", None))
         code = getattr(getattr(function, "backward", None), "__code__", None)
         return code is _ONCE or getattr(function, "__module__", "").startswith(_COMPILED)
 
     marked = [node for node in walk(values, is_phi) if is_marked(node)]
     return any(is_phi(node) for node in walk(marked, is_phi))
+
+
+def _below_vmap(function: Any) -> Any:
+    """The custom Function that torch.func.vmap made this one of."""
+    while getattr(function, "__name__", "").startswith("Vmapped"):
+        forward = function.forward
+        cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
+        inner = next((c.cell_contents for name, c in cells if name == "autograd_function"), None)
+        if inner is None:
+            break
+        function = inner
+    return function

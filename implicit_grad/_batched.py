@@ -11,33 +11,47 @@ from torch import Tensor
 from torch.func import vmap
 
 from implicit_grad import _tree
+from implicit_grad._condition import scalar
 from implicit_grad._errors import InvalidArgumentError, describe
-from implicit_grad._tree import Tensors
+from implicit_grad._tree import Tensors, Tree
 
 
-def batched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, for all tasks at once; each draws random numbers of its own."""
+def batched(function: Callable[..., Any], as_number: str = "") -> Callable[..., Any]:
+    """The function, for all tasks at once; each draws random numbers of its own.
+
+    With a name `as_number`, what it returns for a task has to be one number.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors, tree = _tree.flatten((args, kwargs))
+        returned: list[Tree] = []
 
-        def one(tensors: Tensors) -> Any:
+        def one(tensors: Tensors) -> Tensors:
             args, kwargs = tree.rebuild(tensors)
-            return function(*args, **kwargs)
+            value = function(*args, **kwargs)
+            if as_number:
+                value = scalar(as_number, value).reshape(())
+            outputs, output_tree = _tree.flatten(value)
+            returned.append(output_tree)
+            return outputs
 
-        return vmap(one, randomness="different")(tensors)
+        outputs = vmap(one, randomness="different")(tensors)
+        return returned[0].rebuild(outputs)
 
     return call
 
 
 def total(name: str, losses: object, tasks: int | None) -> Tensor:
-    """The sum of the tasks' losses, none of which depends on another task's φ."""
+    """The loss, or the sum of the tasks' losses, none of which depends on another task's φ."""
+    if tasks is None:
+        return scalar(name, losses)
     if not torch.is_tensor(losses) or losses.shape != (tasks,) or not losses.is_floating_point():
         raise InvalidArgumentError(
             f"{name} must be one number for each of {tasks} tasks, a floating-point tensor of "
             f"shape ({tasks},), such as torch.func.vmap(loss)(outputs, y); got {describe(losses)}"
         )
-    return losses.sum()
+    # in float16 the sum may overflow where no task's loss does
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
 
 
 def number_of_tasks(name: str, tensors: Tensors) -> int:

@@ -25,7 +25,6 @@ from implicit_grad._condition import (
     composed,
     curvatures,
     like_phi,
-    scalar,
 )
 from implicit_grad._constraints import Constraints
 from implicit_grad._curvature import Curvature, Objective
@@ -104,20 +103,20 @@ class argmin(Condition):
         function = composed(self.objective, self.model, call.args, call.kwargs)
 
         def objective(phi: Any) -> Tensor:
-            return _value("argmin: objective", function(phi)[0], _tasks(self, phi))
+            return total("argmin: objective", function(phi)[0], _tasks(self, phi))
 
         return objective, self.constraints.for_minimizer(call.args, call.kwargs)
 
     def for_tasks(self) -> Condition | None:
         if self.constraints or self.tasks:
             return None
-        model = None if self.model is None else batched(self.model)
-        return argmin(batched(self.objective), self.strong_convexity, model=model, tasks=True)
+        objective, model = batched(self.objective, "argmin: objective"), _batched_model(self)
+        return argmin(objective, self.strong_convexity, model=model, tasks=True)
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
         tasks = _tasks(self, phi)
-        value = _value("argmin: objective", returned, tasks)
+        value = total("argmin: objective", returned, tasks)
         objective = Objective(value, variables, outputs=outputs, again=again, tasks=tasks)
         if not self.constraints:
             return Snapshot((value,), objective.linearize)
@@ -144,7 +143,8 @@ class proximal(Condition):
         model: if given, the loss is `loss(model(phi, *args), *args)`; this form allows
             Gauss-Newton products.
         tasks: θ and φ are batches of separate problems, along the first dimension of each of their
-            tensors; `loss` then returns one value for each, and CG solves for each.
+            tensors; `loss` then returns one value for each, and CG solves for each. A `lam` for
+            each task has as many dimensions as θ's tensors.
     """
 
     loss: Callable[..., Tensor]
@@ -186,8 +186,8 @@ class proximal(Condition):
     def for_tasks(self) -> Condition | None:
         if self.tasks or isinstance(self.parameters, LowRank):
             return None
-        model = None if self.model is None else batched(self.model)
-        return _Stacked(batched(self.loss), self.lam, self.convex, model=model, tasks=True)
+        loss, model = batched(self.loss, "proximal: loss"), _batched_model(self)
+        return _Stacked(loss, self.lam, self.convex, model=model, tasks=True)
 
     def _pull(self, call: Call) -> Pull:
         return proximal_pull(call.parameters, call.args[0], "proximal")
@@ -202,7 +202,7 @@ class proximal(Condition):
         whole = composed(self.loss, self.model, rest, call.kwargs)
 
         def loss(phi: Any) -> Tensor:
-            return _value("proximal: loss", whole(phi)[0], _tasks(self, phi))
+            return total("proximal: loss", whole(phi)[0], _tasks(self, phi))
 
         return ProximalObjective(loss, self._pull(call), tuple(_tree.leaves(theta))), {}
 
@@ -210,7 +210,7 @@ class proximal(Condition):
         theta, *rest = call.args
         returned, outputs = composed(self.loss, self.model, rest, call.kwargs)(phi)
         tasks, pull = _tasks(self, phi), self._pull(call)
-        value = _value("proximal: loss", returned, tasks)
+        value = total("proximal: loss", returned, tasks)
         slot = {id(t): i for i, t in enumerate(variables)}
         slots = [slot[id(t)] for t in _tree.leaves(phi)]
 
@@ -293,6 +293,5 @@ def _tasks(condition: argmin | proximal, phi: Any) -> int | None:
     return number_of_tasks(type(condition).__name__, tuple(_tree.leaves(phi)))
 
 
-def _value(name: str, returned: object, tasks: int | None) -> Tensor:
-    """The objective, or the sum of those of all tasks."""
-    return scalar(name, returned) if tasks is None else total(name, returned, tasks)
+def _batched_model(condition: argmin | proximal) -> Callable[..., Any] | None:
+    return None if condition.model is None else batched(condition.model)

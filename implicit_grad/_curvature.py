@@ -30,8 +30,7 @@ _NO_DOUBLE_BACKWARD = re.compile(
 )
 _CHANGED = (
     "the condition's function has other derivatives when it is evaluated again: it refers to a "
-    "variable that has changed since the solver ran, or it is random. Pass everything it needs as "
-    "arguments"
+    "variable that has changed since, or it is random. Pass everything it needs as arguments"
 )
 
 
@@ -148,6 +147,8 @@ class FiniteDifference(Hessian):
     curvature = "finite_difference"
 
     def __init__(self, objective: Objective) -> None:
+        if objective.tasks is not None:
+            raise GraphError("finite differences are taken for one task at a time")
         if objective.again is None:
             raise GraphError(
                 'curvature="finite_difference" needs the inner objective as a function of the '

@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, leaves_behind, own_precision, variables
+from implicit_grad._ad import (
+    Linearization,
+    leaves_behind,
+    once_differentiable,
+    own_precision,
+    variables,
+)
 from implicit_grad._condition import Again, Call, Condition, Snapshot
 from implicit_grad._curvature import Curvature
 from implicit_grad._elsewhere import elsewhere
 from implicit_grad._errors import GraphError, InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._function import Problem
-from implicit_grad._lift import is_transformed
+from implicit_grad._lift import has_derivatives, is_batched, is_transformed
 from implicit_grad._linear import LinearSolver
 from implicit_grad._polish import is_better, newton_candidates
 from implicit_grad._solution import checked
@@ -52,6 +58,7 @@ class Evaluation:
         self.captured: Tensors = ()
         self.phi_tree: Tree
         self._phi: Tensors | None = None
+        self._at_phi: Tensors = ()
         self._record: tuple[Snapshot, Tensors] | None = None
         self._random: RandomState | None = None
 
@@ -97,7 +104,7 @@ class Evaluation:
             for _ in range(self.setup.polish):
                 with own_precision(self.devices):
                     phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
-            self._phi, self._record = phi, (snapshot, a)
+            self._phi, self._at_phi, self._record = phi, at_phi, (snapshot, a)
             if is_transformed(snapshot.outputs):
                 raise GraphError(
                     "the condition's function captured a tensor that forward mode looks at: pass "
@@ -122,13 +129,24 @@ class Evaluation:
         with torch.enable_grad():
             return snapshot.linearize(curvature)
 
-    def outputs_again(self) -> Tensors:
-        """What the user's function returns at φ now, under whatever transforms are at work."""
+    def once_differentiable(self) -> bool:
+        """Whether something that depends on φ is marked as differentiable once."""
+        assert self._record is not None
+        return once_differentiable(self._record[0].outputs, self._at_phi)
+
+    def captured_transformed(self) -> bool:
+        """Whether the user's function captured tensors that transforms at work look at.
+
+        It is evaluated again, at φ. Random numbers under `vmap` look like a captured batch.
+        """
         assert self._phi is not None and self._record is not None
         phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
         with undisturbed(self.devices, self._random):
+            before = torch.get_rng_state()
             at_phi = self.phi_tree.rebuild(phi)
-            return self.condition.at(at_phi, phi, self._call(a), None).outputs
+            outputs = self.condition.at(at_phi, phi, self._call(a), None).outputs
+            random = not torch.equal(before, torch.get_rng_state())
+        return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
 
     def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
         """F around φ as recorded, differentiable with respect to φ and the arguments."""

@@ -159,7 +159,7 @@ def implicit(
             f"error; {type(linear_solver).__name__} stops by its own options"
         )
     if condition.tasks:
-        _check_tasks(linear_solver, polish, rtol_gradient)
+        _check_tasks(linear_solver, curvature, polish, rtol_gradient)
     reporting = Reporting(
         monitor=monitor,
         on_failure=on_failure,
@@ -196,14 +196,18 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
     return ImplicitSolver(solver, setup, init)
 
 
-def _check_tasks(linear_solver: LinearSolver, polish: int, rtol_gradient: float | None) -> None:
+def _check_tasks(
+    linear_solver: LinearSolver, curvature: Curvature, polish: int, rtol_gradient: float | None
+) -> None:
     if not linear_solver.takes_tasks:
         raise InvalidArgumentError(
             "implicit: with tasks=True, linear_solver must be CG without preconditioner and warm "
             f'start, and with on_negative_curvature "stop" or "raise"; got {linear_solver!r}'
         )
-    if polish or rtol_gradient is not None:
-        raise InvalidArgumentError("implicit: polish and rtol_gradient do not go with tasks=True")
+    if polish or rtol_gradient is not None or curvature == "finite_difference":
+        raise InvalidArgumentError(
+            "implicit: polish, rtol_gradient and finite differences do not go with tasks=True"
+        )
 
 
 def _check_curvature(

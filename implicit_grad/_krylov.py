@@ -13,7 +13,7 @@ from implicit_grad._minres import MINRES
 from implicit_grad._preconditioners import Precondition, Preconditioner, checked
 from implicit_grad._recurrence import ConjugateGradients
 from implicit_grad._stopping import Budget, Iterative, check_damping
-from implicit_grad._tasks import solve_tasks
+from implicit_grad._tasks import first_order, solve_tasks
 from implicit_grad._warm_start import Slot, WarmStart
 
 OnNegativeCurvature = Literal["stop", "raise", "minres", "gauss_newton"]
@@ -121,8 +121,7 @@ class CG(Iterative):
     ) -> tuple[Tensor, list[LinearSolution]]:
         operator = operator.damped(self.damping)
         if self.maxiter == 0:
-            x = operator.over_scale(rhs)
-            return x, [LinearSolution(row, Status.FIRST_ORDER) for row in x]
+            return first_order(operator, rhs)
         x, solutions = solve_tasks(self, operator, rhs, verify)
         if self.on_negative_curvature == "raise":
             for solution in solutions:

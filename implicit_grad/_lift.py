@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from implicit_grad._ad import vjp
-from implicit_grad._errors import GraphError
+from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._tree import Tensors
 
 
@@ -50,6 +50,27 @@ def is_transformed(tensors: Iterable[Tensor]) -> bool:
         )
     at_work = torch._C._functorch.peek_interpreter_stack() is not None
     return at_work or any(_tangent(t) is not None for t in tensors)
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether `vmap` looks at the tensor, below other transforms or not."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
+class CannotBatch(Exception):
+    """A batched function cannot run as such: call it for one sample after another.
+
+    `known` are the results that were found before, stacked.
+    """
+
+    def __init__(self, known: Tensors = ()) -> None:
+        super().__init__()
+        self.known = known
 
 
 def has_derivatives(tensors: Iterable[Tensor]) -> bool:
@@ -103,7 +124,7 @@ def _pushforward(function: Plain, size: int) -> Plain:
 
 
 class _Lifted(torch.autograd.Function):
-    """function(xs, known), where `function` only ever sees plain tensors of one sample."""
+    """function(xs, known), where `function` only ever sees plain tensors."""
 
     @staticmethod
     def forward(function: Plain, size: int, *tensors: Tensor) -> Tensors:
@@ -138,6 +159,8 @@ class _Lifted(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], function: Plain, size: int, *tensors: Tensor
     ) -> tuple[Tensors, tuple[int, ...]]:
+        if info.batch_size == 0:
+            raise InvalidArgumentError("implicit: vmap over a batch without samples")
         if function.batched is not None:
             rows = tuple(
                 t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
@@ -146,8 +169,9 @@ class _Lifted(torch.autograd.Function):
             try:
                 ys: Tensors = _Lifted.apply(function.batched, size, *rows)
                 return ys, (0,) * len(ys)
-            except RuntimeError:  # the user's code cannot run for a batch: or fails below again
-                pass
+            except CannotBatch as reason:
+                if reason.known and len(tensors) == size:
+                    tensors, in_dims = (*rows, *reason.known), (0,) * (2 + size + len(reason.known))
         samples = [
             _Lifted.apply(
                 function,

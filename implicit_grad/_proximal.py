@@ -227,6 +227,8 @@ def _for_each_leaf(
 
 def check_lam(lam: Any, where: str) -> None:
     """λ must be a positive finite number or a floating-point tensor of such."""
+    if torch.is_tensor(lam) and torch._C._functorch.is_functorch_wrapped_tensor(lam):
+        return  # under a transform nothing is known of its values; the plain calls look at them
     if torch.is_tensor(lam) and lam.is_floating_point():
         good = bool((lam > 0).all()) and bool(torch.isfinite(lam).all())
         shown = "a tensor with other values" if lam.numel() != 1 else f"{lam.item():g}"

@@ -12,22 +12,17 @@ from torch import Tensor
 
 from implicit_grad import _tree
 from implicit_grad._condition import Call, Condition
-from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._errors import GraphError, ImplicitGradError, InvalidArgumentError
 from implicit_grad._evaluation import Evaluation, Setup
 from implicit_grad._function import ImplicitFunction
 from implicit_grad._krylov import CG
-from implicit_grad._lift import (
-    Plain,
-    has_derivatives,
-    in_forward_mode,
-    is_transformed,
-    lifted,
-)
+from implicit_grad._lift import CannotBatch, in_forward_mode, is_transformed
 from implicit_grad._linear import LinearSolver
 from implicit_grad._minres import MINRES
 from implicit_grad._normal import NormalCG
 from implicit_grad._solution import checked
 from implicit_grad._state import uncompiled
+from implicit_grad._transformed import CAPTURED, Transformed
 from implicit_grad._tree import Tensors, Tree
 
 
@@ -53,10 +48,6 @@ class RootFinder(Protocol):
 
 
 Solver = Callable[..., Any] | Minimizer | RootFinder
-_CAPTURED = (
-    "the condition's function captured a tensor that requires grad or that a transform of "
-    "torch.func looks at, which cannot be followed"
-)
 
 
 class ImplicitSolver:
@@ -92,8 +83,8 @@ class ImplicitSolver:
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
         # a Function's forward does not see the tangents of what the user's function captured
-        if in_forward_mode() and is_transformed(evaluation.outputs_again()):
-            raise GraphError(f"{_CAPTURED}: pass it to the solver as an argument")
+        if in_forward_mode() and evaluation.captured_transformed():
+            raise GraphError(CAPTURED)
         if evaluation.captured:
             # Only at φ do we learn which tensors the user's function captured: attach them too.
             phi = ImplicitFunction.apply(problem, *inputs, *evaluation.captured)
@@ -115,52 +106,29 @@ class ImplicitSolver:
         return Evaluation(self.run, self.setup, tree, inputs)
 
     def _under_transforms(self, inputs: Tensors, tree: Tree) -> Any:
-        """A call with tensors that torch.func or forward mode look at, made of plain calls."""
-        sample: list[Evaluation] = []
-        batched, condition = None, self.setup.condition.for_tasks()
+        """A call with tensors that torch.func or forward mode look at."""
+        condition, for_tasks = self.setup.condition.for_tasks(), None
         if condition is not None and self._takes_tasks():
             setup = dataclasses.replace(self.setup, condition=condition)
-            run = functools.partial(self._run_for_tasks, condition)
-            batched = Plain(self._plain(setup, run, tree, sample))
-        phi = lifted(Plain(self._plain(self.setup, self.run, tree, sample), batched), inputs)
-        # below, in the plain calls, what a transform looks at passes for a number without a history
-        if has_derivatives(sample[0].outputs_again()):
-            raise GraphError(f"{_CAPTURED}: pass it to the solver as an argument")
-        return sample[0].phi_tree.rebuild(phi)
-
-    def _plain(
-        self, setup: Setup, run: Callable[[Call], Any], tree: Tree, sample: list[Evaluation]
-    ) -> Callable[[Tensors, Tensors], Tensors]:
-        """One call as a function of its tensors; the first evaluation is left in `sample`."""
-
-        def plain(xs: Tensors, known: Tensors) -> Tensors:
-            setup.condition.check_call(Call(*tree.rebuild(xs)))
-            if known:
-                there = dataclasses.replace(setup, polish=0)
-                evaluation = Evaluation(
-                    lambda _: sample[0].phi_tree.rebuild(known), there, tree, xs
-                )
-            else:
-                evaluation = Evaluation(run, setup, tree, xs)
-            # F is evaluated also where no gradient is taken: to find out what it captured
-            phi: Tensors = ImplicitFunction.apply(evaluation.problem(), *xs)
-            if evaluation.captured:
-                raise GraphError(f"{_CAPTURED}: pass it to the solver as an argument")
-            sample[:] = sample or [evaluation]
-            return phi
-
-        return plain
+            for_tasks = setup, functools.partial(self._run_for_tasks, condition)
+        return Transformed(self.setup, self.run, tree).phi(inputs, for_tasks)
 
     def _takes_tasks(self) -> bool:
         """Whether a batch of such problems can be linearised, and its systems solved, at once."""
         setup = self.setup
         plain = not setup.polish and setup.reporting.rtol_gradient is None
+        plain = plain and setup.curvature != "finite_difference"
         return plain and setup.linear_solver.takes_tasks
 
     def _run_for_tasks(self, condition: Condition, call: Call) -> Any:
         """The solver's output for a batch: at once if it works element by element."""
         if self.init is None and getattr(self.solver, "elementwise", False):
-            return self._run(condition, call)
+            try:
+                return self._run(condition, call)
+            except ImplicitGradError:
+                raise
+            except RuntimeError as reason:  # the objective cannot run for a batch, or at all
+                raise CannotBatch from reason
         tensors, tree = _tree.flatten((call.args, call.kwargs, call.parameters))
         rows = zip(*(t.unbind() for t in tensors), strict=True)
         solved = []

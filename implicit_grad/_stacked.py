@@ -17,7 +17,7 @@ from implicit_grad._tree import Tensors
 
 
 def check_tasks(
-    tasks: object, already: int | None, solver: LinearSolver, module: nn.Module
+    tasks: object, already: int | None, solver: LinearSolver, curvature: str, module: nn.Module
 ) -> None:
     """Raise unless a learner with these options can be one for a batch of tasks."""
     if not is_integer(tasks, 1):
@@ -32,6 +32,10 @@ def check_tasks(
         raise InvalidArgumentError(
             f"clone(tasks={tasks}): a batch of tasks is solved by CG without preconditioner and "
             f'warm start, and with on_negative_curvature "stop" or "raise"; got {solver!r}'
+        )
+    if curvature == "finite_difference":
+        raise InvalidArgumentError(
+            f"clone(tasks={tasks}): finite differences are taken for one task at a time"
         )
     for part in module.modules():
         if isinstance(part, nn.RNNBase):

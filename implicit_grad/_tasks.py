@@ -35,6 +35,21 @@ def solve_tasks(
     return run.solutions(residual)
 
 
+def first_order(operator: Operator, rhs: Tensor) -> tuple[Tensor, list[LinearSolution]]:
+    """rhs over the scale: no product is taken."""
+    sizes = torch.sqrt(dots(rhs, rhs)).tolist()
+    x, found = operator.over_scale(rhs).clone(), []
+    for row, size in zip(x, sizes, strict=True):
+        if not math.isfinite(size) and not bool(torch.isfinite(row).all()):
+            row.fill_(math.nan)
+            found.append(LinearSolution(row, Status.NONFINITE_RHS))
+        elif not bool(row.any()):
+            found.append(LinearSolution(row, Status.ZERO_RHS, residual=0.0))
+        else:
+            found.append(LinearSolution(row, Status.FIRST_ORDER))
+    return x, found
+
+
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """xᵀy for each task, in double precision: what follows from it is small."""
     if x.is_cuda or x.shape[1] < _LONG_ROW:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from implicit_grad import _tree
 from implicit_grad._ad import leaves_behind, walk
 from implicit_grad._batched import total
-from implicit_grad._condition import scalar
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._proximal import Pull
 from implicit_grad._tree import Tensors
@@ -120,7 +119,7 @@ class Weights:
 
     def total(self, name: str, loss: object) -> Tensor:
         """The loss, if it is one number, or the sum of one for each task."""
-        return scalar(name, loss) if self.tasks is None else total(name, loss, self.tasks)
+        return total(name, loss, self.tasks)
 
     def start(self) -> None:
         """Begin at copies of θ."""

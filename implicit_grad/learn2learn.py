@@ -171,7 +171,7 @@ class ImplicitMAML(nn.Module):
             InvalidArgumentError: tasks is not a number of tasks, or an option does not go with it.
         """
         if tasks is not None:
-            check_tasks(tasks, self.tasks, self.linear_solver, self.module)
+            check_tasks(tasks, self.tasks, self.linear_solver, self.curvature, self.module)
         from learn2learn import clone_module  # an optional neighbour, there if a MAML is
 
         learner = ImplicitMAML(

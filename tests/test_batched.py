@@ -1,5 +1,7 @@
 """Batches of problems: under vmap and as stacks, equal to one problem after another."""
 
+import math
+
 import pytest
 import torch
 from problems import minimize, normal, prox, wavy
@@ -164,7 +166,151 @@ def test_functions_that_cannot_run_for_a_batch_run_one_by_one():
     close(vmap(outer[0])(theta, X), vmap(outer[1])(theta, X))
 
 
+# ---------------------------------------------------------------- what a reviewer found
+
+
+class Quartic(torch.autograd.Function):
+    """φ⁴, differentiable once only, with the rule for vmap that torch makes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**4
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 4 * g * ctx.saved_tensors[0] ** 3
+
+
+def test_curvature_is_not_lost_under_vmap():
+    """torch hides the mark of functions that are differentiable once."""
+
+    def objective(phi, y):
+        return Quartic.apply(phi).sum() + (phi - y).square().sum()
+
+    descent = GradientDescent(lr=0.05, tol=1e-12)
+    solve = ig.implicit(descent, ig.argmin(objective), on_failure="raise")
+    y = normal(4, 3)
+    (found,) = torch.autograd.grad(vmap(solve)(y).sum(), y)
+    phi = vmap(solve)(y).detach()
+    torch.testing.assert_close(found, 2 / (2 + 12 * phi**2), rtol=1e-8, atol=0)
+    once = ig.implicit(
+        descent, ig.argmin(vmap(objective), tasks=True), curvature="hessian", on_failure="ignore"
+    )
+    with pytest.raises(ig.GraphError, match="once_differentiable"):
+        once(y).sum().backward()
+
+
+def test_a_captured_batch_is_refused():
+    theta, X = tasks()
+    scales = torch.rand(B, dtype=torch.float64)
+
+    def inner(scale):
+        condition = ig.proximal(lambda phi, X: scale * loss(phi, X), LAM)
+        return vmap(ig.implicit(GradientDescent(lr=0.05, steps=9), condition))(theta, X)
+
+    with pytest.raises(ig.GraphError, match="captured a tensor"):
+        vmap(inner)(scales)
+
+
+def test_batches_within_batches():
+    theta, X = tasks()
+    scales = torch.rand(4, dtype=torch.float64)
+    condition = ig.proximal(lambda phi, X, scale: scale * loss(phi, X), LAM)
+    solve = ig.implicit(NewtonCG(maxiter=50, tol=1e-13), condition, **TIGHT)
+    outer = grad(lambda t, X, scale: wavy(solve(t, X, scale)), (0, 1, 2))
+    found = vmap(lambda s: vmap(outer, in_dims=(0, 0, None))(theta, X, s))(scales)
+    for i, scale in enumerate(scales):
+        expected = loop(lambda t, X, s=scale: outer(t, X, s), theta, X)
+        close(tuple(t[i] for t in found), expected)
+
+
+@pytest.mark.parametrize("reason", ["a branch", "an output that is no tensor"])
+def test_a_black_box_runs_once_a_sample_whatever_the_condition(reason):
+    runs = []
+
+    def counted(theta, X):
+        runs.append(theta)
+        return black_box(theta, X)
+
+    def branching(phi, X):
+        return loss(phi, X) if float(phi.detach().sum()) > -1e9 else phi.sum()
+
+    model = {"model": lambda phi, X: (phi, None)}
+    condition = {
+        "a branch": ig.proximal(branching, LAM),
+        "an output that is no tensor": ig.proximal(lambda out, X: loss(out[0], X), LAM, **model),
+    }[reason]
+    theta, X = tasks()
+    solve = ig.implicit(counted, condition, **TIGHT)
+    vmap(grad(lambda t, X: wavy(solve(t, X))))(theta, X)
+    assert len(runs) == B
+
+
+def test_the_users_errors_are_raised_once():
+    """And nothing is solved again to find them anew."""
+    monitor = ig.Monitor()
+    flat = ig.argmin(lambda phi, y: (phi * 0).sum() + (y * 0).sum() - phi.square().sum())
+    solve = ig.implicit(torch.clone, flat, monitor=monitor, on_failure="raise")
+    y = normal(3, 2)
+    with pytest.raises(ig.LinearSolveError):
+        torch.autograd.grad(vmap(solve)(y).sum(), y)
+    assert len(monitor.reports) == 3
+
+
+def test_a_lam_for_each_task():
+    theta, X = tasks()
+    lams = torch.rand(B, dtype=torch.float64) + 0.5
+
+    def outer(lam, theta, X):
+        condition = ig.proximal(loss, lam)
+        return wavy(ig.implicit(NewtonCG(maxiter=50, tol=1e-13), condition, **TIGHT)(theta, X))
+
+    every = (0, 1, 2)
+    close(vmap(grad(outer, every))(lams, theta, X), loop(grad(outer, every), lams, theta, X))
+
+
+def test_first_order_looks_at_the_right_hand_sides():
+    condition = ig.proximal(lambda p: p.square().sum(1), 2.0, tasks=True)
+    monitor = ig.Monitor()
+    quiet = {"on_failure": "ignore", "monitor": monitor}
+    solve = ig.implicit(torch.clone, condition, linear_solver=ig.CG(maxiter=0), **quiet)
+    theta = normal(3, 2)
+    v = torch.tensor([[1.0, 2.0], [0.0, 0.0], [math.nan, 1.0]], dtype=torch.float64)
+    (found,) = torch.autograd.grad(solve(theta), theta, v)
+    assert [r.status.name for r in monitor.reports] == ["FIRST_ORDER", "ZERO_RHS", "NONFINITE_RHS"]
+    assert torch.equal(found[:2], v[:2]) and found[2].isnan().all()
+
+
+def test_the_sum_of_losses_may_be_larger_than_a_loss():
+    """In float16, whose greatest number is 65,504."""
+    condition = ig.proximal(lambda p: p.square().sum(1) * 100, 300.0, tasks=True)
+    theta = torch.full((40, 4), 3.0, dtype=torch.float16, requires_grad=True)
+    phi = ig.implicit(lambda t: t * 0.6, condition, on_failure="ignore")(theta)
+    (found,) = torch.autograd.grad(phi.sum(), theta)
+    torch.testing.assert_close(found, torch.full_like(found, 0.6))
+
+
+def test_a_batch_without_samples():
+    with pytest.raises(ig.InvalidArgumentError, match="without samples"):
+        vmap(ig.implicit(black_box, ig.proximal(loss, LAM)))(*(t[:0] for t in tasks()))
+
+
+# ---------------------------------------------------------------- errors
+
 BAD = {
+    "finite differences": (
+        lambda: ig.implicit(
+            torch.clone, ig.proximal(loss, 1.0, tasks=True), curvature="finite_difference"
+        ),
+        "finite differences do not go with tasks=True",
+    ),
     "linear solver": (
         lambda: ig.implicit(
             torch.clone, ig.proximal(loss, 1.0, tasks=True), linear_solver=ig.MINRES()

@@ -380,7 +380,6 @@ doubled = pytest.mark.usefixtures("double_precision")
 WAYS = [
     *itertools.product(STYLES, CURVATURES),
     ("closure", "auto"),
-    ("closure", "finite_difference"),
 ]
 
 
@@ -389,8 +388,6 @@ WAYS = [
 def test_a_batch_is_the_loop(dtype, style, curvature, double_precision):
     torch.set_default_dtype(dtype)
     tolerance = 1e-10 if dtype == F64 else 1e-6
-    if curvature == "finite_difference":  # one step length for all tasks
-        tolerance = 1e-7 if dtype == F64 else 1e-2
     for steps in (1, 3):
         compare(wrapped(network(), curvature=curvature), style, steps, tolerance=tolerance)
 
