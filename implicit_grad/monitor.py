@@ -78,6 +78,8 @@ class Report:
 class Monitor:
     """Collects one `Report` for each backward solve, from whatever thread runs it.
 
+    A solve for a batch of tasks has one for each task; its products are those of all together.
+
     >>> monitor = Monitor()
     >>> monitor.reports, monitor.last
     ([], None)
