@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -217,3 +219,19 @@ def convolutional() -> Instance:
 
 
 PROBLEMS = (ridge, logistic, spectrum, deep_equilibrium, nonlinear_system, convolutional)
+
+
+def count_tensors():
+    """The tensors that Python knows."""
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+@contextlib.contextmanager
+def no_garbage_collector():
+    """References alone decide what lives: a cycle would show."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

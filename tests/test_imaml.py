@@ -1,8 +1,6 @@
 """imaml: gradients, memory, what it leaves alone, and what it refuses."""
 
-import contextlib
 import copy
-import gc
 import subprocess
 import sys
 import textwrap
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 import learn2learn as l2l
 import pytest
 import torch
-from problems import minimize, normal, wavy
+from problems import count_tensors, minimize, no_garbage_collector, normal, wavy
 from torch import nn
 from torch.func import functional_call, grad, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
@@ -486,22 +484,6 @@ def test_the_loss_before_adaptation_joins_that_after_it(style):
 
 
 # ---------------------------------------------------------------- memory
-
-
-def count_tensors():
-    """The tensors that Python knows."""
-    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-
-@contextlib.contextmanager
-def no_garbage_collector():
-    """References alone decide what lives: a cycle would show."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)

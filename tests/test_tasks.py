@@ -1,9 +1,7 @@
 """Batches of tasks: clone(tasks=...) against the loop over clones, its CG against CG alone."""
 
-import contextlib
 import copy
 import dataclasses
-import gc
 import itertools
 import math
 import warnings
@@ -14,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import normal
+from problems import count_tensors, no_garbage_collector, normal
 from torch import nn
 from torch.func import vmap
 from torch.nn.functional import cross_entropy, mse_loss
@@ -805,22 +803,6 @@ def test_a_task_with_nan_leaves_the_others_alone():
     assert [dataclasses.replace(r, products=0) for r in alone] == [
         dataclasses.replace(r, products=0) for r in beside
     ]
-
-
-def count_tensors():
-    """The tensors that Python knows."""
-    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-
-@contextlib.contextmanager
-def no_garbage_collector():
-    """References alone decide what lives: a cycle would show."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
