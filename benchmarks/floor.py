@@ -329,7 +329,9 @@ def draw(rows: list[Row], iteration: list[Row], path: Path) -> None:
     centres = [j * (len(methods) + 1) + (len(methods) - 1) / 2 for j in range(len(jobs))]
     left.set_xticks(centres, jobs)
     left.set(ylabel="time / floor", ylim=(0.8, None))
-    left.legend(frameon=False, fontsize="small")
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside upper left", ncols=5, frameon=False
+    )
     measured = [row for row in iteration if row["overhead_us"] != ""]
     right.bar([str(r["method"]) for r in measured], [r["overhead_us"] for r in measured])
     right.set_ylabel("overhead of a CG iteration (µs)")

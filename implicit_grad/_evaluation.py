@@ -60,7 +60,7 @@ class Evaluation:
         self._phi: Tensors | None = None
         self._at_phi: Tensors = ()
         self._record: tuple[Snapshot, Tensors] | None = None
-        self._random: RandomState | None = None
+        self._random: RandomState  # of when F was first evaluated
 
     def problem(self) -> Problem:
         """The problem whose F is recorded where the solver's φ is."""

@@ -98,7 +98,7 @@ def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(devices: set[torch.device], replay: RandomState | None = None) -> Iterator[None]:
+def undisturbed(devices: set[torch.device], replay: RandomState) -> Iterator[None]:
     """Run user code with gradients on, leaving random generators and module buffers as they were.
 
     `replay` is the random state to evaluate under, so that repeated evaluations draw the same
@@ -107,8 +107,7 @@ def undisturbed(devices: set[torch.device], replay: RandomState | None = None) -
     fused kernels have no second derivative.
     """
     before = RandomState(devices)
-    if replay is not None:
-        replay.restore()
+    replay.restore()
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_private_buffers())

@@ -46,16 +46,18 @@ class Iterative(LinearSolver):
 
     def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
         """These rules for a right-hand side that was divided by `unit`."""
-        rtol, maxiter, fixed = self.limits(operator, rhs, rhs.numel())
-        return Budget(max(rtol * norm(rhs), self.atol / unit), maxiter, fixed)
+        relative = self.relative_budget(operator, rhs, rhs.numel())
+        return dataclasses.replace(
+            relative, target=max(relative.target * norm(rhs), self.atol / unit)
+        )
 
-    def limits(self, operator: Operator, rhs: Tensor, unknowns: int) -> tuple[float, int, bool]:
-        """The relative tolerance, the most iterations, and whether they are a fixed budget."""
+    def relative_budget(self, operator: Operator, rhs: Tensor, unknowns: int) -> Budget:
+        """The rules but for `atol`, for a right-hand side of norm 1."""
         eps = operator.precision(rhs)
         fixed = self.maxiter is not None and self.rtol is None and self.atol == 0.0
         rtol = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
         maxiter = min(10 * unknowns, 1000) if self.maxiter is None else self.maxiter
-        return eps if fixed else rtol, maxiter, fixed
+        return Budget(eps if fixed else rtol, maxiter, fixed)
 
 
 def is_integer(value: object, least: int) -> bool:

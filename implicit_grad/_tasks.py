@@ -30,8 +30,8 @@ def solve_tasks(
 ) -> tuple[Tensor, list[LinearSolution]]:
     """Solve operator · x = rhs, where both have a row for each task."""
     run = _Run(rules, operator, rhs)
-    run.iterate(run.status == run.exhausted)
-    residual = run.refine() if verify or not run.fixed else None
+    run.iterate(run.status == run.budget.exhausted)
+    residual = run.refine() if verify or not run.budget.fixed else None
     return run.solutions(residual)
 
 
@@ -87,11 +87,9 @@ class _Run:
         self.rhs = self.residual = rhs / _column(self.unit, rhs)
         self.x = torch.zeros_like(rhs)
         self.size = dots(self.rhs, self.rhs).sqrt()
-        rtol, self.maxiter, self.fixed = rules.limits(operator, rhs, rhs.shape[1])
-        self.target = (rtol * self.size).maximum(rules.atol / self.unit)
-        self.exhausted = Status.TRUNCATED if self.fixed else Status.MAX_ITER
-        self.stalled = Status.TRUNCATED if self.fixed else Status.STAGNATED
-        self.status = torch.full_like(exponents, self.exhausted)
+        self.budget = rules.relative_budget(operator, rhs, rhs.shape[1])
+        self.target = (self.budget.target * self.size).maximum(rules.atol / self.unit)
+        self.status = torch.full_like(exponents, self.budget.exhausted)
         self._end(largest == 0, Status.ZERO_RHS)
         self._end(~finite, Status.NONFINITE_RHS)
         self.iterations = torch.zeros_like(exponents)
@@ -109,15 +107,15 @@ class _Run:
     def iterate(self, started: Tensor) -> None:
         """Conjugate gradients on operator · d = residual for some of the tasks, adding d to x."""
         eps, scale = torch.finfo(self.rhs.dtype).eps, self._number
-        going = started & ~self._end(started, self.exhausted)
+        going = started & ~self._end(started, self.budget.exhausted)
         self.residual = r = self.residual.clone()
         rr = dots(r, r)
         going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
         rz, z = self._preconditioned(r, rr)
         p = self._left_out(z.clone(), going)
         energy, gains = torch.zeros_like(rz), rz.new_full((PATIENCE, len(rz)), math.inf)
-        for k in range(self.maxiter):
-            going = going & (self.iterations < self.maxiter)
+        for k in range(self.budget.maxiter):
+            going = going & (self.iterations < self.budget.maxiter)
             if (k % _LOOK_EVERY == 0 or not r.is_cuda) and not bool(going.any()):
                 break
             product = self.operator.matvec(p)
@@ -142,7 +140,7 @@ class _Run:
             gain = alpha * before
             energy, gains = energy + gain, torch.cat([gains[1:], gain[None]])
             still = gains.sum(0) <= eps**2 * energy
-            going = going & self._end(going & still, self.stalled)
+            going = going & self._end(going & still, self.budget.stalled)
             p = self._left_out(torch.addcmul(z, _column(beta, p), p, out=p), going)
         self._limit(started)
 
@@ -191,13 +189,13 @@ class _Run:
             carried, self.residual = self.residual, self.rhs - self.operator.matvec(self.x)
             self._measure(carried, ran)
             size = dots(self.residual, self.residual).sqrt()
-            promised = (self.status == Status.CONVERGED) | (self.status == self.stalled)
+            promised = (self.status == Status.CONVERGED) | (self.status == self.budget.stalled)
             small = size <= SLACK * self.target
             self._end(promised & small, Status.CONVERGED)
-            self._end(promised & ~small, self.stalled)
-            ran = promised & ~small & (self.iterations < self.maxiter)
+            self._end(promised & ~small, self.budget.stalled)
+            ran = promised & ~small & (self.iterations < self.budget.maxiter)
             ran = ran & (size < RESTART_GAIN * before)
-            if self.fixed or not bool(ran.any()):
+            if self.budget.fixed or not bool(ran.any()):
                 return size / self.size
             before, self.restarted = torch.where(ran, size, before), self.restarted | ran
             self.iterate(ran)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, softplus
 
 import implicit_grad as ig
@@ -235,3 +237,44 @@ def no_garbage_collector():
         yield
     finally:
         gc.enable()
+
+
+class Tied(nn.Module):
+    """Encoder and decoder share their weight; another layer is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.decode.weight = self.encode.weight
+        self.spare = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.decode(torch.tanh(self.encode(x)))
+
+
+def in_threads(work: Callable[[int], Any], count: int = 8) -> list[Any]:
+    """What the calls return, run at the same time and switched often."""
+    results: list[Any] = [None] * count
+    start = threading.Barrier(count)
+
+    def run(i: int) -> None:
+        try:
+            start.wait()
+            results[i] = work(i)
+        except BaseException as error:
+            results[i] = error
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results

@@ -9,14 +9,7 @@ import torch
 for neighbour in ("learn2learn", "matplotlib", "rich", "scipy", "sklearn"):
     pytest.importorskip(neighbour)
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Import the scripts as they import one another; leave torch's threads as they were."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def table(path: Path) -> list[dict[str, str]]:

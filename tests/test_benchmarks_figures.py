@@ -4,19 +4,11 @@ import csv
 from pathlib import Path
 
 import pytest
-import torch
 
 for neighbour in ("learn2learn", "matplotlib", "rich"):
     pytest.importorskip(neighbour)
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Import the benchmarks as they import each other; leave torch's threads as they were."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def table(path: Path, *keys: str) -> dict[tuple[str, ...], dict[str, str]]:

@@ -8,7 +8,6 @@ import io
 import os
 import pickle
 import sys
-import threading
 import time
 import warnings
 import weakref
@@ -19,7 +18,7 @@ import learn2learn as l2l
 import pytest
 import torch
 from fingerprint import untouched
-from problems import minimize, normal, prox
+from problems import in_threads, minimize, normal, prox
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call
@@ -323,34 +322,6 @@ def test_a_layer_in_the_loss_of_an_imaml_learner(style):
 
 
 # ---------------------------------------------------------------- threads, and backward in backward
-
-
-def in_threads(work: Callable[[int], Any], count: int = 8) -> list[Any]:
-    """What the calls return, run at the same time and switched often."""
-    results: list[Any] = [None] * count
-    start = threading.Barrier(count)
-
-    def run(i: int) -> None:
-        try:
-            start.wait()
-            results[i] = work(i)
-        except BaseException as error:
-            results[i] = error
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 def test_threads_share_a_module_in_the_condition():

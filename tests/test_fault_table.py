@@ -13,8 +13,6 @@ import copy
 import gc
 import io
 import pickle
-import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ import learn2learn as l2l
 import pytest
 import torch
 from fingerprint import differences, fingerprint
-from problems import minimize, normal, prox
+from problems import in_threads, minimize, normal, prox
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call
@@ -1407,29 +1405,6 @@ def one_class(user: User) -> None:
     assert len(nodes) == 1 and nodes.pop() is type(solve(theta, X).grad_fn)
     assert len(torch.autograd.Function.__subclasses__()) == before
     assert solve(theta, X).grad_fn._forward_cls is ImplicitFunction
-
-
-def in_threads(work: Callable[[int], Any], count: int) -> list[Any]:
-    """What the calls return, run at the same time and switched often."""
-    results: list[Any] = [None] * count
-
-    def run(i: int) -> None:
-        try:
-            results[i] = work(i)
-        except BaseException as error:
-            results[i] = error
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-        [t.start() for t in threads], [t.join() for t in threads]
-    finally:
-        sys.setswitchinterval(interval)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 @row(55, "three threads")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import learn2learn as l2l
 import pytest
 import torch
-from problems import count_tensors, minimize, no_garbage_collector, normal, wavy
+from problems import Tied, count_tensors, minimize, no_garbage_collector, normal, wavy
 from torch import nn
 from torch.func import functional_call, grad, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
@@ -636,19 +636,6 @@ def test_random_numbers_are_drawn_by_the_steps_only(style):
 
 
 # ---------------------------------------------------------------- kinds of parameters
-
-
-class Tied(nn.Module):
-    """Encoder and decoder share their weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.encode, self.decode = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.decode.weight = self.encode.weight
-        self.spare = nn.Linear(2, 1)
-
-    def forward(self, x):
-        return self.decode(torch.tanh(self.encode(x)))
 
 
 @pytest.mark.parametrize("style", STYLES)

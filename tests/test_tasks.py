@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import count_tensors, no_garbage_collector, normal
+from problems import Tied, count_tensors, no_garbage_collector, normal
 from torch import nn
 from torch.func import vmap
 from torch.nn.functional import cross_entropy, mse_loss
@@ -549,19 +549,6 @@ def test_dropout_has_a_mask_for_each_task_and_keeps_it(style):
     expected = 6.0 * u.sum(0)
     actual = torch.cat([g.flatten() for g in inner])
     assert (actual - expected).norm() <= 1e-10 * expected.norm()
-
-
-class Tied(nn.Module):
-    """Encoder and decoder share their weight; another layer is not used."""
-
-    def __init__(self):
-        super().__init__()
-        self.encode, self.decode = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.decode.weight = self.encode.weight
-        self.spare = nn.Linear(2, 1)
-
-    def forward(self, x):
-        return self.decode(torch.tanh(self.encode(x)))
 
 
 @doubled
