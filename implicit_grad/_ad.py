@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +71,15 @@ def variables(tensors: Tensors) -> Tensors:
     )
 
 
+class Force(NamedTuple):
+    """F, made from the gradient of an objective's smooth part; see `Linearization`."""
+
+    residual: Tensors | Callable[[], Tensors]
+    pulled: Tensors = ()
+    scale: Tensors | None = None
+    held: Mapping[int, tuple[int, Tensor]] = MappingProxyType({})
+
+
 class Linearization:
     """F(φ, a) as a graph at one point: products with A = ∂F/∂φ and with ∂F/∂a.
 
@@ -78,6 +88,9 @@ class Linearization:
     take it for the natural unit of A. `pulled` is linear in φ (what else λ adds when it is a
     matrix). F itself may be given by a function, so that it takes no memory while a linear solver
     works. `guard` is entered for the one product that goes past φ in the graph.
+
+    `held` tells, by their ids, of tensors θ that enter F as −λθ and not otherwise: the place in φ
+    that each holds back, and λ. Products with ∂F/∂θ then need no graph.
     """
 
     curvature = "jacobian"  # of what A is made, for reports
@@ -99,6 +112,7 @@ class Linearization:
         self.pulled, self.scale = pulled, scale
         self.degenerate = False  # φ lies at a kink, where F has no derivative
         self.is_adjoint = False  # F is itself the residual of an adjoint problem
+        self.held: Mapping[int, tuple[int, Tensor]] = {}
         self.tasks: int | None = None  # how many tasks there are along φ's first dimension
         # makes the same problem with an operator that is never indefinite, where there is one
         self.convex: Callable[[], Linearization] | None = None
@@ -158,6 +172,9 @@ class Linearization:
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu, for any tensors in F's graph."""
+        if all(id(x) in self.held for x in inputs):
+            places = ((x, *self.held[id(x)]) for x in inputs)
+            return tuple((-lam * u[i]).to(x.dtype) for x, i, lam in places)
         with self._guard(), without_hooks(inputs):
             return vjp(self.residual, inputs, u)
 
@@ -192,8 +209,8 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def walk(roots: Iterable[Any], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
     """The nodes of the graph behind the roots (tensors, or nodes themselves); not past `stop`."""
-    pending = [node for node in (getattr(r, "grad_fn", r) for r in roots) if node is not None]
-    seen = set(pending)
+    seen = {getattr(root, "grad_fn", root) for root in roots} - {None}
+    pending = list(seen)
     while pending:
         node = pending.pop()
         yield node

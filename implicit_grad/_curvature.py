@@ -7,18 +7,20 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from implicit_grad._ad import (
+    Force,
     Linearization,
     gradient,
     once_differentiable,
     vjp,
     without_hooks,
 )
+from implicit_grad._batch_norm import lean_batch_norms
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._tree import Tensors
 
@@ -32,14 +34,6 @@ _CHANGED = (
     "the condition's function has other derivatives when it is evaluated again: it refers to a "
     "variable that has changed since, or it is random. Pass everything it needs as arguments"
 )
-
-
-class Force(NamedTuple):
-    """F, made from the gradient of an objective's smooth part; see `Linearization`."""
-
-    residual: Tensors | Callable[[], Tensors]
-    pulled: Tensors = ()
-    scale: Tensors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +92,7 @@ class Hessian(Linearization):
         super().__init__(
             force.residual, objective.phi, slope, force.pulled, force.scale, objective.guard
         )
+        self.held = force.held
         self.convex = None if objective.outputs is None else lambda: GaussNewton(objective)
 
     def curved_product(self, x: Tensors) -> Tensors:
@@ -106,6 +101,7 @@ class Hessian(Linearization):
 
     def _slope(self) -> Tensors:
         """∇value."""
+        lean_batch_norms([self.objective.value])
         return gradient(self.objective.value, self.objective.phi)
 
 
@@ -127,6 +123,9 @@ class GaussNewton(Hessian):
             self._loss_gradient = gradient(objective.value, self._outputs)
             self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in self._outputs)
             self._to_phi = vjp(self._outputs, self.phi, self._dummy)
+
+    def _slope(self) -> Tensors:
+        return gradient(self.objective.value, self.objective.phi)
 
     def curved_transposed(self, u: Tensors) -> Tensors:
         """Jᵀ (∂²loss/∂output²) J u."""

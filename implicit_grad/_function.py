@@ -81,15 +81,13 @@ class ImplicitFunction(torch.autograd.Function):
     """φ = problem.solve(a), with the implicit gradient as its backward pass."""
 
     @staticmethod
-    def forward(problem: Problem, *inputs: Tensor) -> Tensors:
-        return problem.solve(inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        ctx.problem, *a = inputs
-        ctx.size = len(output)
-        ctx.save_for_backward(*output, *a)
+    def forward(ctx: Any, problem: Problem, *a: Tensor) -> Tensors:
+        # all in one: `setup_context` makes torch inspect this signature at each call
+        phi = problem.solve(a)
+        ctx.problem, ctx.size = problem, len(phi)
+        ctx.save_for_backward(*phi, *a)
         ctx.set_materialize_grads(False)
+        return phi
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

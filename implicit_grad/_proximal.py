@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad import _tree
-from implicit_grad._curvature import Force
+from implicit_grad._ad import Force, leaves_behind
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._tree import Tensors
 
@@ -48,7 +48,8 @@ class Pull(NamedTuple):
 
     def detached(self) -> Pull:
         """The same without its graph."""
-        return Pull(*(tuple(t.detach() for t in part) for part in self))
+        own = {id(t): t.detach() for part in self for t in part}  # what was one tensor stays one
+        return Pull(*(tuple(own[id(t)] for t in part) for part in self))
 
     def term(self, phi: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
         """½ (φ − θ)ᵀΛ(φ − θ)."""
@@ -65,7 +66,8 @@ class Pull(NamedTuple):
         if not phi:
             return ()
         with torch.no_grad():
-            share = {id(w): w * lr for w in self.weights}  # one product for one λ
+            distinct = {id(w): w for w in self.weights}
+            share = {i: w * lr for i, w in distinct.items()}  # one product for one λ
             shares = [share[id(w)].to(p.dtype) for w, p in zip(self.weights, phi, strict=True)]
             moved = torch._foreach_lerp(phi, theta, shares)
             if self.factors:
@@ -107,7 +109,12 @@ class Pull(NamedTuple):
                 sums[slot] = sums[slot] + weight * (phi[slot] - t)
             return tuple(sums)
 
-        return Force(residual, tuple(pulled), tuple(scale[i] for i in range(len(slope))))
+        held: dict[int, tuple[int, Tensor]] = {}
+        if not (self.factors or any(w.requires_grad for w in self.weights)):
+            held = {id(t): (slot, weight) for slot, weight, t in places}
+        entangled = len(held) < len(places) or held.keys() & {id(t) for t in leaves_behind(slope)}
+        scales = tuple(scale[i] for i in range(len(slope)))
+        return Force(residual, tuple(pulled), scales, {} if entangled else held)
 
     def _coordinates(self, away: Sequence[Tensor]) -> Tensor:
         """Uᵀ(φ − θ)."""

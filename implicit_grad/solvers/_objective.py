@@ -12,6 +12,7 @@ from torch import Tensor
 
 from implicit_grad import _tree
 from implicit_grad._ad import Linearization, gradient
+from implicit_grad._batch_norm import lean_batch_norms
 from implicit_grad._condition import scalar
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._proximal import ProximalObjective
@@ -124,6 +125,7 @@ class Objective(Variables):
     def curved_at(self, phi: Tensors) -> tuple[Point, Linearization]:
         """Value and gradient, and the gradient's graph for products with the Hessian."""
         here, value = self._recorded(self._objective, phi)
+        lean_batch_norms([value])
         with torch.enable_grad():
             around = Linearization(gradient(value, here), here)
         return Point(phi, value, tuple(g.detach() for g in around.residual)), around
