@@ -20,7 +20,7 @@ from implicit_grad._learned import LearnedLam
 from implicit_grad._minres import MINRES
 from implicit_grad._neumann import Neumann
 from implicit_grad._normal import NormalCG
-from implicit_grad._preconditioners import Jacobi, Nystrom
+from implicit_grad._preconditioners import Cholesky, Jacobi, Nystrom, Reuse
 from implicit_grad._proximal import LowRank
 from implicit_grad._warm_start import WarmStart
 from implicit_grad.learn2learn import imaml
@@ -32,6 +32,7 @@ __all__ = [
     "CG",
     "MINRES",
     "Certificate",
+    "Cholesky",
     "Exact",
     "GraphError",
     "ImplicitGradError",
@@ -48,6 +49,7 @@ __all__ = [
     "NormalCG",
     "Nystrom",
     "Report",
+    "Reuse",
     "Status",
     "WarmStart",
     "argmin",

@@ -40,8 +40,7 @@ class Exact(LinearSolver):
                 f"Exact() would build a dense {n} × {n} matrix; its max_size is {self.max_size}. "
                 "Use CG() (or NormalCG() for root and fixed_point), or raise max_size"
             )
-        identity = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        matrix = torch.stack([operator.matvec(column) for column in identity], dim=1)
+        matrix = operator.dense(rhs)
         if not bool(torch.isfinite(matrix).all()):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_OPERATOR, n)
         curvature, size = None, None

@@ -37,9 +37,10 @@ class CG(Iterative):
             solve the same system by "minres", or one with the "gauss_newton" matrix in A's place
             (the condition has to know its `model`). The last two start again, with as many
             iterations to spend.
-        preconditioner: `Jacobi()`, `Nystrom(rank=...)`, or a function of the flat residual r (φ's
-            tensors one after another) that approximates A⁻¹r, symmetric and positive definite.
-            None divides by A's scale (λ of `proximal`).
+        preconditioner: `Jacobi()`, `Nystrom(rank=...)`, one of them or `Cholesky()` kept for many
+            solves by `Reuse(...)`, or a function of the flat residual r (φ's tensors one after
+            another) that approximates A⁻¹r, symmetric and positive definite. None divides by A's
+            scale (λ of `proximal`).
         warm_start: a `WarmStart()`, to start from the last solution where that is nearer than 0.
             The results then depend on the calls before.
 

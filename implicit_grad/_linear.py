@@ -54,6 +54,11 @@ class Operator:
         """√(rᵀS⁻¹r), the norm of residuals that belongs to `scaled_norm`."""
         return math.sqrt(dot(r, self.over_scale(r)))
 
+    def dense(self, like: Tensor) -> Tensor:
+        """M itself, by a product for each unknown of vectors like this one."""
+        identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
+        return torch.stack([self.matvec(column) for column in identity], dim=1)
+
     def damped(self, damping: float) -> Operator:
         """M + damping·I, and likewise for the matrix that may stand in for M."""
         if not damping:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import threading
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ Precondition = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class Preconditioner(Protocol):
-    """Builds an approximation of A⁻¹, symmetric and positive definite, anew for each solve."""
+    """Gives each solve an approximation of A⁻¹, symmetric and positive definite."""
 
     def build(self, operator: Operator, like: Tensor) -> Precondition:
         """A function r ↦ about A⁻¹r, for vectors like this one."""
@@ -125,6 +127,97 @@ class Nystrom:
             return (r - basis @ (weights * (basis.mT @ r))) / shift / root
 
         return precondition
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cholesky:
+    """A itself, factorised: for `Reuse`, where the matrix of one problem serves many alike.
+
+    Takes a product for each unknown. Where A is not positive definite, |A| stands in for it, the
+    matrix with the sizes of its eigenvalues.
+
+    Args:
+        max_size: most unknowns to build a dense matrix for.
+
+    >>> Cholesky()
+    Cholesky(max_size=2000)
+    """
+
+    max_size: int = 2000
+
+    def __post_init__(self) -> None:
+        if not is_integer(self.max_size, 1):
+            raise InvalidArgumentError(
+                f"Cholesky(max_size={self.max_size!r}): expected an integer of at least 1"
+            )
+
+    def build(self, operator: Operator, like: Tensor) -> Precondition:
+        """r ↦ A⁻¹r; the function holds on to no graph, for `Reuse` keeps it."""
+        n = like.numel()
+        if n > self.max_size:
+            raise InvalidArgumentError(
+                f"Cholesky() would build a dense {n} × {n} matrix; its max_size is "
+                f"{self.max_size}. Use Nystrom(rank=...), or raise max_size"
+            )
+        matrix = operator.dense(like)
+        matrix = (matrix + matrix.mT) / 2
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0]
+        if not bool(torch.isfinite(matrix).all()):
+            return lambda r: r  # the solver will meet what is not finite, and tell
+        values, vectors = torch.linalg.eigh(matrix)
+        sizes = values.abs()
+        sizes = sizes.clamp(min=torch.finfo(like.dtype).eps * float(sizes.max()) or 1.0)
+        return lambda r: vectors @ ((vectors.mT @ r) / sizes)
+
+
+class Reuse:
+    """A preconditioner that is built once and kept for many solves.
+
+    For hypergradients that follow one another, as in meta-training: φ and with it A moves little
+    from one to the next, and what approximated A⁻¹ then approximates it now. CG stays as right as
+    it is; only the number of its iterations depends on the preconditioner. A copy or pickle has
+    kept nothing.
+
+    Args:
+        preconditioner: `Cholesky()`, `Nystrom(rank=...)` or `Jacobi()`.
+        solves: how many solves one is kept for (a polishing step is a solve too); a system of
+            another form gets a new one at once.
+
+    >>> Reuse(Cholesky())
+    Reuse(Cholesky(max_size=2000), solves=100)
+    """
+
+    def __init__(self, preconditioner: Preconditioner, *, solves: int = 100) -> None:
+        if isinstance(preconditioner, type) or not isinstance(preconditioner, Preconditioner):
+            raise InvalidArgumentError(
+                f"Reuse({preconditioner!r}): expected Cholesky(), Nystrom(rank=...) or Jacobi()"
+            )
+        if not is_integer(solves, 1):
+            raise InvalidArgumentError(
+                f"Reuse(solves={solves!r}): expected an integer of at least 1"
+            )
+        self.preconditioner, self.solves = preconditioner, solves
+        self._kept: tuple[object, Precondition] | None = None
+        self._left = 0
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Reuse({self.preconditioner!r}, solves={self.solves})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(Reuse, solves=self.solves), (self.preconditioner,)
+
+    def build(self, operator: Operator, like: Tensor) -> Precondition:
+        """The kept function, or a new one."""
+        form = like.shape, like.dtype, like.device
+        with self._lock:
+            if self._kept is None or self._left == 0 or self._kept[0] != form:
+                self._kept = form, self.preconditioner.build(operator, like)
+                self._left = self.solves
+            self._left -= 1
+            return self._kept[1]
 
 
 def _nystrom(

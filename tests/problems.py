@@ -22,6 +22,7 @@ LINEAR_SOLVERS = {
     "CG": ig.CG(rtol=1e-13),
     "CG+Jacobi": ig.CG(rtol=1e-13, preconditioner=ig.Jacobi()),
     "CG+Nystrom": ig.CG(rtol=1e-13, preconditioner=ig.Nystrom(rank=3)),
+    "CG+Reuse": ig.CG(rtol=1e-13, preconditioner=ig.Reuse(ig.Cholesky(), solves=2)),
     "CG+warm": ig.CG(rtol=1e-13, warm_start=ig.WarmStart()),
     "MINRES": ig.MINRES(rtol=1e-13),
     "NormalCG": ig.NormalCG(rtol=1e-13),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
 import math
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 import implicit_grad as ig
+from implicit_grad._ad import Linearization
 from implicit_grad._errors import Status
 from implicit_grad._linear import LinearSolution, LinearSolver, Operator
 
@@ -128,6 +132,16 @@ def warmed(system: System) -> LinearSolver:
     return solver
 
 
+def reusing(system) -> ig.CG:
+    """With what was built for a system close by."""
+    kept = ig.Reuse(ig.Nystrom(rank=5))
+    if len(system.rhs):
+        known = system.operator
+        near = dataclasses.replace(known, matvec=lambda x: known.matvec(x) + 0.01 * x)
+        kept.build(near, system.rhs)
+    return ig.CG(preconditioner=kept)
+
+
 ROWS = {
     "CG": Row(lambda _: ig.CG(), DEFINITE, BREAKS, kinds=SYMMETRIC),
     "CG+Jacobi": Row(
@@ -139,6 +153,10 @@ ROWS = {
     "CG+Nystrom": Row(
         lambda _: ig.CG(preconditioner=ig.Nystrom(rank=5)), DEFINITE, BREAKS, kinds=SYMMETRIC
     ),
+    "CG+Cholesky": Row(
+        lambda _: ig.CG(preconditioner=ig.Cholesky()), DEFINITE, BREAKS, kinds=SYMMETRIC
+    ),
+    "CG+Reuse": Row(reusing, DEFINITE, BREAKS, kinds=SYMMETRIC),
     "CG+callable": Row(
         lambda s: ig.CG(preconditioner=diagonal(s)), DEFINITE, BREAKS, kinds=SYMMETRIC
     ),
@@ -260,6 +278,77 @@ def test_nystrom_of_full_rank_is_the_inverse():
         if scale is None:  # all is shifted by the least eigenvalue
             matrix = matrix + 3.0 * torch.eye(12, dtype=F64)
         torch.testing.assert_close(approximate(rhs), torch.linalg.solve(matrix, rhs))
+
+
+def test_cholesky_is_the_inverse_and_of_an_indefinite_matrix_that_of_its_size():
+    random = torch.Generator().manual_seed(3)
+    values = torch.linspace(3.0, 40.0, 12, dtype=F64)
+    rhs = torch.randn(12, dtype=F64, generator=random)
+    matrix = symmetric(values, random)
+    found = ig.CG(preconditioner=ig.Cholesky(), rtol=1e-10).solve(operator(matrix), rhs)
+    torch.testing.assert_close(found.x, torch.linalg.solve(matrix, rhs))
+    assert found.iterations == 1
+    values, vectors = torch.linalg.eigh(matrix - 20 * torch.eye(12, dtype=F64))
+    size = vectors * values.abs() @ vectors.mT
+    approximate = ig.Cholesky().build(operator(matrix - 20 * torch.eye(12, dtype=F64)), rhs)
+    torch.testing.assert_close(approximate(rhs), torch.linalg.solve(size, rhs))
+    zero = ig.Cholesky().build(operator(torch.zeros(12, 12, dtype=F64)), rhs)(rhs)
+    assert torch.isfinite(zero).all()
+
+
+def test_reuse_builds_anew_after_some_solves_and_for_another_form():
+    matrix, rhs = low_rank_plus_identity(0, 30)
+    kept, products = ig.Reuse(ig.Nystrom(rank=4), solves=3), []
+
+    def counted(x: Tensor) -> Tensor:
+        products.append(x)
+        return matrix @ x
+
+    known = dataclasses.replace(operator(matrix), matvec=counted)
+    for solve in range(7):
+        before = len(products)
+        kept.build(known, rhs)
+        assert len(products) - before == (4 if solve % 3 == 0 else 0)
+    other = operator(torch.eye(5, dtype=F64))
+    assert kept.build(other, rhs[:5])(rhs[:5]).shape == (5,)
+    with pytest.raises(ig.InvalidArgumentError, match="its max_size is 5"):
+        ig.Reuse(ig.Cholesky(max_size=5)).build(known, rhs)
+    for twin in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        assert repr(twin) == repr(kept)
+        before = len(products)
+        twin.build(known, rhs)
+        assert len(products) - before == 4  # it has kept nothing
+
+
+@pytest.mark.parametrize("preconditioner", [ig.Cholesky(), ig.Nystrom(rank=8)])
+def test_what_is_reused_saves_products_and_keeps_no_graph(preconditioner):
+    torch.manual_seed(0)
+    X = torch.randn(40, 20, dtype=F64) * torch.logspace(0, -2, 20, dtype=F64)
+    theta = torch.randn(20, dtype=F64, requires_grad=True)
+
+    def loss(phi: Tensor) -> Tensor:
+        return torch.nn.functional.softplus(X @ phi).mean()
+
+    monitors, gradients = {}, {}
+    for name, given in (("anew", preconditioner), ("kept", ig.Reuse(preconditioner))):
+        monitors[name], gradients[name] = ig.Monitor(), []
+        solve = ig.implicit(
+            ig.solvers.NewtonCG(maxiter=40, cg=20, tol=1e-12),
+            ig.proximal(loss, lam=1e-3),
+            linear_solver=ig.CG(rtol=1e-9, preconditioner=given),
+            monitor=monitors[name],
+        )
+        for step in range(5):
+            moved = (theta + 0.02 * step).detach().requires_grad_()
+            phi = solve(moved)
+            gradients[name].append(torch.autograd.grad(phi.sin().sum(), moved)[0])
+    for a, b in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+    anew, kept = (sum(r.products for r in m.reports) for m in monitors.values())
+    assert kept < 0.75 * anew
+    del phi, moved
+    gc.collect()
+    assert not any(issubclass(type(thing), Linearization) for thing in gc.get_objects())
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -542,7 +631,15 @@ def indefinite(seed: int, n: int = 60) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "preconditioner",
-    [None, ig.Jacobi(), ig.Jacobi(probes=20), ig.Nystrom(rank=5), lambda r: r / 2],
+    [
+        None,
+        ig.Jacobi(),
+        ig.Jacobi(probes=20),
+        ig.Nystrom(rank=5),
+        ig.Cholesky(),
+        ig.Reuse(ig.Cholesky(), solves=3),
+        lambda r: r / 2,
+    ],
 )
 @pytest.mark.parametrize("scale", [None, 0.4, "elements"])
 def test_invariants_after_negative_curvature(preconditioner, scale):
@@ -885,6 +982,10 @@ def test_options_go_by_name(solver):
         (lambda: ig.Neumann(scale=math.inf), r"Neumann\(scale=inf\)"),
         (lambda: ig.Jacobi(probes=1), r"Jacobi\(probes=1\): expected None or an integer of at"),
         (lambda: ig.Nystrom(rank=0), r"Nystrom\(rank=0\): expected an integer of at least 1"),
+        (lambda: ig.Cholesky(max_size=0), r"Cholesky\(max_size=0\): expected an integer of at"),
+        (lambda: ig.Reuse(ig.Jacobi), r"Reuse\(<class .*expected Cholesky\(\), Nystrom\(rank="),
+        (lambda: ig.Reuse(lambda r: r), r"Reuse\(<function"),
+        (lambda: ig.Reuse(ig.Jacobi(), solves=0), r"Reuse\(solves=0\): expected an integer of at"),
         (lambda: ig.Exact(max_size=0), r"Exact\(max_size=0\): expected at least 1"),
     ],
 )
@@ -897,6 +998,7 @@ def test_options_are_checked(make, message):
     ("solver", "message"),
     [
         (ig.Exact(max_size=5), "dense 6 × 6 matrix; its max_size is 5"),
+        (ig.CG(preconditioner=ig.Cholesky(max_size=5)), r"6 × 6 matrix.*5\. Use Nystrom"),
         (ig.CG(preconditioner=ig.Jacobi(max_size=5)), r"6 products for 6 unknowns.*probes=10"),
     ],
 )
