@@ -53,7 +53,7 @@ def solve_newton(solver: LinearSolver, around: Linearization) -> Solved:
     """Solve A d = −F: the way from φ to a solution of the inner problem, to first order."""
     with torch.no_grad():
         rhs = tuple(-f for f in around.residual)
-        return _solve(solver, around, rhs, True, Accuracy(), transposed=False)
+        return _solve(solver, around, rhs, False, Accuracy(), transposed=False)
 
 
 def _solve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -59,24 +60,6 @@ class Pull(NamedTuple):
             terms.append(self._coordinates(away).square().sum())
         return torch.stack(terms).sum() / 2
 
-    def step(
-        self, phi: Tensors, theta: Tensors, slope: Sequence[Tensor | None], lr: float
-    ) -> Tensors:
-        """φ − lr (slope + Λ(φ − θ)), without a graph; None is a slope of 0."""
-        if not phi:
-            return ()
-        with torch.no_grad():
-            distinct = {id(w): w for w in self.weights}
-            share = {i: w * lr for i, w in distinct.items()}  # one product for one λ
-            shares = [share[id(w)].to(p.dtype) for w, p in zip(self.weights, phi, strict=True)]
-            moved = torch._foreach_lerp(phi, theta, shares)
-            if self.factors:
-                along = self.along_factors(torch._foreach_sub(phi, theta))
-                torch._foreach_sub_(moved, along, alpha=lr)
-            moving = [(p, g) for p, g in zip(moved, slope, strict=True) if g is not None]
-            torch._foreach_sub_([p for p, _ in moving], [g for _, g in moving], alpha=lr)
-            return tuple(moved)
-
     def along_factors(self, away: Sequence[Tensor]) -> list[Tensor]:
         """U Uᵀ(φ − θ)."""
         coordinates = self._coordinates(away)
@@ -124,6 +107,35 @@ class Pull(NamedTuple):
         return torch.stack(parts).sum(0)
 
 
+class Steps:
+    """Gradient steps from anywhere: what does not depend on φ is calculated for the first only."""
+
+    def __init__(self, pull: Pull, theta: Tensors) -> None:
+        self._pull, self._theta = pull, theta
+        self._shares: dict[float, list[Tensor]] = {}  # λ·lr for each tensor, by lr
+
+    @torch.no_grad()
+    def __call__(self, phi: Tensors, slope: Sequence[Tensor | None], lr: float) -> Tensors:
+        """φ − lr (slope + Λ(φ − θ)), without a graph; None is a slope of 0."""
+        if not phi:
+            return ()
+        if lr not in self._shares:
+            self._shares[lr] = self._shares_of(lr)
+        moved = torch._foreach_lerp(phi, self._theta, self._shares[lr])
+        if self._pull.factors:
+            along = self._pull.along_factors(torch._foreach_sub(phi, self._theta))
+            torch._foreach_sub_(moved, along, alpha=lr)
+        moving = [(p, g) for p, g in zip(moved, slope, strict=True) if g is not None]
+        torch._foreach_sub_([p for p, _ in moving], [g for _, g in moving], alpha=lr)
+        return tuple(moved)
+
+    def _shares_of(self, lr: float) -> list[Tensor]:
+        distinct = {id(w): w for w in self._pull.weights}
+        share = {i: w * lr for i, w in distinct.items()}  # one product for one λ
+        weights = zip(self._pull.weights, self._theta, strict=True)
+        return [share[id(w)].to(t.dtype) for w, t in weights]
+
+
 @dataclasses.dataclass(frozen=True)
 class ProximalObjective:
     """φ ↦ loss(φ) + ½ (φ − θ)ᵀΛ(φ − θ); `theta` are the leaves of θ.
@@ -138,6 +150,11 @@ class ProximalObjective:
 
     def __call__(self, phi: Any) -> Tensor:
         return self.loss(phi) + self.pull.term(_tree.leaves(phi), self.theta)
+
+    @functools.cached_property
+    def steps(self) -> Steps:
+        """Gradient steps, from the gradient of the loss alone."""
+        return Steps(self.pull, self.theta)
 
     def slope(self, phi: Tensors, of_loss: Tensors) -> Tensors:
         """The gradient at φ, from that of the loss."""

@@ -62,8 +62,7 @@ class Point:
         """φ − lr slope."""
         if self._proximal is None:
             return moved(self.phi, self.slope, -lr)
-        pull, theta = self._proximal.pull, self._proximal.theta
-        return pull.step(self.phi, theta, self._of_loss, lr)
+        return self._proximal.steps(self.phi, self._of_loss, lr)
 
     def _value(self) -> Tensor:
         if self._proximal is None:
