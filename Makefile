@@ -13,6 +13,10 @@ PYTEST ?= --numprocesses auto --maxprocesses 8
 DEMO ?= --algorithm imaml fomaml --hidden 32 --meta-lr 3e-3 \
         --iterations 60 --eval-every 20 --out demo
 
+# With fewer repeats than what is published: under 15 minutes.
+BENCH := adaptation certificates,--problems,20 adaptive,--problems,60 floor,--seconds,30 \
+         batched memory figure2
+
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))' 2>/dev/null)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,8 +44,8 @@ demo: $(READY)
 
 bench: $(READY)
 	$(SAY) 'measurements into out/ (the others need data, peers or time: see benchmarks/README.md)'
-	@for script in adaptation certificates adaptive floor batched memory figure2; do \
-	  $(BIN)/python benchmarks/$$script.py --out out || exit 1; done
+	@for run in $(BENCH); do set -- $$(echo $$run | tr , ' '); script=$$1; shift; \
+	  $(BIN)/python benchmarks/$$script.py --out out $$* || exit 1; done
 
 $(READY): $(CREATED) setup.py .ci/requirements.txt
 	$(SAY) 'environment 2/2: torch, learn2learn and the rest (the first time several GB and minutes)'

@@ -324,16 +324,17 @@ def draw(rows: list[Row], iteration: list[Row], path: Path) -> None:
     for i, method in enumerate(methods):
         heights = [row["over_floor"] for row in rows if row["method"] == method]
         places = [j * (len(methods) + 1) + i for j in range(len(jobs))]
-        left.bar(places, heights, 1, label=method, color=f"C{i}")
+        left.bar(places, [float(h) - 1 for h in heights], 1, bottom=1, label=method, color=f"C{i}")
     left.axhline(1, color="black", linewidth=0.8)
     centres = [j * (len(methods) + 1) + (len(methods) - 1) / 2 for j in range(len(jobs))]
     left.set_xticks(centres, jobs)
-    left.set(ylabel="time / floor", ylim=(0.8, None))
+    left.set(ylabel="time / floor")
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside upper left", ncols=5, frameon=False
     )
     measured = [row for row in iteration if row["overhead_us"] != ""]
-    right.bar([str(r["method"]) for r in measured], [r["overhead_us"] for r in measured])
+    names = [str(r["method"]).replace(" ", "\n") for r in measured]
+    right.bar(names, [r["overhead_us"] for r in measured])
     right.set_ylabel("overhead of a CG iteration (µs)")
     figure.savefig(path, dpi=150)
 

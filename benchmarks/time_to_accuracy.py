@@ -193,39 +193,20 @@ class Method:
 def ours(
     minimiser: Callable[[Problem, Any], Any],
     linear: Callable[[Any], ig.CG] = lambda k: ig.CG(maxiter=k),
+    warm: bool = False,
     **options: Any,
 ) -> Callable[[Problem, Any, Any], Run]:
-    """`implicit` with a minimiser and a linear solver."""
+    """`implicit` with a minimiser, if `warm` from the last φ, and a linear solver."""
 
     def make(problem: Problem, inner: Any, budget: Any) -> Run:
+        last = [problem.solutions[1]]
         wrapped = ig.implicit(
             minimiser(problem, inner),
             ig.proximal(problem.loss, problem.lam),
             linear_solver=linear(budget),
+            init=(lambda theta: last[0]) if warm else None,
             on_failure="ignore",
             **options,
-        )
-
-        def run(point: int) -> Tensor:
-            theta = problem.thetas[point]
-            return grad(problem.outer(wrapped(theta)), theta)[0]
-
-        return run
-
-    return make
-
-
-def polished(preconditioner: Callable[[], Any] = lambda: None) -> Callable[..., Run]:
-    """No minimiser: `implicit` polishes the φ of the hypergradient before."""
-
-    def make(problem: Problem, steps: Any, budget: Any) -> Run:
-        last = [problem.solutions[1]]
-        wrapped = ig.implicit(
-            lambda theta: last[0],
-            ig.proximal(problem.loss, problem.lam),
-            linear_solver=ig.CG(maxiter=budget, preconditioner=preconditioner()),
-            polish=steps,
-            on_failure="ignore",
         )
 
         def run(point: int) -> Tensor:
@@ -237,6 +218,25 @@ def polished(preconditioner: Callable[[], Any] = lambda: None) -> Callable[..., 
         return run
 
     return make
+
+
+def polished(linear: Callable[[Any], ig.CG]) -> Callable[[Problem, Any, Any], Run]:
+    """No minimiser: the last φ, polished."""
+
+    def make(problem: Problem, polish: Any, budget: Any) -> Run:
+        return ours(_stay, linear, warm=True, polish=polish)(problem, 0, budget)
+
+    return make
+
+
+def _stay(problem: Problem, steps: int) -> Any:
+    return ig.solvers.GradientDescent(lr=problem.lr, steps=steps)
+
+
+def kept(preconditioner: Any) -> Callable[[Any], ig.CG]:
+    """CG with a preconditioner that serves as many hypergradients as `KEPT` says."""
+    solves = 2 * KEPT  # one to polish, one for the adjoint
+    return lambda k: ig.CG(maxiter=k, preconditioner=ig.Reuse(preconditioner, solves=solves))
 
 
 def adaptive(problem: Problem, rtol: Any, _: Any) -> Run:
@@ -348,18 +348,26 @@ METHODS = (
     Method("Nesterov, polish + CG", "ours", ours(nesterov, polish=1), STEPS, COUNTS),
     Method("L-BFGS, polish + CG", "ours", ours(lbfgs, polish=1), COUNTS, COUNTS),
     Method("NewtonCG + CG, rtol_gradient", "ours", adaptive, ACCURACIES, (0,)),
-    Method("polish + CG, warm", "ours", polished(), POLISHES, COUNTS),
+    Method("Nesterov + CG, warm", "ours", ours(nesterov, warm=True), STEPS, COUNTS),
+    Method(
+        "Nesterov + CG, warm, Cholesky kept",
+        "ours",
+        ours(nesterov, kept(ig.Cholesky()), warm=True),
+        STEPS,
+        COUNTS,
+    ),
+    Method("polish + CG, warm", "ours", polished(lambda k: ig.CG(maxiter=k)), POLISHES, COUNTS),
     Method(
         "polish + CG, warm, Nyström kept",
         "ours",
-        polished(lambda: ig.Reuse(ig.Nystrom(rank=50), solves=2 * KEPT)),
+        polished(kept(ig.Nystrom(rank=50))),
         POLISHES,
         COUNTS,
     ),
     Method(
         "polish + CG, warm, Cholesky kept",
         "ours",
-        polished(lambda: ig.Reuse(ig.Cholesky(), solves=2 * KEPT)),
+        polished(kept(ig.Cholesky())),
         POLISHES,
         COUNTS,
     ),

@@ -1,7 +1,7 @@
 """Batch normalisation, differentiated twice: in fewer passes than torch's, and to any order.
 
-A product with the Hessian of a convolutional network spends up to half of its time and memory in
-the second derivatives of batch norm, which torch composes of some thirty passes over tensors of the
+A product with the Hessian of a convolutional network spends a third of its time or more in the
+second derivatives of batch norm, which torch composes of some thirty passes over tensors of the
 input's size, eight of them alive at once; third derivatives it refuses. With mean and 1/r the
 standard deviation of each channel's n elements, x̂ = r (x − mean), and the projection
 
@@ -17,7 +17,7 @@ and that of these, for cotangents v of dx, s of dw and t of db, with m = r Σ g 
     m                                                             with respect to w,
     r P(s g − (w r/n) (v Σ g x̂ + g Σ v x̂)) − (w r m/n) x̂          with respect to x.
 
-torch's own kernel for dx computes r P and the sums, so that two calls and six passes are left.
+torch's own kernel for dx computes r P and the sums, so that two calls and nine passes are left.
 """
 
 from __future__ import annotations

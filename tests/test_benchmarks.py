@@ -76,13 +76,15 @@ def test_time_to_accuracy(
         )
 
     monkeypatch.setitem(time_to_accuracy.PROBLEMS, "ridge", small)
-    names = ["NewtonCG + CG", "Nesterov, unrolled"]
+    names = ["NewtonCG + CG", "polish + CG, warm, Cholesky kept", "Nesterov, unrolled"]
     options = ["--seconds", "0", "--problems", "ridge", "--methods", *names]
     time_to_accuracy.main(["--out", str(tmp_path), *options])
     rows = table(tmp_path / "time_to_accuracy.csv")
     assert {row["method"] for row in rows} == set(names)
     assert all(float(row["error"]) <= float(row["tolerance"]) for row in rows)
     assert all(int(row["passes"]) > 1 for row in rows)
+    others = [row for row in rows if "kept" not in row["method"]]
+    assert others and all(float(row["its_share_of_setup"]) == 0 for row in others)
     unrolled = [row for row in rows if row["method"] == "Nesterov, unrolled"]
     assert all(int(row["passes"]) == 2 * int(row["inner"]) for row in unrolled)
     assert len(table(tmp_path / "time_to_accuracy_best.csv")) == 3

@@ -222,6 +222,42 @@ def test_an_argument_given_twice_has_one_gradient():
     close(a.grad, 2 * a.detach(), 1e-12)
 
 
+@pytest.mark.parametrize(
+    "entangled", ["not", "also data", "captured", "its own lam", "lam of it", "twice in theta"]
+)
+def test_theta_that_enters_by_more_ways_than_the_proximal_term(entangled):
+    """Where it enters by no other, its gradient is −λu, and needs no graph."""
+    own = normal(3, seed=5)
+
+    def solution(theta):
+        inner = theta if entangled == "captured" else torch.ones(3, dtype=torch.float64)
+
+        def loss(phi, *data):
+            phi = phi[0] * phi[1] if entangled == "twice in theta" else phi
+            return (phi.cosh() + phi * (data[0] if data else inner).sin()).sum()
+
+        lam, args = 1.5, (theta,)
+        if entangled == "also data":
+            args = (theta, theta)
+        elif entangled == "its own lam":
+            lam = theta
+        elif entangled == "lam of it":
+            lam = lambda: theta.exp()  # noqa: E731
+        elif entangled == "twice in theta":
+            args = ([theta, theta],)
+        newton = ig.solvers.NewtonCG(maxiter=50, cg=20, tol=1e-12)
+        return ig.implicit(newton, ig.proximal(loss, lam), linear_solver=ig.CG(rtol=1e-12))(*args)
+
+    theta = own.detach().abs().add(0.5).requires_grad_()
+
+    def outer(theta):
+        phi = solution(theta)
+        return torch.stack([wavy(p) for p in phi]).sum() if isinstance(phi, list) else wavy(phi)
+
+    assert gradcheck(outer, theta)
+    assert gradgradcheck(outer, theta)
+
+
 def test_arguments_that_need_no_gradient_and_labels_and_strings():
     theta, X, labels = normal(3, 2, seed=1), normal(5, 3, seed=2, grad=False), torch.arange(5) % 2
 
