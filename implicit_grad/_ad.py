@@ -71,6 +71,12 @@ def variables(tensors: Tensors) -> Tensors:
     )
 
 
+def stand_ins(tensors: Tensors, wanted: Sequence[bool]) -> Tensors:
+    """The same, but of those that are not wanted there are no derivatives."""
+    pairs = zip(variables(tensors), wanted, strict=True)
+    return tuple(v if wants else v.detach() for v, wants in pairs)
+
+
 class Force(NamedTuple):
     """F, made from the gradient of an objective's smooth part; see `Linearization`."""
 
@@ -209,8 +215,9 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def walk(roots: Iterable[Any], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
     """The nodes of the graph behind the roots (tensors, or nodes themselves); not past `stop`."""
-    seen = {getattr(root, "grad_fn", root) for root in roots} - {None}
-    pending = list(seen)
+    pending = list(dict.fromkeys(getattr(r, "grad_fn", r) for r in roots))
+    pending = [node for node in pending if node is not None]
+    seen = set(pending)
     while pending:
         node = pending.pop()
         yield node
@@ -234,23 +241,42 @@ def leaves_behind(
     return tuple(found.values())
 
 
+def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph through which the values depend on φ."""
+    ids, own = {id(p) for p in phi}, {p.grad_fn for p in phi} - {None}
+
+    def is_phi(node: Any) -> bool:
+        return node in own or id(getattr(node, "variable", None)) in ids
+
+    users: dict[Any, list[Any]] = {}  # the nodes that use a node's result
+    pending = []
+    for node in walk(values, is_phi):
+        if is_phi(node):
+            pending.append(node)
+            continue
+        for parent, _ in node.next_functions:
+            users.setdefault(parent, []).append(node)
+    seen = set(pending)
+    while pending:
+        for node in users.get(pending.pop(), ()):
+            if node not in seen:
+                seen.add(node)
+                pending.append(node)
+                yield node
+
+
 def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool:
     """Whether a custom Function between φ and the values is marked as differentiable once.
 
     Or is compiled. torch may take it, without a word, for a function without curvature.
     """
-    ids, own = {id(p) for p in phi}, {p.grad_fn for p in phi} - {None}
-
-    def is_phi(node: Any) -> bool:
-        return node in own or id(getattr(node, "variable", None)) in ids
 
     def is_marked(node: Any) -> bool:
         function = _below_vmap(getattr(node, "_forward_cls", None))
         code = getattr(getattr(function, "backward", None), "__code__", None)
         return code is _ONCE or getattr(function, "__module__", "").startswith(_COMPILED)
 
-    marked = [node for node in walk(values, is_phi) if is_marked(node)]
-    return any(is_phi(node) for node in walk(marked, is_phi))
+    return any(map(is_marked, between(values, phi)))
 
 
 def _below_vmap(function: Any) -> Any:

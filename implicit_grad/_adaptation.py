@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, leaves_behind, plain_gradient, variables
+from implicit_grad._ad import (
+    Linearization,
+    leaves_behind,
+    plain_gradient,
+    stand_ins,
+    variables,
+)
 from implicit_grad._curvature import Curvature, Objective, has_second_derivative
 from implicit_grad._elsewhere import elsewhere
 from implicit_grad._errors import GraphError, InvalidArgumentError
@@ -130,7 +136,7 @@ class Step:
         return elsewhere(self._recorded, self.method.curvature, phi, inputs)
 
     def _recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
-        inputs = variables(self.inputs)
+        inputs = stand_ins(self.inputs, [t.requires_grad for t in self.inputs])
         theta, pull = self.inputs_tree.rebuild(inputs)
         objective = Objective(
             self.loss,
@@ -140,6 +146,7 @@ class Step:
             again=None if self.replay is None else self._again,
             guard=self.gate_of_phi.closed,
             tasks=self.tasks,
+            own=self.minimised,
         )
         return objective.linearize(curvature or self.method.curvature), (*inputs, *self.captured)
 

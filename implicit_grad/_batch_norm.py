@@ -22,30 +22,49 @@ torch's own kernel for dx computes r P and the sums, so that two calls and nine 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import vjp, walk
+from implicit_grad._ad import between, vjp
 from implicit_grad._tree import Tensors
 
 _NODE = "NativeBatchNormBackward0"  # cuDNN's is another, and stays as it is
 _MARK = "implicit_grad"  # of nodes that have been seen to
+_TWICE = "NativeBatchNormBackwardBackward0"
 _backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-def lean_batch_norms(roots: Sequence[Tensor]) -> None:
-    """From now on, gradients with graphs go through the batch norms behind the roots as above."""
-    for node in walk(roots):
+@contextlib.contextmanager
+def lean_batch_norms(
+    values: Sequence[Tensor], phi: Sequence[Tensor], lasting: bool = False
+) -> Iterator[None]:
+    """Gradients with graphs, taken inside, go through batch norms between φ and values as above.
+
+    That concerns training mode in float32 and float64. Derivatives beyond the second need it to be
+    `lasting`, for they take the gradient of the first graph again.
+    """
+    handles = []
+    for node in between(values, phi):
         if node.name() != _NODE or not node._saved_training or _MARK in node.metadata:
             continue
         if getattr(node._raw_saved_input, "unpack_hook", None) is not None:
             continue  # inside of a checkpoint, what is saved can be read once only
-        if node._saved_input.dtype in (torch.float32, torch.float64):
+        if node._saved_input.dtype not in (torch.float32, torch.float64):
+            continue
+        handle = node.register_hook(_replacing(node))
+        if lasting:
             node.metadata[_MARK] = True
-            node.register_hook(_replacing(node))
+        else:
+            handles.append(handle)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _replacing(node: Any) -> Callable[..., tuple[Tensor | None, ...] | None]:
@@ -57,9 +76,11 @@ def _replacing(node: Any) -> Callable[..., tuple[Tensor | None, ...] | None]:
     def hook(
         results: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...] | None:
-        g = cotangents[0]
-        if g is None or g.dtype != x.dtype or results[0] is None or not torch.is_grad_enabled():
+        (g, *_), (dx, *_) = cotangents, results
+        if g is None or dx is None or g.dtype != x.dtype or not torch.is_grad_enabled():
             return None
+        if dx.grad_fn is None or dx.grad_fn.name() != _TWICE:
+            return None  # not what the node returned: another hook was here before
         lean = _Backward.apply(g, x, w, mean, invstd, eps, results)
         return tuple(None if r is None else n for r, n in zip(results, lean, strict=True))
 
@@ -83,8 +104,9 @@ class _Backward(torch.autograd.Function):
         if any(r is None for r in results):
             results = _backward(g, x, w, None, None, mean, invstd, True, eps, [True] * 3)
         ctx.eps = eps
-        ctx.save_for_backward(g, x, w, mean, invstd, results[1])
-        return tuple(r.detach() for r in results if r is not None)
+        known = tuple(r.detach() for r in results if r is not None)
+        ctx.save_for_backward(g, x, w, mean, invstd, known[1])
+        return known
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor | None, ...]:

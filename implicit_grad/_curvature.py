@@ -48,6 +48,7 @@ class Objective:
         again: evaluates value at another φ, on the same arguments; needed for differences.
         guard: see `Linearization`.
         tasks: how many separate problems the value sums over.
+        own: whether the graph is nobody else's.
     """
 
     value: Tensor
@@ -57,6 +58,7 @@ class Objective:
     again: Callable[[Tensors], Tensor] | None = None
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     tasks: int | None = None
+    own: bool = True
 
     def linearize(self, curvature: Curvature) -> Linearization:
         """F around φ, with products of the kind asked for."""
@@ -101,8 +103,8 @@ class Hessian(Linearization):
 
     def _slope(self) -> Tensors:
         """∇value."""
-        lean_batch_norms([self.objective.value])
-        return gradient(self.objective.value, self.objective.phi)
+        with lean_batch_norms([self.objective.value], self.objective.phi, self.objective.own):
+            return gradient(self.objective.value, self.objective.phi)
 
 
 class GaussNewton(Hessian):
@@ -124,7 +126,7 @@ class GaussNewton(Hessian):
             self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in self._outputs)
             self._to_phi = vjp(self._outputs, self.phi, self._dummy)
 
-    def _slope(self) -> Tensors:
+    def _slope(self) -> Tensors:  # no product goes through it
         return gradient(self.objective.value, self.objective.phi)
 
     def curved_transposed(self, u: Tensors) -> Tensors:
@@ -139,8 +141,7 @@ class FiniteDifference(Hessian):
 
     ∇²G u ≈ (∇G(φ + εu) − ∇G(φ − εu)) / 2ε with ε = eps^(1/3) max(1, ‖φ‖) / ‖u‖, where the errors
     of truncation and rounding balance: relative errors are around 1e-10 in float64, 1e-5 in
-    float32, if ∇G changes over lengths around max(1, ‖φ‖). Two gradients a product. There are no
-    second derivatives of what follows.
+    float32, if ∇G changes over lengths around max(1, ‖φ‖). Two gradients a product.
     """
 
     curvature = "finite_difference"

@@ -15,6 +15,7 @@ from implicit_grad._ad import (
     leaves_behind,
     once_differentiable,
     own_precision,
+    stand_ins,
     variables,
 )
 from implicit_grad._condition import Again, Call, Condition, Snapshot
@@ -99,7 +100,7 @@ class Evaluation:
         if self._phi is None:
             phi = self.solve(inputs)
             self._random = RandomState(self.devices)
-            a = self._variables(inputs)
+            a = stand_ins(inputs, self.wanted)
             snapshot, at_phi = self._snapshot(phi, a)
             for _ in range(self.setup.polish):
                 with own_precision(self.devices):
@@ -192,12 +193,6 @@ class Evaluation:
 
     def _call(self, inputs: Tensors) -> Call:
         return Call(*self.tree.rebuild(inputs))
-
-    def _variables(self, inputs: Tensors) -> Tensors:
-        return tuple(
-            v if wanted else v.detach()
-            for v, wanted in zip(variables(inputs), self.wanted, strict=True)
-        )
 
     def _check_dependence(self, leaves: Tensors, phi: Tensors) -> None:
         if not self.condition.must_depend_on_phi or not any(p.numel() for p in phi):

@@ -73,8 +73,8 @@ class CG(Iterative):
         usable = callable(given) or isinstance(given, Preconditioner)
         if given is not None and (isinstance(given, type) or not usable):
             raise InvalidArgumentError(
-                f"CG(preconditioner={given!r}): expected None, Jacobi(), Nystrom(rank=...) or a "
-                "function of the flat residual"
+                f"CG(preconditioner={given!r}): expected None, Jacobi(), Nystrom(rank=...), "
+                "Reuse(Cholesky()) or a function of the flat residual"
             )
         if not isinstance(self.warm_start, (WarmStart, Slot, type(None))):
             raise InvalidArgumentError(

@@ -134,7 +134,8 @@ class Cholesky:
     """A itself, factorised: for `Reuse`, where the matrix of one problem serves many alike.
 
     Takes a product for each unknown. Where A is not positive definite, |A| stands in for it, the
-    matrix with the sizes of its eigenvalues.
+    matrix with the sizes of its eigenvalues; it is calculated from them where A is ill-conditioned
+    as well.
 
     Args:
         max_size: most unknowns to build a dense matrix for.
@@ -164,6 +165,7 @@ class Cholesky:
         eps = torch.finfo(like.dtype).eps
         factor, failed = torch.linalg.cholesky_ex(matrix)
         pivots = factor.diagonal()
+        # a condition number, about the square of this ratio, below 1/√eps keeps an inverse positive
         if not failed and float(pivots.min()) > eps**0.25 * float(pivots.max()):
             # multiplied with a vector, the inverse takes a fraction of two triangular solves' time
             return functools.partial(torch.mv, torch.cholesky_inverse(factor))
@@ -179,9 +181,10 @@ class Reuse:
     """A preconditioner that is built once and kept for many solves.
 
     For hypergradients that follow one another, as in meta-training: φ and with it A moves little
-    from one to the next, and what approximated A⁻¹ then approximates it now. CG stays as right as
-    it is; only the number of its iterations depends on the preconditioner. A copy or pickle has
-    kept nothing.
+    from one to the next, and what approximated A⁻¹ then approximates it now. Solves to a tolerance
+    stay as right as they are, and only take fewer iterations; with a fixed budget, or after a stop
+    at negative curvature, the results depend on the calls before. Different problems of one size
+    should each have their own. A copy or pickle has kept nothing.
 
     Args:
         preconditioner: `Cholesky()`, `Nystrom(rank=...)` or `Jacobi()`.
@@ -216,11 +219,16 @@ class Reuse:
         """The kept function, or a new one."""
         form = like.shape, like.dtype, like.device
         with self._lock:
-            if self._kept is None or self._left == 0 or self._kept[0] != form:
-                self._kept = form, self.preconditioner.build(operator, like)
-                self._left = self.solves
-            self._left -= 1
-            return self._kept[1]
+            if self._kept is not None and self._left > 0 and self._kept[0] == form:
+                self._left -= 1
+                return self._kept[1]
+        # not under the lock: what A is made of may solve systems of its own, by this very solver
+        made = self.preconditioner.build(operator, like)
+        probe = made(operator.matvec(torch.ones_like(like)))
+        if bool(torch.isfinite(probe).all()):  # else the next solve is not to suffer for this one
+            with self._lock:
+                self._kept, self._left = (form, made), self.solves - 1
+        return made
 
 
 def _nystrom(

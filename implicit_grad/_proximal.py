@@ -108,20 +108,24 @@ class Pull(NamedTuple):
 
 
 class Steps:
-    """Gradient steps from anywhere: what does not depend on φ is calculated for the first only."""
+    """Gradient steps from anywhere, for as long as λ and θ do not change.
+
+    Steps of the same length as the one before share what does not depend on φ.
+    """
 
     def __init__(self, pull: Pull, theta: Tensors) -> None:
         self._pull, self._theta = pull, theta
-        self._shares: dict[float, list[Tensor]] = {}  # λ·lr for each tensor, by lr
+        self._lr: float | None = None
+        self._shares: list[Tensor] = []  # λ·lr for each tensor
 
     @torch.no_grad()
     def __call__(self, phi: Tensors, slope: Sequence[Tensor | None], lr: float) -> Tensors:
         """φ − lr (slope + Λ(φ − θ)), without a graph; None is a slope of 0."""
         if not phi:
             return ()
-        if lr not in self._shares:
-            self._shares[lr] = self._shares_of(lr)
-        moved = torch._foreach_lerp(phi, self._theta, self._shares[lr])
+        if lr != self._lr:
+            self._lr, self._shares = lr, self._shares_of(lr)
+        moved = torch._foreach_lerp(phi, self._theta, self._shares)
         if self._pull.factors:
             along = self._pull.along_factors(torch._foreach_sub(phi, self._theta))
             torch._foreach_sub_(moved, along, alpha=lr)

@@ -62,9 +62,12 @@ class FastWeights(torch.autograd.Function):
     """Given values that stand for their sources in the graph: the identity, with a gate."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Gate, values: Tensors, *sources: Tensor) -> Tensors:
-        ctx.gate = gate
+    def forward(gate: Gate, values: Tensors, *sources: Tensor) -> Tensors:
         return tuple(t.detach() for t in values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.gate = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,7 +101,6 @@ class Weights:
         self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
         self.pull = pull.of(kept)
-        self._steps = Steps(self.pull, self.theta)
         index = {id(named[i][1]): position for position, i in enumerate(kept)}
         # learn2learn's clones may hold one tensor under several names, in several modules
         self._places = [
@@ -191,7 +193,7 @@ class Weights:
 
     def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
         """One gradient step on loss + λ/2 ‖φ − θ‖² from the present weights."""
-        return self._steps(self.current, slope, lr)
+        return Steps(self.pull, self.theta)(self.current, slope, lr)
 
     def captured_by(self, loss: Tensor) -> Tensors:
         """The other leaves that the loss depends on."""

@@ -21,6 +21,7 @@ from implicit_grad._batch_norm import lean_batch_norms
 from implicit_grad.testing import peak_memory
 
 EPS = 0.1  # large enough to be noticed when it is forgotten
+NODE = "NativeBatchNormBackward0"
 SHAPES = [(6, 3), (4, 3, 5), (3, 3, 2, 4), (2, 3, 2, 2, 3)]
 Norm = Callable[..., Tensor]
 
@@ -48,8 +49,8 @@ def problem(shape: tuple[int, ...], affine: bool, norm: Norm) -> tuple[Tensor, l
 
 
 def lean_slope(loss: Tensor, phi: list[Tensor]) -> tuple[Tensor, ...]:
-    lean_batch_norms([loss])
-    return grad(loss, phi, create_graph=True)
+    with lean_batch_norms([loss], phi, lasting=True):
+        return grad(loss, phi, create_graph=True)
 
 
 def kinds(roots: tuple[Tensor, ...]) -> set[str]:
@@ -163,10 +164,60 @@ def test_other_ways_to_call_it(kind: str):
 def test_gradients_without_a_graph_stay_as_they_are():
     loss, phi = problem((4, 3), True, torch_norm)
     expected = grad(loss, phi, retain_graph=True)
-    lean_batch_norms([loss])
-    found = grad(loss, phi, retain_graph=True)
+    with lean_batch_norms([loss], phi):
+        found = grad(loss, phi, retain_graph=True)
     assert not any(g.requires_grad for g in found)
     assert_close(found, expected, 0.0)
+
+
+def test_what_does_not_last_ends():
+    loss, phi = problem((4, 3), True, torch_norm)
+    before = kinds(grad(loss, phi, create_graph=True))
+    with lean_batch_norms([loss], phi):
+        inside = kinds(grad(loss, phi, create_graph=True))
+    assert inside != before == kinds(grad(loss, phi, create_graph=True))
+    with pytest.raises(ZeroDivisionError), lean_batch_norms([loss], phi):
+        raise ZeroDivisionError
+    assert kinds(grad(loss, phi, create_graph=True)) == before
+
+
+def test_batch_norms_upstream_of_phi_are_left_alone():
+    """Their graph is the user's, and may be freed or changed."""
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    features = encoder(torch.randn(6, 3, dtype=torch.float64))
+    features.square().sum().backward()
+    (node,) = [node for node in walk([features]) if node.name() == NODE]
+
+    def objective(w: Tensor) -> Tensor:
+        return (features @ w - 1).square().sum() + w.square().sum()
+
+    found = ig.solvers.NewtonCG().minimize(objective, torch.zeros(4, dtype=torch.float64))
+    f = features.detach()
+    exact = torch.linalg.solve(f.mT @ f + torch.eye(4, dtype=torch.float64), f.sum(0))
+    torch.testing.assert_close(found, exact)
+    assert "implicit_grad" not in node.metadata
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_the_users_on_the_same_node(when: str):
+    """What they make of a gradient is differentiated as they made it."""
+
+    def double(results: tuple[Tensor, ...], _: object) -> tuple[Tensor, ...]:
+        return results[0] * results[0].square().mean(), *results[1:]
+
+    products = []
+    for own in (False, True):
+        loss, phi = problem((4, 3), True, torch_norm)
+        (node,) = [node for node in walk([loss]) if node.name() == NODE]
+        if when == "before":
+            node.register_hook(double)
+        if own:
+            slope = lean_slope(loss, phi)  # the hook on the node lasts
+        if when == "after":
+            node.register_hook(double)
+        slope = grad(loss, phi, create_graph=True)
+        products.append(grad(slope, phi, [torch.ones_like(p) for p in phi]))
+    assert_close(products[1], products[0], 1e-12)
 
 
 def test_a_graph_is_seen_to_once():

@@ -29,7 +29,8 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "NETS", {name: memory.NETS[name] for name in ("OmniglotCNN",)})
     memory.main(["--out", str(tmp_path), "--steps", "4", "--shots", "1"])
     peaks = column(tmp_path / "memory_steps.csv", "MiB", "method", "steps")
-    assert peaks["iMAML", "4"] == peaks["iMAML", "1"] < peaks["MAML", "4"]
+    assert peaks["iMAML", "4"] == pytest.approx(peaks["iMAML", "1"], rel=1e-5)  # some numbers
+    assert peaks["iMAML", "4"] < peaks["MAML", "4"]
     found = column(tmp_path / "memory_parts.csv", "over_gradient", "network", "task", "method")
     assert found["OmniglotCNN", "20-way 1-shot", "FOMAML"] == pytest.approx(1, abs=0.01)
     assert (tmp_path / "memory.png").stat().st_size > 10_000

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
 
 import implicit_grad as ig
+from implicit_grad._ad import Linearization
 from implicit_grad.solvers import NewtonCG
 from implicit_grad.testing import peak_memory
 
@@ -1255,3 +1256,41 @@ def test_without_learn2learn_the_package_imports_and_says_what_imaml_wants():
     )
     assert "must be a learn2learn.algorithms.MAML, got a Linear" in done.stdout
     assert 'pip install "implicit-grad[learn2learn]"' in done.stdout
+
+
+def test_each_step_takes_lam_as_it_is_then():
+    lam, model = nn.Parameter(torch.tensor(2.0)), network()
+    learner = wrapped(model, lam=lam, lr=0.1).clone()
+    learner.adapt(error(learner, data()))
+    lam.data.fill_(0.01)
+    before = [p.detach().clone() for p in learner.module.parameters()]
+    loss = error(learner, data())
+    slope = torch.autograd.grad(loss, list(learner.module.parameters()), retain_graph=True)
+    learner.adapt(loss)
+    tensors = zip(before, slope, model.parameters(), learner.module.parameters(), strict=True)
+    for p, g, theta, found in tensors:
+        torch.testing.assert_close(found, p - 0.1 * (g + 0.01 * (p - theta)))
+
+
+def test_a_learner_may_be_cloned_and_called_inside_a_transform():
+    maml, (X, _) = wrapped(network()), data()
+    slope = grad(lambda s: s * maml.clone()(X).sum())(torch.tensor(1.0))
+    torch.testing.assert_close(slope, maml(X).sum())
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_thetas_gradient_is_lam_u_without_a_graph(style, monkeypatch):
+    """Unless something else of the inner problem depends on θ too."""
+    seen = []
+    pullback = Linearization.pullback
+
+    def spy(self, u, inputs):
+        seen.append(bool(self.held))
+        return pullback(self, u, inputs)
+
+    monkeypatch.setattr(Linearization, "pullback", spy)
+    for lam in (2.0, nn.Parameter(torch.tensor(2.0))):
+        learner = wrapped(network(), lam=lam, on_failure="ignore").clone()
+        adapt(learner, lambda learner: error(learner, data()), style)
+        error(learner, data(seed=7)).backward()
+    assert seen == [True, False]

@@ -308,7 +308,7 @@ def test_reuse_builds_anew_after_some_solves_and_for_another_form():
     for solve in range(7):
         before = len(products)
         kept.build(known, rhs)
-        assert len(products) - before == (4 if solve % 3 == 0 else 0)
+        assert len(products) - before == (5 if solve % 3 == 0 else 0)  # 1 is to see if it is finite
     other = operator(torch.eye(5, dtype=F64))
     assert kept.build(other, rhs[:5])(rhs[:5]).shape == (5,)
     with pytest.raises(ig.InvalidArgumentError, match="its max_size is 5"):
@@ -317,7 +317,41 @@ def test_reuse_builds_anew_after_some_solves_and_for_another_form():
         assert repr(twin) == repr(kept)
         before = len(products)
         twin.build(known, rhs)
-        assert len(products) - before == 4  # it has kept nothing
+        assert len(products) - before == 5  # it has kept nothing
+
+
+@pytest.mark.parametrize("preconditioner", [ig.Jacobi(), ig.Cholesky()])
+def test_what_a_bad_product_made_is_not_kept(preconditioner):
+    matrix, rhs = low_rank_plus_identity(0, 30)
+    solver = ig.CG(rtol=1e-10, preconditioner=ig.Reuse(preconditioner))
+    bad = solver.solve(operator(matrix * math.nan), rhs)
+    assert not bad.status.ok
+    good = solver.solve(operator(matrix), rhs)
+    assert good.status == Status.CONVERGED
+    torch.testing.assert_close(good.x, torch.linalg.solve(matrix, rhs))
+    if isinstance(preconditioner, ig.Cholesky):
+        assert good.iterations == 1
+
+
+@pytest.mark.timeout(60)
+def test_nested_layers_may_share_what_is_reused():
+    """The outer system's products solve systems of the inner layer's, by the same solver."""
+    torch.manual_seed(0)
+    C = torch.randn(3, 2, dtype=F64)
+
+    def gradient(preconditioner) -> Tensor:
+        solver = ig.CG(rtol=1e-12, preconditioner=preconditioner)
+        newton = ig.solvers.NewtonCG(maxiter=30, cg=10, tol=1e-12)
+        below = ig.proximal(lambda w, a: (w - C @ a).cosh().sum(), lam=1.0)
+        inner = ig.implicit(newton, below, linear_solver=solver)
+        start = torch.zeros(3, dtype=F64)
+        above = ig.proximal(lambda a: inner(start, a).square().sum(), lam=1.0)
+        descent = ig.solvers.GradientDescent(lr=0.05, steps=200)
+        outer = ig.implicit(descent, above, linear_solver=solver, on_failure="ignore")
+        theta = torch.ones(2, dtype=F64, requires_grad=True)
+        return torch.autograd.grad(outer(theta).sum(), theta)[0]
+
+    torch.testing.assert_close(gradient(ig.Reuse(ig.Cholesky())), gradient(None))
 
 
 @pytest.mark.parametrize("preconditioner", [ig.Cholesky(), ig.Nystrom(rank=8)])

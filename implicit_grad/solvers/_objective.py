@@ -124,8 +124,7 @@ class Objective(Variables):
     def curved_at(self, phi: Tensors) -> tuple[Point, Linearization]:
         """Value and gradient, and the gradient's graph for products with the Hessian."""
         here, value = self._recorded(self._objective, phi)
-        lean_batch_norms([value])
-        with torch.enable_grad():
+        with torch.enable_grad(), lean_batch_norms([value], here):
             around = Linearization(gradient(value, here), here)
         return Point(phi, value, tuple(g.detach() for g in around.residual)), around
 
