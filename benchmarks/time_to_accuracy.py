@@ -511,6 +511,8 @@ def draw(rows: list[Row], path: Path) -> None:
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     methods = list(dict.fromkeys((str(row["package"]), str(row["method"])) for row in rows))
     methods.sort(key=lambda method: method[0] != "ours")  # ours first, in colours of their own
+    own = sum(package == "ours" for package, _ in methods)
+    colours = plt.get_cmap("turbo")
     figure, all_axes = plt.subplots(
         1, len(problems), figsize=(4 * len(problems) + 2, 4), layout="constrained", squeeze=False
     )
@@ -521,7 +523,9 @@ def draw(rows: list[Row], path: Path) -> None:
                 for row in rows
                 if (row["problem"], row["package"], row["method"]) == (problem, package, name)
             ]
-            style = {"color": f"C{i}"} if package == "ours" else {"color": "grey", "ls": "--"}
+            style: dict[str, Any] = {"color": "grey", "ls": "--"}
+            if package == "ours":
+                style = {"color": colours(i / own)}
             marker = "o" if package == "ours" else "x+*^vsDP"[i % 8]
             if points:
                 axes.plot(
