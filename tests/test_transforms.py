@@ -25,11 +25,17 @@ def objective(w, theta, lam):
     return torch.nn.functional.softplus(M @ w).sum() + lam / 2 * (w - theta).square().sum()
 
 
+def solved(A, b):
+    """A⁻¹b by Cramer's rule: torch.linalg.solve is wrong under vmap(jacfwd) in older torch."""
+    numerators = A[1, 1] * b[0] - A[0, 1] * b[1], A[0, 0] * b[1] - A[1, 0] * b[0]
+    return torch.stack(numerators) / (A[0, 0] * A[1, 1] - A[0, 1] * A[1, 0])
+
+
 def minimum(w, theta, lam):
     """Newton's method, with as many derivatives as it is asked for."""
     for _ in range(12):
         slope = jacrev(objective)(w, theta, lam)
-        w = w - torch.linalg.solve(jacrev(jacrev(objective))(w, theta, lam), slope)
+        w = w - solved(jacrev(jacrev(objective))(w, theta, lam), slope)
     return w
 
 
