@@ -77,10 +77,10 @@ def _replacing(node: Any) -> Callable[..., tuple[Tensor | None, ...] | None]:
         results: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...] | None:
         (g, *_), (dx, *_) = cotangents, results
-        if g is None or dx is None or g.dtype != x.dtype or not torch.is_grad_enabled():
+        if g is None or dx is None or g.dtype != x.dtype:
             return None
         if dx.grad_fn is None or dx.grad_fn.name() != _TWICE:
-            return None  # not what the node returned: another hook was here before
+            return None  # no graph is asked for, or another hook was here before
         lean = _Backward.apply(g, x, w, mean, invstd, eps, results)
         return tuple(None if r is None else n for r, n in zip(results, lean, strict=True))
 

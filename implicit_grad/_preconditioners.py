@@ -160,8 +160,7 @@ class Cholesky:
                 f"Cholesky() would build a dense {n} × {n} matrix; its max_size is "
                 f"{self.max_size}. Use Nystrom(rank=...), or raise max_size"
             )
-        matrix = operator.dense(like)
-        matrix = (matrix + matrix.mT) / 2
+        matrix = operator.dense(like)  # of which its lower half is read
         eps = torch.finfo(like.dtype).eps
         factor, failed = torch.linalg.cholesky_ex(matrix)
         pivots = factor.diagonal()

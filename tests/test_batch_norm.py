@@ -16,6 +16,7 @@ from torch.nn.functional import batch_norm, conv2d, instance_norm
 from torch.utils.checkpoint import checkpoint
 
 import implicit_grad as ig
+from implicit_grad import _batch_norm
 from implicit_grad._ad import walk
 from implicit_grad._batch_norm import lean_batch_norms
 from implicit_grad.testing import peak_memory
@@ -220,13 +221,14 @@ def test_hooks_of_the_users_on_the_same_node(when: str):
     assert_close(products[1], products[0], 1e-12)
 
 
-def test_a_graph_is_seen_to_once():
+def test_a_graph_is_seen_to_once(monkeypatch: pytest.MonkeyPatch):
     loss, phi = problem((4, 3), True, torch_norm)
-    counts = []
+    counts, hooks, replacing = [], [], _batch_norm._replacing
+    monkeypatch.setattr(_batch_norm, "_replacing", lambda n: hooks.append(n) or replacing(n))
     for _ in range(3):
         slope = lean_slope(loss, phi)
         counts.append(sum(node.name() == "_BackwardBackward" for node in walk(slope)))
-    assert counts == [1, 1, 1]
+    assert counts == [1, 1, 1] and len(hooks) == 1
 
 
 def test_graphs_are_freed_without_the_garbage_collector():
@@ -253,9 +255,10 @@ def test_statistics_that_are_given_and_half_precision_stay_with_torch():
 
 @pytest.mark.parametrize("kept", ["checkpoint", "on another device"])
 def test_inside_of_what_keeps_tensors_in_its_own_way(kept: str):
-    x, v = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    (x, v), calls = torch.randn(2, 4, 3, 5, dtype=torch.float64), []
 
     def block(x: Tensor) -> Tensor:
+        calls.append(x)
         return torch_norm(x.sin()).exp()
 
     products = []
@@ -268,7 +271,10 @@ def test_inside_of_what_keeps_tensors_in_its_own_way(kept: str):
                 loss = block(phi[0]).sum()
         else:
             loss = block(phi[0]).sum()
-        products.append(grad(lean_slope(loss, phi), phi, [v]))
+        slope, before = lean_slope(loss, phi), len(calls)
+        # a checkpoint is computed once more for the gradient, and not to look into it
+        assert before == 1 + own + (own and kept == "checkpoint")
+        products.append(grad(slope, phi, [v]))
     assert_close(products[1], products[0], 1e-12)
 
 
