@@ -24,20 +24,25 @@ def error_bound(solution: LinearSolution, mu: float) -> float | None:
     The carried residual r̂ and the true one r differ by the gap, and so e = M⁻¹r has
     ‖e‖ ≤ ‖M⁻¹r̂‖ + gap/μ, of which the first is bounded by quadrature. ‖r‖/μ is a bound as well:
     looser, but it needs no coefficients.
+
+    With rounding, CG's coefficients are those of exact CG on a larger matrix, whose eigenvalues lie
+    within rounding of M's (Greenbaum, 1989, Behavior of slightly perturbed Lanczos and
+    conjugate-gradient recurrences): the quadrature takes a μ that is smaller by so much.
     """
     if solution.residual_norm is None or not math.isfinite(solution.residual_norm):
         return None
     if solution.substitute or (solution.curvature and solution.curvature[0] <= 0):
         return None  # then M ⪰ μS is not true
+    rounding, below = solution.rounding or torch.finfo(solution.x.dtype).eps, mu
     if ritz := ritz_values(solution.coefficients):
-        rounding = 100 * torch.finfo(solution.x.dtype).eps * ritz[-1]
-        if ritz[0] < mu - rounding:
+        if ritz[0] < mu - 10 * rounding * ritz[-1]:
             return None  # nor here: Ritz values lie within the spectrum
+        below = mu - rounding * ritz[-1]
     simple = solution.residual_norm / mu
-    energy = radau_bound(solution, mu)
+    energy = radau_bound(solution, below) if below > 0 else None
     if energy is None or solution.gap is None:
         return simple
-    return min(simple, math.sqrt(energy / mu) + solution.gap / mu)
+    return min(simple, (1 + rounding) * math.sqrt(energy / below) + solution.gap / mu)
 
 
 def radau_bound(solution: LinearSolution, mu: float) -> float | None:

@@ -6,12 +6,17 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from implicit_grad._errors import Status
+
+T = TypeVar("T", float, Tensor)
+
+# More terms than these do not make a sum less precise: see `Operator.rounding`.
+_LONG_SUM = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,17 @@ class Operator:
     def precision(self, like: Tensor) -> float:
         """The relative precision of products with vectors like this one."""
         return torch.finfo(like.dtype).eps if self.eps is None else self.eps
+
+    def rounding(self, like: Tensor) -> float:
+        """How far rounding may take M x, relative to ‖M‖‖x‖, for vectors like this one.
+
+        The precision of the products, and Higham's γₙ = n u/(1 − n u), u = eps/2, for sums of n
+        products of numbers (Higham, 2002, Accuracy and Stability of Numerical Algorithms, §3.1).
+        Longer sums than `_LONG_SUM` are made of blocks, and their errors cancel (Higham and Mary,
+        2019, A new approach to probabilistic rounding error analysis): γₙ would be far too large.
+        """
+        nu = (min(like.shape[-1], _LONG_SUM) + 1) * torch.finfo(like.dtype).eps / 2
+        return self.precision(like) + nu / (1 - nu)
 
     def over_scale(self, x: Tensor) -> Tensor:
         """S⁻¹x: the solution if the matrix were just its scale; no product taken."""
@@ -97,6 +113,7 @@ class LinearSolution:
         error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
             was a bound, or an estimate for want of μ.
         norm: an estimate of ‖M‖₂ where the curvature is not known.
+        rounding: `Operator.rounding`, where the residual was recomputed.
     """
 
     x: Tensor
@@ -110,6 +127,7 @@ class LinearSolution:
     substitute: Literal["minres", "gauss_newton"] | None = None
     error_is_bound: bool | None = None
     norm: float | None = None
+    rounding: float | None = None
 
     def in_units_of(self, unit: float) -> LinearSolution:
         """The solution for a right-hand side that is `unit` times as large; x is overwritten."""
@@ -159,6 +177,19 @@ class LinearSolver(abc.ABC):
     @abc.abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         """Solve for a right-hand side of magnitude 1, which stands for `unit` times as much."""
+
+
+def drift(size: T, greatest: T, length: T, rhs: T, rounding: float) -> T:
+    """How far a recomputed residual may be from rhs − M x itself, by rounding.
+
+    A measured part and a modelled one. `size` is the distance between the residual that an
+    iteration carried along and the recomputed one: a sample of the errors that products with M
+    make, of one for each iteration and of the recomputing. It counts twice, as any sample may be
+    smaller than what it is a sample of. Where unknowns are few it may be small by chance; there
+    `rounding` (see `Operator`) of ‖M‖ times `length` = ‖x‖ and of ‖rhs‖ is enough, with the
+    greatest curvature met in place of ‖M‖.
+    """
+    return 2 * size + rounding * (greatest * length + rhs)
 
 
 def relative_residual(operator: Operator, x: Tensor, rhs: Tensor) -> float:

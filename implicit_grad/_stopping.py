@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, Status
-from implicit_grad._linear import LinearSolution, LinearSolver, Operator, norm
+from implicit_grad._linear import LinearSolution, LinearSolver, Operator, drift, norm
 
 # A restart from the recomputed residual must cut it by this factor to be worth the products.
 RESTART_GAIN = 0.5
@@ -104,6 +104,7 @@ class Run(abc.ABC):
         self.restarted = False
         self.residual_norm: float | None = None
         self.gap: float | None = None
+        self.rounding: float | None = None
         self._curvature = (math.inf, -math.inf)
 
     @abc.abstractmethod
@@ -140,18 +141,16 @@ class Run(abc.ABC):
         return self.budget.stalled
 
     def _measure(self, carried: Tensor) -> None:
-        """The true residual and its distance from the carried one, in the units of the bounds.
-
-        Recomputing the residual has a rounding error too: eps of the numbers that cancel.
-        """
+        """The true residual and its distance from the carried one, in the units of the bounds."""
         operator, greatest = self.operator, max(self._curvature[1], 0.0)
-        largest = operator.precision(self.rhs) * (greatest * norm(self.x) + norm(self.rhs))
+        sizes = norm(self.residual - carried), greatest, norm(self.x), norm(self.rhs)
         least_scale = (
             1.0 if operator.scale is None else float(torch.as_tensor(operator.scale).min())
         )
-        rounding = largest / math.sqrt(least_scale)
-        self.residual_norm = operator.residual_norm(self.residual) + rounding
-        self.gap = operator.residual_norm(self.residual - carried) + rounding
+        self.rounding = operator.rounding(self.rhs)
+        error = drift(*sizes, self.rounding) / math.sqrt(least_scale)
+        self.residual_norm = operator.residual_norm(self.residual) + error
+        self.gap = operator.residual_norm(self.residual - carried) + error
 
     @property
     def curvature(self) -> tuple[float, float] | None:
@@ -184,4 +183,5 @@ class Run(abc.ABC):
             self.curvature,
             residual_norm=self.residual_norm,
             gap=self.gap,
+            rounding=self.rounding,
         )

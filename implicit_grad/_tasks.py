@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import Status
-from implicit_grad._linear import LinearSolution, Operator
+from implicit_grad._linear import LinearSolution, Operator, drift
 from implicit_grad._recurrence import LOST, PATIENCE
 from implicit_grad._stopping import RESTART_GAIN, SLACK, Iterative
 
@@ -97,6 +97,7 @@ class _Run:
         self.least = torch.full_like(ones, math.inf)
         self.greatest = torch.full_like(ones, -math.inf)
         self.residual_norm = self.gap = torch.full_like(ones, math.nan)
+        self.rounding: float | None = None
         self.steps: list[_Step] = []
 
     def _end(self, tasks: Tensor, status: Status) -> Tensor:
@@ -202,14 +203,16 @@ class _Run:
 
     def _measure(self, carried: Tensor, ran: Tensor) -> None:
         """The true residuals and their distances from the carried ones, with rounding errors."""
-        operator, greatest = self.operator, self.greatest.clamp_min(0.0)
-        length = dots(self.x, self.x).sqrt()
-        rounding = operator.precision(self.rhs) * (greatest * length + self.size)
+        operator, away = self.operator, self.residual - carried
+        length, size = dots(self.x, self.x).sqrt(), dots(away, away).sqrt()
+        self.rounding = operator.rounding(self.rhs)
+        sizes = size, self.greatest.clamp_min(0.0), length, self.size
+        error = drift(*sizes, self.rounding)
         if operator.scale is not None:
-            least = torch.as_tensor(operator.scale).to(rounding)
-            rounding = rounding / (least.amin(1) if least.dim() else least).sqrt()
-        norm = self._residual_norm(self.residual) + rounding
-        gap = self._residual_norm(self.residual - carried) + rounding
+            least = torch.as_tensor(operator.scale).to(error)
+            error = error / (least.amin(1) if least.dim() else least).sqrt()
+        norm = self._residual_norm(self.residual) + error
+        gap = self._residual_norm(away) + error
         self.residual_norm = torch.where(ran, norm, self.residual_norm)
         self.gap = torch.where(ran, gap, self.gap)
 
@@ -254,6 +257,7 @@ class _Run:
                     else tuple((a, b, rz * unit * unit) for a, b, rz, taken in steps if taken),
                     residual_norm=None if size is None else size * unit,
                     gap=None if gap is None else gap * unit,
+                    rounding=self.rounding,
                 )
             )
         return x, found

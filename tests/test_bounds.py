@@ -148,7 +148,7 @@ def test_the_bound_holds_and_is_tight(dtype, count):
             solution = solver.solve(problem.operator, problem.rhs)
             bound, error = error_bound(solution, problem.mu), problem.error(solution.x)
             assert bound is not None and bound >= error
-            if error > problem.floor:
+            if error > 10 * problem.floor:  # below, an error may well be all rounding
                 ratios.append(bound / error)
                 assert bound / error <= max(30, 2 * float(problem.spectrum[-1]) / problem.mu)
                 ritz = ritz_values(solution.coefficients)
@@ -158,6 +158,31 @@ def test_the_bound_holds_and_is_tight(dtype, count):
     assert statistics.median(ratios) <= 2.0
     assert sum(ratio <= 30 for ratio in ratios) >= 0.96 * len(ratios)
     assert sum(ratio <= 30 for ratio in early) >= 0.995 * len(early)
+
+
+def test_the_bound_holds_for_products_in_bfloat16():
+    """The matrix is exact in bfloat16; vectors are rounded to it before a product, and after."""
+    tried, known = 0, 0
+    for problem in problems(F32):
+        narrow = problem.matrix.bfloat16()
+        root = problem.weights.sqrt()
+        spectrum = torch.linalg.eigvalsh(narrow.double() / root[:, None] / root)
+        if spectrum[0] <= 0.02 * spectrum[-1]:
+            continue
+        rounded = dataclasses.replace(problem, matrix=narrow.float(), spectrum=spectrum)
+
+        def matvec(x, narrow=narrow):
+            return (narrow @ x.bfloat16()).float()
+
+        eps = torch.finfo(torch.bfloat16).eps
+        operator = Operator(matvec, matvec, rounded.scale, eps=eps)
+        for k in (1, 2, 3, 8, None):
+            solver = ig.CG() if k is None else ig.CG(maxiter=k)
+            solution = solver.solve(operator, rounded.rhs)
+            bound = error_bound(solution, rounded.mu)
+            tried, known = tried + 1, known + (bound is not None)
+            assert bound is None or bound >= rounded.error(solution.x)
+    assert tried > 500 and known > 0.8 * tried
 
 
 @pytest.mark.parametrize("factor", [1e-3, 0.5])
@@ -267,7 +292,7 @@ def test_a_known_mu_makes_the_error_as_small_as_asked(dtype, rtol_error):
             if problem.error(shorter.x) <= limit:
                 needed += k
                 break
-    assert by_error > len(drawn)  # of twice as many solves
+    assert by_error > 0.8 * len(drawn)  # of twice as many solves
     assert iterations <= 1.6 * needed
 
 

@@ -824,6 +824,28 @@ def test_at_a_bound_only_the_projected_gradient_counts_for_success():
         exhausted.minimize(lambda x: x.square().sum(), at_minimum + 1)
 
 
+@NEEDS_SCIPY
+@pytest.mark.parametrize("away", [None, 0, 1, 3])
+def test_a_run_without_success_that_fulfils_kkt_is_a_solution(monkeypatch, away):
+    """With the sum and two bounds active; moved along them, against them, or to where one idles."""
+    from scipy import optimize
+
+    objective, given, minimum = constrained_projection()
+    x = minimum.clone()
+    if away is not None:
+        x[away] -= 1e-3
+    if away == 1:
+        x[2] += 1e-3  # the sum is 1 still
+    ended = optimize.OptimizeResult(x=x.numpy(), fun=0.0, success=False, message="?", nfev=7)
+    monkeypatch.setattr(optimize, "minimize", lambda **_: ended)
+    run = SciPyMinimize(method="SLSQP")
+    if away is None:
+        assert torch.equal(run.minimize(objective, torch.full_like(minimum, 0.4), **given), minimum)
+        return
+    with pytest.warns(ig.ImplicitGradWarning, match="SLSQP stopped after 7 evaluations"):
+        run.minimize(objective, torch.full_like(minimum, 0.4), **given)
+
+
 ROOT_METHODS = (
     "hybr lm broyden1 broyden2 anderson linearmixing diagbroyden excitingmixing krylov df-sane"
 ).split()
@@ -941,6 +963,7 @@ def test_gurobi_matches_slsqp_on_random_programs():
         given = {"equality": equality, "inequality": inequality, "bounds": (-0.5, 0.5)}
         init = [torch.zeros(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)]
         phi = GurobiQP().minimize(objective, init, **given)
+        # at such a tolerance SLSQP may say that its line search failed, and be right all the same
         slsqp = SciPyMinimize(method="SLSQP", tol=1e-15).minimize(objective, init, **given)
         assert [t.shape for t in phi] == [t.shape for t in init]
         assert (flat(phi) - flat(slsqp)).abs().max() < 1e-6

@@ -47,6 +47,11 @@ class Coordinates:
         """Whether the values are at rounding level, by what they were at the start."""
         return bool(np.linalg.norm(values) <= self.eps**0.5 * max(1.0, np.linalg.norm(first)))
 
+    def touching(self, distances: Vector, x: Vector) -> npt.NDArray[np.bool_]:
+        """Which distances from x to its limits are at rounding level, one by one."""
+        near: npt.NDArray[np.bool_] = np.abs(distances) <= self.eps**0.5 * max(1.0, np.abs(x).max())
+        return near
+
     def objective(self, objective: Objective) -> FlatFunction:
         """The objective as a function with one output."""
         return FlatFunction(lambda phi: objective(phi).reshape(1).cpu().double(), self)

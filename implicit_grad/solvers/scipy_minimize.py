@@ -111,7 +111,7 @@ class SciPyMinimize:
                     f"SciPyMinimize: {method} ended where the objective is {result.fun:g}: it is "
                     "not defined everywhere on the way. Start elsewhere"
                 )
-            if not result.success and (rows or not self._solved(seen, at, limits, result.x, slope)):
+            if not result.success and not _solved(seen, at, limits, rows, result.x, slope):
                 warnings.warn(
                     f"SciPyMinimize: {method} stopped after {result.nfev} evaluations without "
                     f"success: {result.message}",
@@ -140,12 +140,41 @@ class SciPyMinimize:
         seen.check(here, 0)
         return at.vector(here.slope)
 
-    def _solved(
-        self, seen: Objective, at: Coordinates, limits: FlatBounds, x: Vector, first: Vector
-    ) -> bool:
-        """Whether the gradient is at rounding level, but for what pushes against the bounds."""
-        projected = x - limits.clip(x - at.vector(seen.at(at.tensors(x)).slope))
-        return at.negligible(projected, first)
+
+def _solved(
+    seen: Objective,
+    at: Coordinates,
+    limits: FlatBounds,
+    rows: dict[str, FlatFunction],
+    x: Vector,
+    first: Vector,
+) -> bool:
+    """Whether x is a solution to rounding level, whatever the method says of itself.
+
+    Then the gradient is made of what pushes against active constraints (Karush, Kuhn and Tucker);
+    a line search that finds no lower value, or a step that vanishes, says nothing else.
+    """
+    slope = at.vector(seen.at(at.tensors(x)).slope)
+    if not rows:
+        return at.negligible(x - limits.clip(x - slope), first)
+    from scipy.optimize import nnls
+
+    lower, upper = (at.touching(x - bound, x) for bound in (limits.lower, limits.upper))
+    pushes = [-np.eye(len(x))[lower], np.eye(len(x))[upper]]
+    beyond = [x - limits.clip(x)]
+    for name, function in rows.items():
+        values, jacobian = function(x), function.jacobian(x)
+        if name == "equality":
+            pushes += [jacobian, -jacobian]
+            beyond.append(values)
+        else:
+            pushes.append(jacobian[at.touching(values, x) | (values > 0)])
+            beyond.append(values.clip(min=0))
+    columns = np.concatenate(pushes).T
+    multipliers = nnls(columns, -slope)[0] if columns.size else np.zeros(columns.shape[1])
+    return at.negligible(slope + columns @ multipliers, first) and at.negligible(
+        np.concatenate(beyond), x
+    )
 
 
 def _check_method(method: str, bounds: bool, rows: bool) -> None:
