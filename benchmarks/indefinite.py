@@ -31,7 +31,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import implicit_grad as ig
-from implicit_grad._linear import LinearSolution, LinearSolver, Operator
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
 
 LAMS = (0.1, 0.5, 2.0)
 CASES = (("initial", 16), ("trained", 16), ("trained", 64))

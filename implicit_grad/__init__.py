@@ -2,8 +2,10 @@
 
 from implicit_grad import solvers, testing
 from implicit_grad._certify import Certificate, certify
-from implicit_grad._conditions import argmin, fixed_point, proximal, root
-from implicit_grad._dense import Exact
+from implicit_grad._conditions.argmin import argmin
+from implicit_grad._conditions.lam import LearnedLam, LowRank
+from implicit_grad._conditions.proximal import proximal
+from implicit_grad._conditions.root import fixed_point, root
 from implicit_grad._errors import (
     GraphError,
     ImplicitGradError,
@@ -15,15 +17,14 @@ from implicit_grad._errors import (
     Status,
 )
 from implicit_grad._implicit import implicit
-from implicit_grad._krylov import CG
-from implicit_grad._learned import LearnedLam
-from implicit_grad._minres import MINRES
-from implicit_grad._neumann import Neumann
-from implicit_grad._normal import NormalCG
-from implicit_grad._preconditioners import Cholesky, Jacobi, Nystrom, Reuse
-from implicit_grad._proximal import LowRank
-from implicit_grad._warm_start import WarmStart
-from implicit_grad.learn2learn import imaml
+from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.exact import Exact
+from implicit_grad._linear_solvers.minres import MINRES
+from implicit_grad._linear_solvers.neumann import Neumann
+from implicit_grad._linear_solvers.normal_cg import NormalCG
+from implicit_grad._linear_solvers.preconditioners import Cholesky, Jacobi, Nystrom, Reuse
+from implicit_grad._linear_solvers.warm_start import WarmStart
+from implicit_grad.learn2learn.maml import imaml
 from implicit_grad.monitor import Monitor, Report
 
 __version__ = "0.1.0"

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization, gradient, variables
-from implicit_grad._adjoint import Solved, solve_adjoint, solve_newton
-from implicit_grad._condition import check_callable, scalar
-from implicit_grad._conditions import proximal
-from implicit_grad._curvature import Curvature
+from implicit_grad._conditions.base import check_callable, scalar
+from implicit_grad._conditions.lam import LowRank
+from implicit_grad._conditions.proximal import proximal
 from implicit_grad._errors import InvalidArgumentError, Status, describe
-from implicit_grad._evaluation import Evaluation
-from implicit_grad._linear import LinearSolution, norm
-from implicit_grad._proximal import LowRank
-from implicit_grad._solver import ImplicitSolver, default_linear_solver
-from implicit_grad._tree import Flat, Tensors
+from implicit_grad._linear_solvers.base import LinearSolution, norm
+from implicit_grad._theorem.adjoint import Solved, solve_adjoint, solve_newton
+from implicit_grad._theorem.linearization import Curvature, Linearization
+from implicit_grad._torch.products import gradient, variables
+from implicit_grad._torch.pytree import Flat, Tensors
+from implicit_grad._wrapper.evaluation import Evaluation
+from implicit_grad._wrapper.implicit_solver import ImplicitSolver, default_linear_solver
 
 
 @dataclasses.dataclass(frozen=True)

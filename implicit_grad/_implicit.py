@@ -6,22 +6,24 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, overload
 
-from implicit_grad._condition import Condition
-from implicit_grad._conditions import argmin, proximal
-from implicit_grad._curvature import Curvature, check_curvature
+from implicit_grad._conditions.argmin import argmin
+from implicit_grad._conditions.base import Condition
+from implicit_grad._conditions.proximal import proximal
+from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._errors import InvalidArgumentError, describe
-from implicit_grad._evaluation import Setup
-from implicit_grad._krylov import CG
-from implicit_grad._linear import LinearSolver
-from implicit_grad._neumann import Neumann
-from implicit_grad._solver import (
+from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.neumann import Neumann
+from implicit_grad._theorem.linearization import Curvature
+from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
+from implicit_grad._wrapper.evaluation import Setup
+from implicit_grad._wrapper.implicit_solver import (
     ImplicitSolver,
     Minimizer,
     RootFinder,
     Solver,
     default_linear_solver,
 )
-from implicit_grad.monitor import Monitor, OnFailure, Reporting
 from implicit_grad.solvers._descent import Descent
 
 

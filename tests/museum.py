@@ -13,9 +13,9 @@ from torch import Tensor
 
 import implicit_grad as ig
 from implicit_grad._errors import Status
-from implicit_grad._linear import LinearSolution, LinearSolver, relative_residual
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, relative_residual
 from implicit_grad.testing import Cause
-from implicit_grad.testing.strategies import Operator
+from implicit_grad.testing.problems import Operator
 
 F64 = torch.float64
 

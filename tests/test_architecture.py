@@ -1,4 +1,4 @@
-"""The shape of the package: imports go down CONTRIBUTING's ladder, and touch no neighbour."""
+"""The shape of the package: folders import only from those below them, and touch no neighbour."""
 
 from __future__ import annotations
 
@@ -17,7 +17,24 @@ import implicit_grad as ig
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "implicit_grad"
 NEIGHBOURS = {"learn2learn", "torchopt", "scipy", "gurobipy", "matplotlib", "pytest", "hypothesis"}
-MOST_LINES = 300
+
+# From the top: what stands in one line does not import from its own line, but within a folder.
+ORDER = (
+    {"__init__"},
+    {"testing"},
+    {"_implicit", "_certify", "learn2learn", "monitor"},
+    {"_wrapper", "solvers"},
+    {"_conditions"},
+    {"_curvature"},
+    {"_theorem"},
+    {"_linear_solvers"},
+    {"_torch", "_options"},
+    {"_errors"},
+)
+# What torch does not document, and may change between versions.
+PRIVATE = re.compile(
+    r"torch\._C\b|\._(?:buffers|parameters|modules|version|backward_hooks|flat_weights)\b"
+)
 
 
 def module_name(path: Path) -> str:
@@ -26,23 +43,12 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+FOLDERS = sorted(p for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists())
 
 
-def ladder() -> list[str]:
-    """CONTRIBUTING's list of modules, from the top; a folder stands for all that is in it."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = text.partition("## The ladder\n")[2]
-    listing = re.search(r"^```text\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    assert listing, "CONTRIBUTING.md has no ladder"
-    return [line.split()[0] for line in listing[1].splitlines()]
-
-
-def rung(module: str) -> str:
-    """The line of the ladder on which a module stands."""
-    _, *below = module.split(".")
-    if not below:
-        return "__init__"
-    return f"{below[0]}/" if MODULES[module].parent != PACKAGE else below[0]
+def room(module: str) -> str:
+    """The name by which a module stands in `ORDER`: its folder's, or its own."""
+    return (module.split(".")[1:] or ["__init__"])[0]
 
 
 def imports(source: str) -> set[str]:
@@ -61,17 +67,17 @@ def imports(source: str) -> set[str]:
 IMPORTS = {module: imports(path.read_text("utf-8")) for module, path in MODULES.items()}
 
 
-def test_the_ladder_names_every_module_once():
-    assert sorted(ladder()) == sorted({rung(module) for module in MODULES})
+def test_every_module_has_a_place():
+    assert {room(module) for module in MODULES} == set().union(*ORDER)
 
 
-def test_imports_go_down_the_ladder():
-    height = {name: -line for line, name in enumerate(ladder())}
+def test_imports_go_down():
+    height = {name: -floor for floor, names in enumerate(ORDER) for name in names}
     upward = [
         f"{module} imports {target}"
         for module, targets in IMPORTS.items()
         for target in targets
-        if rung(module) != rung(target) and height[rung(module)] < height[rung(target)]
+        if room(module) != room(target) and height[room(module)] <= height[room(target)]
     ]
     assert not upward
 
@@ -83,9 +89,10 @@ def test_no_import_cycles():
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("from implicit_grad import _tree", "implicit_grad._tree"),
-        ("from implicit_grad._tree import Flat", "implicit_grad._tree"),
-        ("import implicit_grad._tree as t", "implicit_grad._tree"),
+        ("from implicit_grad import _errors", "implicit_grad._errors"),
+        ("from implicit_grad._torch import pytree", "implicit_grad._torch.pytree"),
+        ("from implicit_grad._torch.pytree import Flat", "implicit_grad._torch.pytree"),
+        ("import implicit_grad._torch.pytree as t", "implicit_grad._torch.pytree"),
         ("from implicit_grad import CG", "implicit_grad"),
         ("import implicit_grad as ig", "implicit_grad"),
         ("def f():\n    from implicit_grad.solvers import X", "implicit_grad.solvers"),
@@ -96,16 +103,49 @@ def test_which_imports_are_found(source, found):
     assert imports(source) == {found} - {None}
 
 
-def test_importing_the_package_imports_no_neighbour():
-    code = """
+def modules_loaded_by(code: str) -> set[str]:
+    """The top-level names, and the package's modules, that come with torch already imported."""
+    listing = f"""
 import sys, torch, optree, numpy
 dependencies = set(sys.modules)
-import implicit_grad
-print(*{name.partition(".")[0] for name in set(sys.modules) - dependencies})
+{code}
+print(*set(sys.modules) - dependencies)
 """
-    loaded = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).split()
+    return set(subprocess.check_output([sys.executable, "-c", listing], text=True).split())
+
+
+def test_importing_the_package_imports_no_neighbour():
+    loaded = modules_loaded_by("import implicit_grad")
     assert "implicit_grad" in loaded
-    assert not NEIGHBOURS & set(loaded)
+    assert not NEIGHBOURS & {name.partition(".")[0] for name in loaded}
+
+
+def test_the_linear_solvers_stand_alone():
+    """With the package's __init__ out of the way, they bring only what checks and errors need."""
+    loaded = modules_loaded_by(f"""
+import types
+package = types.ModuleType("implicit_grad")
+package.__path__ = [{str(PACKAGE)!r}]
+sys.modules["implicit_grad"] = package
+import implicit_grad._linear_solvers.cg, implicit_grad._linear_solvers.exact
+import implicit_grad._linear_solvers.normal_cg, implicit_grad._linear_solvers.neumann
+""")
+    ours = {room(name) for name in loaded if name.startswith("implicit_grad.")}
+    assert ours == {"_linear_solvers", "_options", "_errors"}
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if room(name) != "_torch"], ids=lambda name: name
+)
+def test_only_one_folder_touches_torchs_private_side(module):
+    found = PRIVATE.findall(MODULES[module].read_text("utf-8"))
+    assert not found, f"{found}: move what needs it to implicit_grad/_torch/"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_folder_says_what_it_is_for(folder):
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""
+    assert len(text.splitlines()) >= 2, "what is it for, and what may it import?"
 
 
 @pytest.mark.parametrize("module", [ig, ig.solvers], ids=lambda module: module.__name__)
@@ -114,9 +154,3 @@ def test_public_names_are_documented(module):
         text = inspect.getdoc(getattr(module, name)) or ""
         # what `dataclass` writes by itself, the signature, explains nothing
         assert text and not text.startswith(f"{name}("), f"{name} has no docstring"
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_files_are_short(module):
-    lines = len(MODULES[module].read_text("utf-8").splitlines())
-    assert lines <= MOST_LINES, f"{lines} lines: split what holds two ideas"

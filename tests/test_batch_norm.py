@@ -16,9 +16,9 @@ from torch.nn.functional import batch_norm, conv2d, instance_norm
 from torch.utils.checkpoint import checkpoint
 
 import implicit_grad as ig
-from implicit_grad import _batch_norm
-from implicit_grad._ad import walk
-from implicit_grad._batch_norm import lean_batch_norms
+from implicit_grad._torch import batch_norm as second_batch_norm
+from implicit_grad._torch.batch_norm import lean_batch_norms
+from implicit_grad._torch.graph import walk
 from implicit_grad.testing import peak_memory
 
 EPS = 0.1  # large enough to be noticed when it is forgotten
@@ -223,8 +223,8 @@ def test_hooks_of_the_users_on_the_same_node(when: str):
 
 def test_a_graph_is_seen_to_once(monkeypatch: pytest.MonkeyPatch):
     loss, phi = problem((4, 3), True, torch_norm)
-    counts, hooks, replacing = [], [], _batch_norm._replacing
-    monkeypatch.setattr(_batch_norm, "_replacing", lambda n: hooks.append(n) or replacing(n))
+    counts, hooks, replacing = [], [], second_batch_norm._replacing
+    monkeypatch.setattr(second_batch_norm, "_replacing", lambda n: hooks.append(n) or replacing(n))
     for _ in range(3):
         slope = lean_slope(loss, phi)
         counts.append(sum(node.name() == "_BackwardBackward" for node in walk(slope)))

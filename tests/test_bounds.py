@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 import implicit_grad as ig
-from implicit_grad._bounds import ErrorWatch, error_bound, radau_bound, ritz_values
 from implicit_grad._errors import Status
-from implicit_grad._linear import LinearSolution, Operator
+from implicit_grad._linear_solvers.base import LinearSolution, Operator
+from implicit_grad._linear_solvers.error_bounds import (
+    ErrorWatch,
+    error_bound,
+    radau_bound,
+    ritz_values,
+)
 
 F32, F64 = torch.float32, torch.float64
 

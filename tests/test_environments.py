@@ -26,7 +26,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import implicit_grad as ig
-from implicit_grad._state import RandomState, uncompiled
+from implicit_grad._torch.isolation import RandomState, uncompiled
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

@@ -30,7 +30,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import implicit_grad as ig
-from implicit_grad._function import ImplicitFunction
+from implicit_grad._theorem.implicit_function import ImplicitFunction
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
 
 import implicit_grad as ig
-from implicit_grad._ad import Linearization
+from implicit_grad._theorem.linearization import Linearization
 from implicit_grad.solvers import NewtonCG
 from implicit_grad.testing import peak_memory
 

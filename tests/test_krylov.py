@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import implicit_grad as ig
-from implicit_grad._ad import Linearization
-from implicit_grad._dense import Exact
 from implicit_grad._errors import Status
-from implicit_grad._krylov import CG
-from implicit_grad._linear import Operator
-from implicit_grad._normal import NormalCG
+from implicit_grad._linear_solvers.base import Operator
+from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.exact import Exact
+from implicit_grad._linear_solvers.normal_cg import NormalCG
+from implicit_grad._theorem.linearization import Linearization
 
 F32, F64 = torch.float32, torch.float64
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import implicit_grad as ig
-from implicit_grad._ad import Linearization
 from implicit_grad._errors import Status
-from implicit_grad._linear import LinearSolution, LinearSolver, Operator
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
+from implicit_grad._theorem.linearization import Linearization
 
 F32, F64 = torch.float32, torch.float64
 SIZES = (0, 1, 2, 7, 60, 200)

@@ -13,7 +13,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import mse_loss, softplus
 
 import implicit_grad as ig
-from implicit_grad._proximal import proximal_pull
+from implicit_grad._conditions.lam import proximal_pull
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 EXACT = {"linear_solver": ig.Exact(), "on_failure": "raise"}

@@ -7,7 +7,7 @@ import torch
 
 import implicit_grad as ig
 from implicit_grad._errors import Status
-from implicit_grad._linear import Operator
+from implicit_grad._linear_solvers.base import Operator
 
 F32, F64 = torch.float32, torch.float64
 SEEDS = range(20)

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import implicit_grad as ig
 from implicit_grad import CG, Status
-from implicit_grad._linear import Operator
+from implicit_grad._linear_solvers.base import Operator
 from implicit_grad.learn2learn import ImplicitMAML
 from implicit_grad.solvers import GradientDescent, Nesterov, NewtonCG, TorchOptim
 

@@ -19,9 +19,9 @@ from test_readme import README, python_blocks
 import implicit_grad as ig
 from implicit_grad.testing import Cause, ImplicitGradientError, check_implicit
 from implicit_grad.testing import strategies as draw
-from implicit_grad.testing._captures import captured_tensors
-from implicit_grad.testing._difference import derivative, noise
-from implicit_grad.testing._local import Local
+from implicit_grad.testing.differences import derivative, noise
+from implicit_grad.testing.local_problem import Local
+from implicit_grad.testing.subject import captured_tensors
 
 pytest_plugins = ["pytester"]
 

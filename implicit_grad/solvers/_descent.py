@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._ad import Linearization
 from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._tree import Tensors
+from implicit_grad._options import is_number, require, require_count, require_tolerance
+from implicit_grad._theorem.linearization import Linearization
+from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._objective import Objective, Point
-from implicit_grad.solvers._options import is_number, require, require_count, require_tolerance
 
 
 class _Reached(Exception):

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad import _tree
-from implicit_grad._ad import Linearization, gradient
-from implicit_grad._batch_norm import lean_batch_norms
-from implicit_grad._condition import scalar
+from implicit_grad._conditions.base import scalar
+from implicit_grad._conditions.proximal_term import ProximalObjective
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
-from implicit_grad._proximal import ProximalObjective
-from implicit_grad._tree import Tensors
+from implicit_grad._theorem.linearization import Linearization
+from implicit_grad._torch import pytree
+from implicit_grad._torch.batch_norm import lean_batch_norms
+from implicit_grad._torch.products import gradient
+from implicit_grad._torch.pytree import Tensors
 
 
 class Point:
@@ -76,7 +77,7 @@ class Variables:
 
     def __init__(self, owner: object, init: Any) -> None:
         self.name = type(owner).__name__
-        found, self.tree = _tree.flatten(init)
+        found, self.tree = pytree.flatten(init)
         for tensor in found:
             if not tensor.is_floating_point():
                 raise InvalidArgumentError(
@@ -88,7 +89,7 @@ class Variables:
 
     def result(self, phi: Tensors) -> Any:
         """φ in the form of init, if it is made of numbers."""
-        if not _tree.finite(phi):
+        if not pytree.finite(phi):
             raise InvalidSolutionError(
                 f"{self.name}: phi holds NaN or Inf after the last step: {_WHY}"
             )

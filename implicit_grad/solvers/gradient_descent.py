@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from implicit_grad._tree import Tensors
+from implicit_grad._options import require_positive
+from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Stepwise, Watch
-from implicit_grad.solvers._options import require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

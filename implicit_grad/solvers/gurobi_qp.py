@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, InvalidSolutionError
-from implicit_grad.solvers._bounds import FlatBounds, flat_bounds
-from implicit_grad.solvers._flat import Coordinates, FlatFunction, Vector
+from implicit_grad._options import require_options
+from implicit_grad.solvers._flat import Coordinates, FlatBounds, FlatFunction, Vector, flat_bounds
 from implicit_grad.solvers._neighbours import needed_by
 from implicit_grad.solvers._objective import Objective
-from implicit_grad.solvers._options import require_options
 
 # The simplex method ends in a corner of the active constraints: they hold to rounding error, and
 # can be told from the others. Barrier, Gurobi's own choice, leaves 1e-8.

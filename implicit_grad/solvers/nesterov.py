@@ -6,10 +6,10 @@ import dataclasses
 import math
 
 from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._tree import Tensors
+from implicit_grad._options import is_number, require, require_positive
+from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Stepwise, Watch
 from implicit_grad.solvers._objective import inner, moved
-from implicit_grad.solvers._options import is_number, require, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,21 @@ import dataclasses
 
 import torch
 
-from implicit_grad._adjoint import solve_adjoint
-from implicit_grad._krylov import CG
-from implicit_grad._tree import Tensors
+from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._options import require_count
+from implicit_grad._theorem.adjoint import solve_adjoint
+from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Descent, Watch
 from implicit_grad.solvers._objective import Objective, Point, inner, moved
-from implicit_grad.solvers._options import require_count
 
 # Armijo's condition: the share of the decrease that the slope promises which must come true.
 _SUFFICIENT = 1e-4
+
+
 # At rounding level, where values tell nothing, the slope along the step must shrink by this.
 _FLATTER = 0.9
+
+
 _HALVINGS = 40
 
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, InvalidSolutionError
-from implicit_grad.solvers._bounds import FlatBounds, flat_bounds
-from implicit_grad.solvers._flat import Coordinates, FlatFunction, Vector
+from implicit_grad._options import require, require_options, require_tolerance
+from implicit_grad.solvers._flat import Coordinates, FlatBounds, FlatFunction, Vector, flat_bounds
 from implicit_grad.solvers._neighbours import needed_by
 from implicit_grad.solvers._objective import Objective
-from implicit_grad.solvers._options import require, require_options, require_tolerance
 
 _METHODS = {
     name.lower(): name
@@ -25,11 +24,23 @@ _METHODS = {
         "dogleg trust-ncg trust-exact trust-krylov"
     ).split()
 }
+
+
 _WITHOUT_GRADIENT = {"Nelder-Mead", "Powell", "COBYLA", "COBYQA"}
+
+
 _WITH_HESSIAN_PRODUCTS = {"Newton-CG", "trust-ncg", "trust-krylov", "trust-constr"}
+
+
 _WITH_HESSIAN = {"dogleg", "trust-exact"}
+
+
 _WITH_ROWS = {"SLSQP", "trust-constr", "COBYLA", "COBYQA"}
+
+
 _WITH_BOUNDS = {"Nelder-Mead", "Powell", "L-BFGS-B", "TNC", *_WITH_ROWS}
+
+
 # These also stop when the objective or φ hardly changes, and take `tol` for that as well, which
 # leaves a gradient of about its square root.
 _BY_GRADIENT_ONLY = {"L-BFGS-B": {"ftol": 0.0}, "TNC": {"ftol": 0.0, "xtol": 0.0}}

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, InvalidSolutionError
+from implicit_grad._options import require, require_options, require_tolerance
 from implicit_grad.solvers._flat import Coordinates
 from implicit_grad.solvers._neighbours import needed_by
 from implicit_grad.solvers._objective import Variables
-from implicit_grad.solvers._options import require, require_options, require_tolerance
 
 _WITH_JACOBIAN = ("hybr", "lm")
+
+
 _WITHOUT_JACOBIAN = (
     "broyden1",
     "broyden2",

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from implicit_grad._errors import InvalidArgumentError, describe
-from implicit_grad._tree import Tensors
+from implicit_grad._options import require_callable
+from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Stepwise, Watch
-from implicit_grad.solvers._options import require_callable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

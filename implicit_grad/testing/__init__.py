@@ -19,10 +19,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from implicit_grad.testing._causes import Cause
-from implicit_grad.testing._check import check_implicit
-from implicit_grad.testing._memory import peak_memory
-from implicit_grad.testing._report import ArgumentCheck, CheckReport, ImplicitGradientError
+from implicit_grad.testing.check import check_implicit
+from implicit_grad.testing.check_report import (
+    ArgumentCheck,
+    Cause,
+    CheckReport,
+    ImplicitGradientError,
+)
+from implicit_grad.testing.memory import peak_memory
 
 __all__ = [
     "ArgumentCheck",

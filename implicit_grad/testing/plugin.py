@@ -18,8 +18,7 @@ import contextlib
 import pytest
 import torch
 
-from implicit_grad.testing._operators import Operator
-from implicit_grad.testing._problems import FAMILIES, Problem
+from implicit_grad.testing.problems import FAMILIES, Operator, Problem
 
 _PROBLEMS = {
     f"{family}-{str(dtype).removeprefix('torch.')}": Problem(

@@ -22,12 +22,22 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from implicit_grad.testing._operators import Kind, Operator, normal
-from implicit_grad.testing._problems import FAMILIES, Family, Problem
-from implicit_grad.testing._tasks import Network, Task
+from implicit_grad.testing.problems import (
+    FAMILIES,
+    Family,
+    Kind,
+    Network,
+    Operator,
+    Problem,
+    Task,
+    normal,
+)
 
 Nesting = Literal["tensor", "list", "tuple", "dict"]
+
+
 NESTINGS: tuple[Nesting, ...] = ("tensor", "list", "tuple", "dict")
+
 
 __all__ = [
     "Network",

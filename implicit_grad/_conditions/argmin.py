@@ -1,0 +1,115 @@
+"""A minimum, with or without constraints: F = ∇objective."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from implicit_grad._conditions.base import (
+    Again,
+    Call,
+    Condition,
+    Snapshot,
+    check_callable,
+    check_distinct,
+    check_model,
+    composed,
+    curvatures,
+)
+from implicit_grad._conditions.batching import batched, batched_model, tasks_of, total
+from implicit_grad._conditions.constraints import Constraints
+from implicit_grad._curvature.auto import linearize
+from implicit_grad._curvature.objective import Objective
+from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._theorem.linearization import Curvature
+from implicit_grad._torch.pytree import Tensors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class argmin(Condition):
+    """φ minimises a scalar objective: F = ∇_φ objective(φ, *args), under constraints if given.
+
+    Args:
+        objective: `objective(phi, *args)` returns a 0-d (or one-element) tensor, twice
+            differentiable around the solution.
+        strong_convexity: a known μ > 0 with ∂²objective ⪰ μ·I, which turns the linear solver's
+            coefficients into a bound on its error (`Report.solve_error_bound`).
+        model: if given, the objective is `objective(model(phi, *args), *args)`; this form allows
+            Gauss-Newton products. What penalises phi itself has to be among the model's outputs.
+        bounds: `(lower, upper)`, each None, a number, a tensor or a container in the form of φ; or
+            a function of the solver's arguments that returns such a pair.
+        equality: `equality(phi, *args)` returns tensors that are 0 at a solution.
+        inequality: `inequality(phi, *args)` returns tensors that are at most 0 at a solution.
+        tasks: φ is a batch of solutions of separate problems, along the first dimension of each
+            of its tensors; `objective` then returns one value for each, and CG solves for each.
+
+    Constraints that hold with equality at φ enter the linear system with their multipliers, which
+    are found from φ; where one holds by chance (a multiplier of 0), φ has no derivative, and the
+    status says so (Fiacco, 1976, Sensitivity analysis for nonlinear programming).
+    """
+
+    objective: Callable[..., Tensor]
+    strong_convexity: float | None = None
+    _: dataclasses.KW_ONLY
+    model: Callable[..., Any] | None = None
+    bounds: Any = None
+    equality: Callable[..., Any] | None = None
+    inequality: Callable[..., Any] | None = None
+    tasks: bool = False
+    symmetric: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_callable("argmin", "objective", self.objective)
+        check_model("argmin", self.model)
+        mu = self.strong_convexity
+        if mu is not None and not 0 < mu < math.inf:
+            raise InvalidArgumentError(f"argmin(strong_convexity={mu!r}): expected a number > 0")
+        if self.constraints and self.model is not None:
+            raise InvalidArgumentError("argmin: model does not go with constraints")
+        if self.constraints and self.tasks:
+            raise InvalidArgumentError("argmin: tasks does not go with constraints")
+
+    @property
+    def constraints(self) -> Constraints:
+        """Those that were given."""
+        return Constraints(self.bounds, self.equality, self.inequality)
+
+    @property
+    def definite(self) -> bool:  # type: ignore[override]
+        return not self.constraints.rows
+
+    @property
+    def curvatures(self) -> tuple[Curvature, ...]:
+        return ("auto", "hessian") if self.constraints else curvatures(self.model)
+
+    def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        if solver != "minimize":
+            return super().problem_for(solver, call)
+        function = composed(self.objective, self.model, call.args, call.kwargs)
+
+        def objective(phi: Any) -> Tensor:
+            return total("argmin: objective", function(phi)[0], tasks_of(self, phi))
+
+        return objective, self.constraints.for_minimizer(call.args, call.kwargs)
+
+    def for_tasks(self) -> Condition | None:
+        if self.constraints or self.tasks:
+            return None
+        objective, model = batched(self.objective, "argmin: objective"), batched_model(self.model)
+        return argmin(objective, self.strong_convexity, model=model, tasks=True)
+
+    def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
+        returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
+        tasks = tasks_of(self, phi)
+        value = total("argmin: objective", returned, tasks)
+        objective = Objective(value, variables, outputs=outputs, again=again, tasks=tasks)
+        if not self.constraints:
+            return Snapshot((value,), functools.partial(linearize, objective))
+        check_distinct("argmin", phi, variables)
+        evaluated, at_constraints = self.constraints.at(objective, phi, call.args, call.kwargs)
+        return Snapshot(evaluated, lambda _: at_constraints())

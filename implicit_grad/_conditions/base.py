@@ -1,0 +1,149 @@
+"""The contract of conditions: what a solution is, evaluated and linearised at a given φ."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
+from implicit_grad._theorem.linearization import Curvature, Linearization
+from implicit_grad._torch import pytree
+from implicit_grad._torch.pytree import Tensors
+
+Again = Callable[[Tensors], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The user's function as evaluated at φ: its outputs with their graph, and F from them."""
+
+    outputs: Tensors
+    linearize: Callable[[Curvature], Linearization]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a wrapped solver, and what the condition itself holds."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: Any = ()
+
+
+class Condition(abc.ABC):
+    """F(φ, a) = 0.
+
+    `symmetric` says whether ∂F/∂φ is, so that CG applies where it is also `definite`.
+    """
+
+    symmetric: ClassVar[bool]
+    must_depend_on_phi: ClassVar[bool] = True
+    definite = True
+    tasks = False  # φ is a batch of solutions of separate problems
+
+    @property
+    def parameters(self) -> Any:
+        """Tensors that the condition itself holds, such as λ: arguments like the others."""
+        return ()
+
+    @property
+    def curvatures(self) -> tuple[Curvature, ...]:
+        """The kinds of products that there can be."""
+        return ("auto",)
+
+    def for_tasks(self) -> Condition | None:
+        """The condition for a batch of such problems, if there is a batched linear solve for it."""
+        return None
+
+    def check_call(self, call: Call) -> None:  # noqa: B027  (most conditions accept any call)
+        """Raise if the arguments cannot work, before the solver runs."""
+
+    def template(self, call: Call) -> Any:
+        """What φ has to look like, if the arguments tell; else None."""
+        return None
+
+    def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        """What a solver is handed: phi ↦ an objective or a residual, and constraints."""
+        kind = "an objective to minimise" if solver == "minimize" else "a residual to bring to 0"
+        raise InvalidArgumentError(
+            f"{type(self).__name__} has not {kind}: a solver with a method `minimize` goes with "
+            "argmin and proximal, one with `find_root` with root and fixed_point; or pass a "
+            "solver function"
+        )
+
+    @abc.abstractmethod
+    def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
+        """Evaluate at the container `phi`, whose distinct tensors are `variables`.
+
+        `again` evaluates the objective's value elsewhere, if that may be asked for.
+        """
+
+
+def check_callable(condition: str, name: str, value: object) -> None:
+    if not callable(value):
+        raise InvalidArgumentError(
+            f"{condition}: {name} must be a function of (phi, ...), got {describe(value)}"
+        )
+
+
+def scalar(name: str, value: object) -> Tensor:
+    """The value, if it is one floating-point number in a tensor."""
+    if not torch.is_tensor(value) or value.numel() != 1 or not value.is_floating_point():
+        raise InvalidArgumentError(
+            f"{name} must return a scalar floating-point tensor, got {describe(value)}"
+        )
+    return value
+
+
+def like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
+    phi_leaves, value_leaves = pytree.leaves(phi), pytree.leaves(value)
+    check_distinct(name.split(":")[0], phi, variables)
+    if pytree.structure(value) != pytree.structure(phi):
+        raise InvalidArgumentError(
+            f"{name} must return the form of phi, {pytree.structure(phi)}, "
+            f"got {pytree.structure(value)}"
+        )
+    for label, f, p in zip(pytree.names(phi, "phi"), value_leaves, phi_leaves, strict=True):
+        if not torch.is_tensor(f) or f.shape != p.shape or f.dtype != p.dtype:
+            raise InvalidArgumentError(
+                f"{name}: for {label}, {describe(p)}, it returned {describe(f)}"
+            )
+    return tuple(value_leaves)
+
+
+def check_distinct(name: str, phi: Any, variables: Tensors) -> None:
+    if len(pytree.leaves(phi)) != len(variables):
+        raise InvalidSolutionError(
+            f"{name}: phi holds one tensor more than once; return distinct tensors"
+        )
+
+
+def composed(
+    function: Callable[..., Any], model: Callable[..., Any] | None, args: Any, kwargs: Any
+) -> Callable[[Any], tuple[Any, Tensors | None]]:
+    """phi ↦ function(model(phi)), and the model's outputs, none of which is behind another."""
+
+    def evaluate(phi: Any) -> tuple[Any, Tensors | None]:
+        if model is None:
+            return function(phi, *args, **kwargs), None
+        returned = model(phi, *args, **kwargs)
+        tensors, tree = pytree.flatten(returned, lambda t: torch.is_tensor(t) and t.requires_grad)
+        outputs = tuple(t.view_as(t) for t in tensors)
+        return function(tree.rebuild(outputs), *args, **kwargs), outputs
+
+    return evaluate
+
+
+def curvatures(model: Any) -> tuple[Curvature, ...]:
+    every: tuple[Curvature, ...] = ("auto", "hessian", "finite_difference")
+    return every if model is None else (*every, "gauss_newton")
+
+
+def check_model(condition: str, model: object) -> None:
+    if model is not None:
+        check_callable(condition, "model", model)

@@ -1,0 +1,91 @@
+"""Functions of one task as functions of a batch, whose tensors have the tasks along dimension 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from implicit_grad._conditions.base import Condition, scalar
+from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._torch import pytree
+from implicit_grad._torch.pytree import Tensors, Tree
+
+
+def tasks_of(condition: Condition, phi: Any) -> int | None:
+    """How many problems there are, if φ is a batch."""
+    if not condition.tasks:
+        return None
+    return number_of_tasks(type(condition).__name__, tuple(pytree.leaves(phi)))
+
+
+def batched_model(model: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The model for a batch, where there is one."""
+    return None if model is None else batched(model)
+
+
+def batched(function: Callable[..., Any], as_number: str = "") -> Callable[..., Any]:
+    """The function, for all tasks at once; each draws random numbers of its own.
+
+    With a name `as_number`, what it returns for a task has to be one number.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors, tree = pytree.flatten((args, kwargs))
+        returned: list[Tree] = []
+
+        def one(tensors: Tensors) -> Tensors:
+            args, kwargs = tree.rebuild(tensors)
+            value = function(*args, **kwargs)
+            if as_number:
+                value = scalar(as_number, value).reshape(())
+            outputs, output_tree = pytree.flatten(value)
+            returned.append(output_tree)
+            return outputs
+
+        outputs = vmap(one, randomness="different")(tensors)
+        return returned[0].rebuild(outputs)
+
+    return call
+
+
+def total(name: str, losses: object, tasks: int | None) -> Tensor:
+    """The loss, or the sum of the tasks' losses, none of which depends on another task's φ."""
+    if tasks is None:
+        return scalar(name, losses)
+    if not torch.is_tensor(losses) or losses.shape != (tasks,) or not losses.is_floating_point():
+        raise InvalidArgumentError(
+            f"{name} must be one number for each of {tasks} tasks, a floating-point tensor of "
+            f"shape ({tasks},), such as torch.func.vmap(loss)(outputs, y); got {describe(losses)}"
+        )
+    # in float16 the sum may overflow where no task's loss does
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+
+
+def number_of_tasks(name: str, tensors: Tensors) -> int:
+    """The length of the first dimension, if it is the same for all."""
+    lengths = {len(t) if t.dim() else 0 for t in tensors}
+    if len(lengths) != 1 or 0 in lengths:
+        raise InvalidArgumentError(
+            f"{name}: with tasks=True, the first dimension of each tensor of phi counts the tasks; "
+            f"got {', '.join(map(describe, tensors))}"
+        )
+    return lengths.pop()
+
+
+def aligned(values: Any, like: Any) -> Any:
+    """Values for each task, which broadcast against each task's `like`, as values for the batch.
+
+    A number for each of 3 tasks gets the shape (3, 1, 1) to go with a batch of matrices.
+    """
+    spread = optree.broadcast_prefix(values, like, namespace=pytree.NAMESPACE)
+    leaves, structure = optree.tree_flatten(like, namespace=pytree.NAMESPACE)
+    shaped = [
+        v.reshape(len(v), *[1] * (t.dim() - v.dim()), *v.shape[1:]) if torch.is_tensor(v) else v
+        for v, t in zip(spread, leaves, strict=True)
+    ]
+    return optree.tree_unflatten(structure, shaped)

@@ -1,0 +1,134 @@
+"""A minimum near θ: F = ∇loss + λ(φ − θ), the inner problem of iMAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from implicit_grad._conditions.base import (
+    Again,
+    Call,
+    Condition,
+    Snapshot,
+    check_callable,
+    check_model,
+    composed,
+    curvatures,
+)
+from implicit_grad._conditions.batching import aligned, batched, batched_model, tasks_of, total
+from implicit_grad._conditions.lam import LowRank, check_lam, evaluated, proximal_pull
+from implicit_grad._conditions.proximal_term import ProximalObjective, Pull
+from implicit_grad._curvature.auto import linearize
+from implicit_grad._curvature.objective import Objective
+from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._theorem.linearization import Curvature
+from implicit_grad._torch import pytree
+from implicit_grad._torch.pytree import Tensors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class proximal(Condition):
+    """φ minimises loss(φ, *args) + λ/2 ‖φ − θ‖², θ the first argument of the solver (iMAML).
+
+    F = ∇loss(φ) + λ(φ − θ), so with (∇²loss + λ) u = v the gradients are
+    dθ = λu = (I + ∇²loss/λ)⁻¹v and dλ = −(φ − θ)ᵀu (Rajeswaran et al., 2019, Meta-Learning
+    with Implicit Gradients).
+
+    Args:
+        loss: `loss(phi, *args)`, the solver's arguments without θ, returns a scalar tensor.
+        lam: λ > 0: a number, a tensor, or a container of them in the form of θ or of its upper
+            part (per tensor or per element); `LowRank`, a matrix; or a function without arguments
+            that returns one of these, such as `LearnedLam`. Tensors that require grad get theirs.
+        convex: say that the loss is convex in φ; then λ bounds the curvature from below, and the
+            linear solver's error is bounded (`Report.solve_error_bound`).
+        model: if given, the loss is `loss(model(phi, *args), *args)`; this form allows
+            Gauss-Newton products.
+        tasks: θ and φ are batches of separate problems, along the first dimension of each of their
+            tensors; `loss` then returns one value for each, and CG solves for each. A `lam` for
+            each task has as many dimensions as θ's tensors.
+    """
+
+    loss: Callable[..., Tensor]
+    lam: Any
+    convex: bool = False
+    _: dataclasses.KW_ONLY
+    model: Callable[..., Any] | None = None
+    tasks: bool = False
+    symmetric: ClassVar[bool] = True
+    must_depend_on_phi: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_callable("proximal", "loss", self.loss)
+        check_model("proximal", self.model)
+        diagonal = self.lam.diagonal if isinstance(self.lam, LowRank) else self.lam
+        for leaf in () if callable(diagonal) else pytree.leaves(diagonal):
+            check_lam(leaf, "proximal")
+
+    @property
+    def parameters(self) -> Any:
+        return evaluated(self.lam)
+
+    @property
+    def curvatures(self) -> tuple[Curvature, ...]:
+        return curvatures(self.model)
+
+    def check_call(self, call: Call) -> None:
+        if not call.args:
+            raise InvalidArgumentError(
+                "proximal: the solver's first positional argument is theta, but it was called "
+                "without positional arguments"
+            )
+        if self.tasks and isinstance(call.parameters, LowRank):
+            raise InvalidArgumentError(
+                "proximal: with tasks=True, lam must not be a LowRank matrix"
+            )
+        self._pull(call)
+
+    def for_tasks(self) -> Condition | None:
+        if self.tasks or isinstance(self.parameters, LowRank):
+            return None
+        loss, model = batched(self.loss, "proximal: loss"), batched_model(self.model)
+        return _Stacked(loss, self.lam, self.convex, model=model, tasks=True)
+
+    def _pull(self, call: Call) -> Pull:
+        return proximal_pull(call.parameters, call.args[0], "proximal")
+
+    def template(self, call: Call) -> Any:
+        return call.args[0]
+
+    def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        if solver != "minimize":
+            return super().problem_for(solver, call)
+        theta, *rest = call.args
+        whole = composed(self.loss, self.model, rest, call.kwargs)
+
+        def loss(phi: Any) -> Tensor:
+            return total("proximal: loss", whole(phi)[0], tasks_of(self, phi))
+
+        return ProximalObjective(loss, self._pull(call), tuple(pytree.leaves(theta))), {}
+
+    def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
+        theta, *rest = call.args
+        returned, outputs = composed(self.loss, self.model, rest, call.kwargs)(phi)
+        tasks, pull = tasks_of(self, phi), self._pull(call)
+        value = total("proximal: loss", returned, tasks)
+        slot = {id(t): i for i, t in enumerate(variables)}
+        slots = [slot[id(t)] for t in pytree.leaves(phi)]
+
+        def force(slope: Tensors) -> Any:
+            return pull.force(slope, variables, pytree.leaves(theta), slots)
+
+        objective = Objective(value, variables, force, outputs, again, tasks=tasks)
+        return Snapshot((value,), functools.partial(linearize, objective))
+
+
+class _Stacked(proximal):
+    """A batch made of single problems: λ, an argument like the others, has tasks as well."""
+
+    def _pull(self, call: Call) -> Pull:
+        theta = call.args[0]
+        return proximal_pull(aligned(call.parameters, theta), theta, "proximal")

@@ -1,0 +1,130 @@
+"""Which A: the kind asked for, or the Hessian until some operation turns out not to have one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from implicit_grad._curvature.finite_difference import FiniteDifference
+from implicit_grad._curvature.hessian import GaussNewton, Hessian
+from implicit_grad._curvature.objective import Objective
+from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._theorem.linearization import CURVATURES, Climbed, Curvature, Linearization
+from implicit_grad._torch.graph import once_differentiable
+from implicit_grad._torch.pytree import Tensors
+
+_NO_DOUBLE_BACKWARD = re.compile(
+    r"derivative for .* is not implemented|double backward|once_differentiable"
+)
+
+
+def linearize(objective: Objective, curvature: Curvature) -> Linearization:
+    """F around φ, with products of the kind asked for."""
+    around = _linearized(objective, curvature)
+    around.tasks = objective.tasks
+    return around
+
+
+def _linearized(objective: Objective, curvature: Curvature) -> Linearization:
+    if curvature == "finite_difference":
+        return FiniteDifference(objective)
+    if curvature == "auto":
+        return Ladder(objective)
+    if once_differentiable([objective.value], objective.phi):
+        raise GraphError(
+            f'curvature="{curvature}": between phi and the objective, a custom Function is '
+            "marked as once_differentiable, or a function is compiled (torch.compile), and has "
+            'no second derivative; use "auto"'
+        )
+    return GaussNewton(objective) if curvature == "gauss_newton" else Hessian(objective)
+
+
+class Ladder(Linearization):
+    """The Hessian, or finite differences once some operation turns out to lack a double backward.
+
+    `curvature` tells which. Fused attention needs no second rung: see `undisturbed`.
+    """
+
+    is_hessian = True
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        once = once_differentiable([objective.value], objective.phi)
+        self._rung = parts = self._differences(None) if once else Hessian(objective)
+        fields = parts.phi, parts.curved, parts.pulled, parts.scale
+        super().__init__(parts.make_residual, *fields, guard=objective.guard)
+        self.convex = parts.convex
+
+    @property
+    def curvature(self) -> str:  # type: ignore[override]
+        """The kind of products that work here, as far as is known."""
+        return self._rung.curvature
+
+    @property
+    def precision(self) -> float | None:  # type: ignore[override]
+        """That of the products that work here."""
+        return self._rung.precision
+
+    def transposed(self, u: Tensors) -> Tensors:
+        """Aᵀu; outside of a solve, a product may be of either kind."""
+        try:
+            return super().transposed(u)
+        except Climbed:
+            return super().transposed(u)
+
+    def curved_transposed(self, u: Tensors) -> Tensors:
+        """∇²value u."""
+        before = self._rung
+        product = self._first_that_works(lambda: self._rung.curved_transposed(u))
+        if self._rung is not before:
+            raise Climbed
+        return product
+
+    def curved_product(self, x: Tensors) -> Tensors:
+        """The same: the matrix is symmetric."""
+        return self.curved_transposed(x)
+
+    def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        """(∂F/∂inputs)ᵀu."""
+        return self._first_that_works(lambda: self._rung.pullback(u, inputs))
+
+    def _first_that_works(self, product: Callable[[], Tensors]) -> Tensors:
+        try:
+            return product()
+        except (RuntimeError, NotImplementedError) as error:
+            if not _NO_DOUBLE_BACKWARD.search(str(error)):
+                raise
+            self._rung = self._differences(error)
+        return product()
+
+    def _differences(self, cause: Exception | None) -> Linearization:
+        if self._objective.again is None:
+            raise GraphError(
+                "an operation of the inner objective has no second derivative in torch"
+                f"{'' if cause is None else f' ({cause})'}, and differences of gradients need the "
+                "objective as a function of the weights: use implicit(), or with imaml "
+                'learner.adapt(lambda: loss(...)) and curvature="finite_difference"; or another '
+                "form of the operation"
+            ) from cause
+        return FiniteDifference(self._objective)
+
+
+def check_curvature(curvature: object, where: str, offered: Sequence[str] = CURVATURES) -> None:
+    """Raise unless this is one of the kinds of products offered."""
+    if curvature not in offered:
+        names = ", ".join(f'"{name}"' for name in offered)
+        raise InvalidArgumentError(f"{where}: curvature={curvature!r}: expected one of {names}")
+
+
+def has_second_derivative(objective: Objective) -> bool:
+    """Whether torch can take a product with the Hessian."""
+    probe = tuple(torch.ones_like(p) for p in objective.phi)
+    try:
+        with torch.no_grad():
+            Ladder(objective).transposed(probe)
+    except GraphError:
+        return False
+    return True

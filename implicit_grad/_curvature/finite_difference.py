@@ -1,0 +1,92 @@
+"""A from differences of gradients, for models without a second derivative in torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from implicit_grad._curvature.hessian import Hessian
+from implicit_grad._curvature.objective import Objective
+from implicit_grad._errors import GraphError
+from implicit_grad._torch.products import gradient, without_hooks
+from implicit_grad._torch.pytree import Tensors
+
+_CHANGED = (
+    "the condition's function has other derivatives when it is evaluated again: it refers to a "
+    "variable that has changed since, or it is random. Pass everything it needs as arguments"
+)
+
+
+class FiniteDifference(Hessian):
+    """Products by central differences of gradients, for models without a double backward.
+
+    ∇²G u ≈ (∇G(φ + εu) − ∇G(φ − εu)) / 2ε with ε = eps^(1/3) max(1, ‖φ‖) / ‖u‖, where the errors
+    of truncation and rounding balance: relative errors are around 1e-10 in float64, 1e-5 in
+    float32, if ∇G changes over lengths around max(1, ‖φ‖). Two gradients a product.
+    """
+
+    curvature = "finite_difference"
+
+    def __init__(self, objective: Objective) -> None:
+        if objective.tasks is not None:
+            raise GraphError("finite differences are taken for one task at a time")
+        if objective.again is None:
+            raise GraphError(
+                'curvature="finite_difference" needs the inner objective as a function of the '
+                "weights (with imaml: learner.adapt(lambda: loss(...))), and gives first "
+                "derivatives only"
+            )
+        super().__init__(objective)
+        self.convex = None
+        self._again = objective.again
+        self._eps = max(torch.finfo(p.dtype).eps for p in objective.phi)
+        self.precision = self._eps ** (2 / 3)
+        self._size = _norm(objective.phi)
+        self._check_unchanged()
+
+    def _slope(self) -> Tensors:
+        with torch.no_grad():
+            return gradient(self.objective.value, self.objective.phi)
+
+    def curved_transposed(self, u: Tensors) -> Tensors:
+        """∇²value u."""
+        return self._differences(u, ())[: len(u)]
+
+    def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        """(∂F/∂inputs)ᵀu: what λ(φ − θ) adds, and differences of the gradients by the inputs."""
+        exact = super().pullback(u, inputs)
+        return tuple(map(torch.add, exact, self._differences(u, inputs)[len(u) :]))
+
+    def _differences(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        """The derivatives of ∇value along u in φ, with respect to φ and to the inputs."""
+        length = _norm(u)
+        if not 0 < length < float("inf"):  # 0: the products are too; Inf: let it be seen
+            return tuple(torch.zeros_like(x) * length for x in (*u, *inputs))
+        step = self._eps ** (1 / 3) * max(1.0, self._size) / length
+        ahead, behind = (self._slope_at(sign * step, u, inputs) for sign in (1, -1))
+        return tuple((a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True))
+
+    def _slope_at(self, step: float, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        with torch.no_grad():
+            moved = tuple(torch.add(p, w, alpha=step) for p, w in zip(self.phi, u, strict=True))
+        phi = tuple(p.detach().requires_grad_() for p in moved)
+        with torch.enable_grad():
+            value = self._again(phi)
+        with torch.no_grad(), self._guard(), without_hooks(inputs):
+            return gradient(value, (*phi, *inputs))
+
+    def _check_unchanged(self) -> None:
+        """Raise if the function, evaluated again where it was recorded, has another gradient."""
+        zero = tuple(torch.zeros_like(p) for p in self.phi)
+        difference = [
+            a - b for a, b in zip(self._slope_at(0.0, zero, ()), self.curved, strict=True)
+        ]
+        if not _norm(difference) <= self._eps**0.5 * _norm(self.curved):
+            raise GraphError(_CHANGED)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

@@ -1,0 +1,67 @@
+"""A as the second derivative of an objective, or as its Gauss-Newton part."""
+
+from __future__ import annotations
+
+import torch
+
+from implicit_grad._curvature.objective import Objective
+from implicit_grad._theorem.linearization import Linearization
+from implicit_grad._torch.batch_norm import lean_batch_norms
+from implicit_grad._torch.products import gradient, vjp
+from implicit_grad._torch.pytree import Tensors
+
+
+class Hessian(Linearization):
+    """A is the second derivative: a product is one backward pass through the gradient's graph."""
+
+    curvature = "hessian"
+    is_hessian = True
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        with torch.enable_grad():
+            slope = self._slope()
+            force = objective.force(slope)
+        super().__init__(
+            force.residual, objective.phi, slope, force.pulled, force.scale, objective.guard
+        )
+        self.held = force.held
+        self.convex = None if objective.outputs is None else lambda: GaussNewton(objective)
+
+    def curved_product(self, x: Tensors) -> Tensors:
+        """The same: the matrix is symmetric."""
+        return self.curved_transposed(x)
+
+    def _slope(self) -> Tensors:
+        """∇value."""
+        with lean_batch_norms([self.objective.value], self.objective.phi, self.objective.own):
+            return gradient(self.objective.value, self.objective.phi)
+
+
+class GaussNewton(Hessian):
+    """The same, with the Hessian of loss(model(φ)) replaced by Jᵀ (∂²loss/∂output²) J.
+
+    J is the Jacobian of the model's outputs, so the model's own curvature is dropped and the
+    operator is positive semi-definite for losses that are convex in the outputs (Schraudolph,
+    2002, Fast curvature matrix-vector products). The cross-derivatives in `pullback` stay exact.
+    """
+
+    curvature = "gauss_newton"
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective)
+        assert objective.outputs is not None
+        self._outputs = objective.outputs
+        with torch.enable_grad():
+            self._loss_gradient = gradient(objective.value, self._outputs)
+            self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in self._outputs)
+            self._to_phi = vjp(self._outputs, self.phi, self._dummy)
+
+    def _slope(self) -> Tensors:  # no product goes through it
+        return gradient(self.objective.value, self.objective.phi)
+
+    def curved_transposed(self, u: Tensors) -> Tensors:
+        """Jᵀ (∂²loss/∂output²) J u."""
+        in_outputs = vjp(self._to_phi, self._dummy, u)
+        curved = vjp(self._loss_gradient, self._outputs, in_outputs)
+        return vjp(self._outputs, self.phi, curved)

@@ -1,0 +1,38 @@
+"""The smooth part of an inner objective, evaluated at φ: what every kind of A is made from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from implicit_grad._theorem.linearization import Force
+from implicit_grad._torch.pytree import Tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The smooth part of an inner objective, evaluated at φ with its graph.
+
+    Attributes:
+        value: the scalar.
+        phi: the tensors in its graph that stand for φ.
+        force: F from ∇value (the identity, or what adds λ(φ − θ)).
+        outputs: the model's outputs that value depends on φ through, if there is a model.
+        again: evaluates value at another φ, on the same arguments; needed for differences.
+        guard: see `Linearization`.
+        tasks: how many separate problems the value sums over.
+        own: whether the graph is nobody else's.
+    """
+
+    value: Tensor
+    phi: Tensors
+    force: Callable[[Tensors], Force] = Force
+    outputs: Tensors | None = None
+    again: Callable[[Tensors], Tensor] | None = None
+    guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    tasks: int | None = None
+    own: bool = True

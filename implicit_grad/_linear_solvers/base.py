@@ -1,0 +1,221 @@
+"""The contract of linear solvers: find x with M x = rhs, M given by products."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from implicit_grad._errors import Status
+
+# Longer rows are multiplied one by one on a CPU: that makes no vector, and calls are cheap then.
+_LONG_ROW = 2**13
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """xᵀy for each task, in double precision: what follows from it is small."""
+    if x.is_cuda or x.shape[1] < _LONG_ROW:
+        products: Tensor = torch.linalg.vecdot(x, y)
+    else:
+        products = torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])
+    return products.double()
+
+
+T = TypeVar("T", float, Tensor)
+
+
+# More terms than these do not make a sum less precise: see `Operator.rounding`.
+_LONG_SUM = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A square matrix M known by its products with flat vectors.
+
+    Attributes:
+        matvec: x ↦ M x.
+        rmatvec: x ↦ Mᵀx.
+        scale: S, its natural unit (λ of a proximal term, as a number or per element): what the
+            matrix would be if it were diagonal. None means 1.
+        eps: the relative precision of the products; None means that of the vectors.
+        convex: x ↦ C x for a positive semi-definite matrix C that may stand in for M where M is
+            indefinite (Gauss-Newton, S included); None where there is none.
+        mu: μ > 0 with M ⪰ μS, where it is known.
+        rtol_error: x is good enough when ‖x − M⁻¹rhs‖ ≤ rtol_error·‖x‖, ‖x‖² = xᵀSx.
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    rmatvec: Callable[[Tensor], Tensor]
+    scale: float | Tensor | None = None
+    eps: float | None = None
+    convex: Callable[[Tensor], Tensor] | None = None
+    mu: float | None = None
+    rtol_error: float | None = None
+
+    def precision(self, like: Tensor) -> float:
+        """The relative precision of products with vectors like this one."""
+        return torch.finfo(like.dtype).eps if self.eps is None else self.eps
+
+    def rounding(self, like: Tensor) -> float:
+        """How far rounding may take M x, relative to ‖M‖‖x‖, for vectors like this one.
+
+        The precision of the products, and Higham's γₙ = n u/(1 − n u), u = eps/2, for sums of n
+        products of numbers (Higham, 2002, Accuracy and Stability of Numerical Algorithms, §3.1).
+        Longer sums than `_LONG_SUM` are made of blocks, and their errors cancel (Higham and Mary,
+        2019, A new approach to probabilistic rounding error analysis): γₙ would be far too large.
+        """
+        nu = (min(like.shape[-1], _LONG_SUM) + 1) * torch.finfo(like.dtype).eps / 2
+        return self.precision(like) + nu / (1 - nu)
+
+    def over_scale(self, x: Tensor) -> Tensor:
+        """S⁻¹x: the solution if the matrix were just its scale; no product taken."""
+        return x if self.scale is None else x / self.scale
+
+    def scaled_norm(self, x: Tensor) -> float:
+        """√(xᵀSx), the norm in which distances between solutions are measured."""
+        return norm(x) if self.scale is None else math.sqrt(dot(x, x * self.scale))
+
+    def residual_norm(self, r: Tensor) -> float:
+        """√(rᵀS⁻¹r), the norm of residuals that belongs to `scaled_norm`."""
+        return math.sqrt(dot(r, self.over_scale(r)))
+
+    def dense(self, like: Tensor) -> Tensor:
+        """M itself, by a product for each unknown of vectors like this one."""
+        identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
+        return torch.stack([self.matvec(column) for column in identity], dim=1)
+
+    def damped(self, damping: float) -> Operator:
+        """M + damping·I, and likewise for the matrix that may stand in for M."""
+        if not damping:
+            return self
+
+        def shifted(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda x: product(x) + damping * x
+
+        return dataclasses.replace(
+            self,
+            matvec=shifted(self.matvec),
+            rmatvec=shifted(self.rmatvec),
+            convex=None if self.convex is None else shifted(self.convex),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSolution:
+    """What a linear solver found, and how it knows.
+
+    Attributes:
+        x: the solution.
+        status: how the solve ended.
+        iterations: products taken by the iteration, those of a first attempt included; not those
+            that build a preconditioner or recompute the residual.
+        residual: ‖rhs − M x‖/‖rhs‖, computed from x and not carried along; None if not computed.
+        curvature: the least and greatest pᵀMp/pᵀp met.
+        coefficients: CG's: for each iteration alpha, beta and the new residual's rᵀS⁻¹r; Ritz
+            values and error bounds follow from them. Empty where a restart or a preconditioner of
+            another kind than S breaks the connection.
+        residual_norm: √(rᵀS⁻¹r) of the recomputed residual r, at most: with the rounding error of
+            recomputing it.
+        gap: the same norm of the difference between r and the residual that was carried along.
+        substitute: what was solved instead because M has negative curvature: "minres" for the
+            same system by MINRES, "gauss_newton" for C x = rhs (then `residual` is that of C).
+        error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
+            was a bound, or an estimate for want of μ.
+        norm: an estimate of ‖M‖₂ where the curvature is not known.
+        rounding: `Operator.rounding`, where the residual was recomputed.
+    """
+
+    x: Tensor
+    status: Status
+    iterations: int = 0
+    residual: float | None = None
+    curvature: tuple[float, float] | None = None
+    coefficients: tuple[tuple[float, float, float], ...] = ()
+    residual_norm: float | None = None
+    gap: float | None = None
+    substitute: Literal["minres", "gauss_newton"] | None = None
+    error_is_bound: bool | None = None
+    norm: float | None = None
+    rounding: float | None = None
+
+    def in_units_of(self, unit: float) -> LinearSolution:
+        """The solution for a right-hand side that is `unit` times as large; x is overwritten."""
+        return dataclasses.replace(
+            self,
+            x=self.x.mul_(unit),
+            coefficients=tuple((a, b, rr * unit * unit) for a, b, rr in self.coefficients),
+            residual_norm=None if self.residual_norm is None else self.residual_norm * unit,
+            gap=None if self.gap is None else self.gap * unit,
+        )
+
+
+class LinearSolver(abc.ABC):
+    """Solves M x = rhs; `symmetric_only` says whether M has to be symmetric."""
+
+    symmetric_only: ClassVar[bool]
+    takes_tasks: bool = False  # has `solve_tasks`
+
+    def for_call(self) -> LinearSolver:
+        """The solver for the backward pass of one call; asked for when that call runs forward."""
+        return self
+
+    def solve(self, operator: Operator, rhs: Tensor, verify: bool = True) -> LinearSolution:
+        """Solve operator · x = rhs.
+
+        Zero and non-finite right-hand sides are dealt with here, and the others are brought to
+        magnitude 1 by a power of two, which changes no bit unless something would over- or
+        underflow. `verify=False` allows to skip the product that recomputes the residual where
+        nothing was promised about it.
+        """
+        largest = float(rhs.abs().max()) if rhs.numel() else 0.0
+        if largest == 0.0:
+            return LinearSolution(torch.zeros_like(rhs), Status.ZERO_RHS, residual=0.0)
+        if not math.isfinite(largest):
+            return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_RHS)
+        limit = 126 if rhs.dtype == torch.float32 else 1022
+        unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
+        rhs = rhs / unit  # the caller may have kept no other
+        return self._solve(operator, rhs, unit, verify).in_units_of(unit)
+
+    def solve_tasks(
+        self, operator: Operator, rhs: Tensor, verify: bool
+    ) -> tuple[Tensor, list[LinearSolution]]:
+        """The same for a batch of systems: rhs, x and products have a row for each task."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
+        """Solve for a right-hand side of magnitude 1, which stands for `unit` times as much."""
+
+
+def drift(size: T, greatest: T, length: T, rhs: T, rounding: float) -> T:
+    """How far a recomputed residual may be from rhs − M x itself, by rounding.
+
+    A measured part and a modelled one. `size` is the distance between the residual that an
+    iteration carried along and the recomputed one: a sample of the errors that products with M
+    make, of one for each iteration and of the recomputing. It counts twice, as any sample may be
+    smaller than what it is a sample of. Where unknowns are few it may be small by chance; there
+    `rounding` (see `Operator`) of ‖M‖ times `length` = ‖x‖ and of ‖rhs‖ is enough, with the
+    greatest curvature met in place of ‖M‖.
+    """
+    return 2 * size + rounding * (greatest * length + rhs)
+
+
+def relative_residual(operator: Operator, x: Tensor, rhs: Tensor) -> float:
+    """‖rhs − M x‖/‖rhs‖."""
+    return norm(rhs - operator.matvec(x)) / norm(rhs)
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    """xᵀy, in the precision of the vectors (float32 or better)."""
+    return float(torch.dot(x, y))
+
+
+def norm(x: Tensor) -> float:
+    """‖x‖₂."""
+    return math.sqrt(dot(x, x))

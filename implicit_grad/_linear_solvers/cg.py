@@ -1,0 +1,354 @@
+"""Conjugate gradients: for symmetric positive definite systems, and when they are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from implicit_grad._errors import InvalidArgumentError, LinearSolveError, Status
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, dot, norm
+from implicit_grad._linear_solvers.cg_batched import first_order, solve_tasks
+from implicit_grad._linear_solvers.error_bounds import ErrorWatch
+from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, SLACK, Budget, Iterative, Run
+from implicit_grad._linear_solvers.minres import MINRES
+from implicit_grad._linear_solvers.preconditioners import Precondition, Preconditioner, checked
+from implicit_grad._linear_solvers.warm_start import Slot, WarmStart
+from implicit_grad._options import require_nonnegative
+
+
+@dataclasses.dataclass(frozen=True)
+class _Claim:
+    """The error for which a run stopped, and the μ, known or estimated, that it rests on."""
+
+    error: float
+    mu: float
+    is_bound: bool
+
+
+class ConjugateGradients(Run):
+    """The iterate and everything that the recurrences carry.
+
+    `precondition` approximates M⁻¹; None divides by M's scale.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        rhs: Tensor,
+        budget: Budget,
+        precondition: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(operator, rhs, budget)
+        self.precondition = precondition
+        self.coefficients: list[tuple[float, float, float]] = []
+        self.warm = False
+        self._claim: _Claim | None = None
+
+    def start_at(self, x: Tensor) -> None:
+        """Start from x if it is nearer than 0 in the energy norm; takes one product, and x itself.
+
+        (x − x*)ᵀM(x − x*) − x*ᵀM x* = −xᵀ(rhs + residual). The residual's size would not tell: that
+        of CG's iterates may well be larger than the right-hand side's.
+        """
+        residual = self.rhs - self.operator.matvec(x)
+        self.iterations += 1
+        if dot(x, self.rhs + residual) > 0:
+            self.x, self.residual, self.warm = x, residual, True
+
+    def iterate(self) -> None:
+        """Conjugate gradients on operator · d = residual, adding d to x."""
+        self.residual = r = self.residual.clone()
+        self.status, self._claim = self.budget.exhausted, None
+        rr = dot(r, r)
+        if math.sqrt(rr) <= self.budget.target:
+            self.status = Status.CONVERGED
+            return
+        z, weight = self._preconditioned(r)
+        rz = weight * (rr if z is r else dot(r, z))
+        if not rz > 0:
+            return self._stop_at_preconditioner()
+        p = z * weight
+        watch = None if self.operator.rtol_error is None else ErrorWatch(self.operator.mu, rz)
+        energy, gains = 0.0, [math.inf] * PATIENCE
+        eps, size = torch.finfo(r.dtype).eps, norm(self.rhs)
+        while self.iterations < self.budget.maxiter:
+            product = self.operator.matvec(p)
+            self.iterations += 1
+            curvature = dot(p, product)
+            if not math.isfinite(curvature):
+                return self.fail(Status.NONFINITE_OPERATOR)
+            pp = dot(p, p)
+            self.meet(curvature / pp)
+            if curvature <= 0:
+                return self._stop_at_negative_curvature()
+            alpha = rz / curvature
+            if alpha * math.sqrt(pp) * self._curvature[1] * eps > LOST * size:
+                self.status = Status.SINGULAR
+                return
+            self.x.add_(p, alpha=alpha)
+            r.sub_(product, alpha=alpha)
+            del product  # the next one need not find it still there
+            rr = dot(r, r)
+            z, weight = self._preconditioned(r)
+            gain, rz_before = alpha * rz, rz
+            rz = weight * (rr if z is r else dot(r, z))
+            beta = rz / rz_before
+            self.coefficients.append((alpha, beta, rz))
+            if math.sqrt(rr) <= self.budget.target:
+                self.status = Status.CONVERGED
+                return
+            if not rz > 0:
+                return self._stop_at_preconditioner()
+            if watch is not None and self._near_enough(watch):
+                self.status = Status.CONVERGED
+                return
+            energy, gains = energy + gain, [*gains[1:], gain]
+            if sum(gains) <= eps**2 * energy:
+                self.status = self.budget.stalled
+                return
+            p.mul_(beta).add_(z, alpha=weight)
+
+    def solution(self, residual: float | None) -> LinearSolution:
+        """The result, with CG's coefficients where a single run of recurrences made it."""
+        connected = self.precondition is None and not self.restarted
+        return dataclasses.replace(
+            super().solution(residual),
+            coefficients=tuple(self.coefficients) if connected else (),
+            error_is_bound=None if self._claim is None else self._claim.is_bound,
+        )
+
+    def _kept(self, size: float) -> bool:
+        """The promise is a small residual, or, if the error ended the run, a small error."""
+        if super()._kept(size) or self._claim is None:
+            return super()._kept(size)
+        return self._claim.error + (self.gap or 0.0) / self._claim.mu <= SLACK * self._error_limit
+
+    @property
+    def _missed(self) -> Status:
+        return super()._missed if self._claim is None else Status.STAGNATED
+
+    def _preconditioned(self, r: Tensor) -> tuple[Tensor, float]:
+        """z and w with w·z = r preconditioned; a scale that is a number costs no vector."""
+        if self.precondition is not None:
+            return self.precondition(r), 1.0
+        scale = self.operator.scale
+        if isinstance(scale, Tensor):
+            return r / scale, 1.0
+        return r, 1.0 if scale is None else 1.0 / scale
+
+    @property
+    def _error_limit(self) -> float:
+        return (self.operator.rtol_error or 0.0) * self.operator.scaled_norm(self.x)
+
+    def _near_enough(self, watch: ErrorWatch) -> bool:
+        """Whether the iterate's error is at most what `Operator.rtol_error` allows."""
+        limit, known = self._error_limit, self.operator.mu
+        if self.precondition is None:
+            watch.note(*self.coefficients[-1])
+            near, error, mu = watch.within(limit), watch.error, watch.mu
+        else:  # the coefficients do not tell about M over its scale, but ‖e‖ ≤ ‖r‖/μ
+            scale = self.operator.scale
+            largest = 1.0 if scale is None else float(torch.as_tensor(scale).max())
+            mu = self._curvature[0] / largest if known is None else known
+            error = self.operator.residual_norm(self.residual) / mu
+            near = error <= limit
+        if near:
+            self._claim = _Claim(error, mu, known is not None)
+        return near
+
+    def _stop_at_negative_curvature(self) -> None:
+        """Keep x, a descent direction, but no longer than the first-order solution."""
+        self.status = Status.NEGATIVE_CURVATURE
+        self._at_least_first_order()
+        size, limit = self.operator.scaled_norm(self.x), self.operator.residual_norm(self.rhs)
+        if size > limit:
+            self.x.mul_(limit / size)
+
+    def _stop_at_preconditioner(self) -> None:
+        """Keep x, which rests on directions that were right."""
+        self.status = Status.BAD_PRECONDITIONER
+        self._at_least_first_order()
+
+    def _at_least_first_order(self) -> None:
+        if not self.coefficients:
+            self.x = self.operator.over_scale(self.rhs).clone()
+
+
+OnNegativeCurvature = Literal["stop", "raise", "minres", "gauss_newton"]
+
+
+_POLICIES = ("stop", "raise", "minres", "gauss_newton")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CG(Iterative):
+    """Conjugate gradients for symmetric systems (Hestenes and Stiefel, 1952).
+
+    Args:
+        maxiter: most products to take. 0 takes none: with `proximal` that is first-order MAML.
+        rtol: stop when the residual is at most `rtol` times the right-hand side. None with a given
+            `maxiter` asks for a fixed budget, the truncation of the iMAML paper, which does not
+            warn. None without `maxiter` means eps^(2/3) for the coarsest dtype among the tensors:
+            4e-11 in float64, 2e-5 in float32.
+        atol: or when the residual is at most `atol`, in the units of the right-hand side.
+        damping: solve (A + damping·I) u = v instead. It changes the answer; off by default.
+        on_negative_curvature: at the first direction p with pᵀAp ≤ 0, "stop" at the current
+            iterate (on the very first direction: v over A's scale, first-order MAML), "raise",
+            solve the same system by "minres", or one with the "gauss_newton" matrix in A's place
+            (the condition has to know its `model`). The last two start again, with as many
+            iterations to spend.
+        preconditioner: `Jacobi()`, `Nystrom(rank=...)`, one of them or `Cholesky()` kept for many
+            solves by `Reuse(...)`, or a function of the flat residual r (φ's tensors one after
+            another) that approximates A⁻¹r, symmetric and positive definite. None divides by A's
+            scale (λ of `proximal`).
+        warm_start: a `WarmStart()`, to start from the last solution where that is nearer than 0.
+            The results then depend on the calls before.
+
+    A solve that stops before convergence is not linear in v: the gradient of a sum of losses is
+    then not exactly the sum of their gradients. Until such a direction is met every iterate x has
+    vᵀx > 0; where all curvature is positive the safeguard changes no bit. After a stop, ‖x‖ is
+    limited to that of the first-order solution.
+
+    >>> CG(maxiter=5).on_negative_curvature
+    'stop'
+    """
+
+    damping: float = 0.0
+    on_negative_curvature: OnNegativeCurvature = "stop"
+    preconditioner: Preconditioner | Precondition | None = None
+    warm_start: WarmStart | Slot | None = None
+
+    symmetric_only: ClassVar[bool] = True
+    least_maxiter: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_nonnegative(self, "damping")
+        if self.on_negative_curvature not in _POLICIES:
+            names = " or ".join(f'"{name}"' for name in _POLICIES)
+            raise InvalidArgumentError(
+                f"CG(on_negative_curvature={self.on_negative_curvature!r}): expected {names}"
+            )
+        given = self.preconditioner
+        usable = callable(given) or isinstance(given, Preconditioner)
+        if given is not None and (isinstance(given, type) or not usable):
+            raise InvalidArgumentError(
+                f"CG(preconditioner={given!r}): expected None, Jacobi(), Nystrom(rank=...), "
+                "Reuse(Cholesky()) or a function of the flat residual"
+            )
+        if not isinstance(self.warm_start, (WarmStart, Slot, type(None))):
+            raise InvalidArgumentError(
+                f"CG(warm_start={self.warm_start!r}): expected None or a WarmStart()"
+            )
+
+    def for_call(self) -> LinearSolver:
+        """This solver, bound to the key that `WarmStart.at` has set now."""
+        if self.warm_start is None:
+            return self
+        return dataclasses.replace(self, warm_start=self.warm_start.slot())
+
+    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
+        operator = operator.damped(self.damping)
+        if self.maxiter == 0:
+            return LinearSolution(operator.over_scale(rhs), Status.FIRST_ORDER)
+        budget = self.budget(operator, rhs, unit)
+        precondition = self._precondition(operator, rhs)
+        slot = None if self.warm_start is None else self.warm_start.slot()
+        run = ConjugateGradients(operator, rhs, budget, precondition)
+        start = None if slot is None else slot.get(rhs)
+        if start is not None and budget.maxiter > 1:  # the start takes one product of the budget
+            run.start_at(start / unit)
+        run.iterate()
+        if run.warm and run.status == Status.NEGATIVE_CURVATURE:
+            # vᵀx > 0 and the limit on ‖x‖ are promised to runs from 0 only
+            warm, run = run, ConjugateGradients(operator, rhs, budget, precondition)
+            run.iterate()
+            run.follow(warm)
+        solution = self._finish(run, operator, budget, verify)
+        if run.status == Status.NEGATIVE_CURVATURE:
+            solution = self._substitute(solution, operator, rhs, unit, verify)
+        if slot is not None and solution.status.ok:
+            slot.put(solution.x * unit)
+        return solution
+
+    @property
+    def takes_tasks(self) -> bool:  # type: ignore[override]
+        """Whether nothing is asked for that batches do not have."""
+        plain = self.preconditioner is None and self.warm_start is None
+        return plain and self.on_negative_curvature in ("stop", "raise")
+
+    def solve_tasks(
+        self, operator: Operator, rhs: Tensor, verify: bool
+    ) -> tuple[Tensor, list[LinearSolution]]:
+        operator = operator.damped(self.damping)
+        if self.maxiter == 0:
+            return first_order(operator, rhs)
+        x, solutions = solve_tasks(self, operator, rhs, verify)
+        if self.on_negative_curvature == "raise":
+            for solution in solutions:
+                if solution.status == Status.NEGATIVE_CURVATURE:
+                    raise _refusal(solution)
+        return x, solutions
+
+    def _precondition(self, operator: Operator, rhs: Tensor) -> Precondition | None:
+        given = self.preconditioner
+        if given is None:
+            return None
+        return checked(
+            given.build(operator, rhs) if isinstance(given, Preconditioner) else given, rhs
+        )
+
+    def _finish(
+        self, run: ConjugateGradients, operator: Operator, budget: Budget, verify: bool
+    ) -> LinearSolution:
+        """The run's solution; the residual is recomputed where something was promised about it."""
+        promised = not budget.fixed or operator.rtol_error is not None
+        return run.solution(run.refine() if verify or promised else None)
+
+    def _substitute(
+        self,
+        solution: LinearSolution,
+        operator: Operator,
+        rhs: Tensor,
+        unit: float,
+        verify: bool,
+    ) -> LinearSolution:
+        """What to return where negative curvature was met."""
+        policy = self.on_negative_curvature
+        if policy == "raise":
+            raise _refusal(solution)
+        if policy == "stop":
+            return solution
+        again: LinearSolver
+        if policy == "minres":
+            again = MINRES(maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)
+        else:
+            if operator.convex is None:
+                raise LinearSolveError(
+                    'CG(on_negative_curvature="gauss_newton") met negative curvature and has no '
+                    "Gauss-Newton products to go on with: give the condition its model=, or pass "
+                    'curvature="gauss_newton" where it is offered'
+                )
+            operator = dataclasses.replace(
+                operator, matvec=operator.convex, rmatvec=operator.convex
+            )
+            again = dataclasses.replace(
+                self, damping=0.0, on_negative_curvature="stop", warm_start=None
+            )
+        second = again._solve(operator, rhs, unit, verify)
+        met = (*(solution.curvature or ()), *(second.curvature or ()))
+        return dataclasses.replace(
+            second,
+            iterations=solution.iterations + second.iterations,
+            curvature=(min(met), max(met)),
+            substitute=policy,
+        )
+
+
+def _refusal(solution: LinearSolution) -> LinearSolveError:
+    return LinearSolveError(f"CG met negative curvature: {solution.status.sentence}")

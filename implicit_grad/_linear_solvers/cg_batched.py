@@ -1,0 +1,256 @@
+"""Conjugate gradients for a batch of systems: one product for all tasks, and a recurrence each.
+
+Tasks that share no unknowns have a block-diagonal matrix, so that one product serves them all. The
+scalars of the recurrences are vectors here, with a number for each task; a task that is done, for
+better or worse, is left out by a mask, and ends as it would have ended alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from implicit_grad._errors import Status
+from implicit_grad._linear_solvers.base import LinearSolution, Operator, dots, drift
+from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, RESTART_GAIN, SLACK, Iterative
+
+# Where a number can be read from the device only by waiting for it, iterations taken between two
+# looks at whether any task still needs one.
+_LOOK_EVERY = 4
+
+
+def solve_tasks(
+    rules: Iterative, operator: Operator, rhs: Tensor, verify: bool
+) -> tuple[Tensor, list[LinearSolution]]:
+    """Solve operator · x = rhs, where both have a row for each task."""
+    run = _Run(rules, operator, rhs)
+    run.iterate(run.status == run.budget.exhausted)
+    residual = run.refine() if verify or not run.budget.fixed else None
+    return run.solutions(residual)
+
+
+def first_order(operator: Operator, rhs: Tensor) -> tuple[Tensor, list[LinearSolution]]:
+    """rhs over the scale: no product is taken."""
+    sizes = torch.sqrt(dots(rhs, rhs)).tolist()
+    x, found = operator.over_scale(rhs).clone(), []
+    for row, size in zip(x, sizes, strict=True):
+        if not math.isfinite(size) and not bool(torch.isfinite(row).all()):
+            row.fill_(math.nan)
+            found.append(LinearSolution(row, Status.NONFINITE_RHS))
+        elif not bool(row.any()):
+            found.append(LinearSolution(row, Status.ZERO_RHS, residual=0.0))
+        else:
+            found.append(LinearSolution(row, Status.FIRST_ORDER))
+    return x, found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """CG's coefficients of one iteration, and the tasks that took it."""
+
+    alpha: Tensor
+    beta: Tensor
+    rz: Tensor
+    taken: Tensor
+
+    def told(self) -> Tensor:
+        return torch.stack([self.alpha, self.beta, self.rz, self.taken.double()])
+
+
+class _Run:
+    """The iterates of all tasks, as rows, and what the recurrences carry."""
+
+    def __init__(self, rules: Iterative, operator: Operator, rhs: Tensor) -> None:
+        self.operator = operator
+        # along rows, aminmax and norms are many times slower
+        largest = rhs.amax(1).maximum(-rhs.amin(1)) if rhs.shape[1] else rhs.new_zeros(len(rhs))
+        finite = torch.isfinite(largest)
+        exponents = torch.frexp(torch.where(finite, largest, 0.0)).exponent
+        limit = 126 if rhs.dtype == torch.float32 else 1022
+        ones = torch.ones_like(largest, dtype=torch.float64)
+        self.unit = torch.ldexp(ones, exponents.clamp(-limit, limit))
+        self.rhs = self.residual = rhs / _column(self.unit, rhs)
+        self.x = torch.zeros_like(rhs)
+        self.size = dots(self.rhs, self.rhs).sqrt()
+        self.budget = rules.relative_budget(operator, rhs, rhs.shape[1])
+        self.target = (self.budget.target * self.size).maximum(rules.atol / self.unit)
+        self.status = torch.full_like(exponents, self.budget.exhausted)
+        self._end(largest == 0, Status.ZERO_RHS)
+        self._end(~finite, Status.NONFINITE_RHS)
+        self.iterations = torch.zeros_like(exponents)
+        self.restarted = torch.zeros_like(finite)
+        self.least = torch.full_like(ones, math.inf)
+        self.greatest = torch.full_like(ones, -math.inf)
+        self.residual_norm = self.gap = torch.full_like(ones, math.nan)
+        self.rounding: float | None = None
+        self.steps: list[_Step] = []
+
+    def _end(self, tasks: Tensor, status: Status) -> Tensor:
+        """Give the tasks their status; returns the others."""
+        self.status = self.status.masked_fill(tasks, status)
+        return ~tasks
+
+    def iterate(self, started: Tensor) -> None:
+        """Conjugate gradients on operator · d = residual for some of the tasks, adding d to x."""
+        eps, scale = torch.finfo(self.rhs.dtype).eps, self._number
+        going = started & ~self._end(started, self.budget.exhausted)
+        self.residual = r = self.residual.clone()
+        rr = dots(r, r)
+        going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
+        rz, z = self._preconditioned(r, rr)
+        p = self._left_out(z.clone(), going)
+        energy, gains = torch.zeros_like(rz), rz.new_full((PATIENCE, len(rz)), math.inf)
+        for k in range(self.budget.maxiter):
+            going = going & (self.iterations < self.budget.maxiter)
+            if (k % _LOOK_EVERY == 0 or not r.is_cuda) and not bool(going.any()):
+                break
+            product = self.operator.matvec(p)
+            self.iterations = self.iterations + going
+            curvature, pp = dots(p, product), dots(p, p)
+            finite = torch.isfinite(curvature)
+            going = going & self._end(going & ~finite, Status.NONFINITE_OPERATOR)
+            self._meet(curvature / pp, going)
+            going = going & self._end(going & (curvature <= 0), Status.NEGATIVE_CURVATURE)
+            alpha = rz / curvature
+            lost = alpha * pp.sqrt() * self.greatest * eps > LOST * self.size
+            going = going & self._end(going & lost, Status.SINGULAR)
+            alpha = torch.where(going, alpha, 0.0)
+            self.x.addcmul_(_column(alpha, p), p)
+            r.addcmul_(_column(alpha, p), self._left_out(product, going), value=-1)
+            del product  # the next one need not find it still there
+            rr, before = dots(r, r), rz
+            rz, z = self._preconditioned(r, rr)
+            beta = torch.where(going, rz / before, 0.0)
+            self.steps.append(_Step(alpha * scale, beta, rz / scale, going))
+            going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
+            gain = alpha * before
+            energy, gains = energy + gain, torch.cat([gains[1:], gain[None]])
+            still = gains.sum(0) <= eps**2 * energy
+            going = going & self._end(going & still, self.budget.stalled)
+            p = self._left_out(torch.addcmul(z, _column(beta, p), p, out=p), going)
+        self._limit(started)
+
+    @property
+    def _number(self) -> float:
+        """The scale, if it is a number; CG's iterates would be the same for any."""
+        scale = self.operator.scale
+        return 1.0 if scale is None or isinstance(scale, Tensor) else scale
+
+    def _preconditioned(self, r: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
+        """rᵀz and z = S⁻¹r, but for a scale that is a number."""
+        if not isinstance(self.operator.scale, Tensor):
+            return rr, r
+        z = r / self.operator.scale
+        return dots(r, z), z
+
+    def _left_out(self, rows: Tensor, going: Tensor) -> Tensor:
+        """Zeros for the tasks that have ended, whatever there is: 0 times NaN is not 0."""
+        if rows.is_cuda or not bool(going.all()):  # a look is cheaper than a pass on a CPU only
+            rows.masked_fill_(~going[:, None], 0.0)
+        return rows
+
+    def _meet(self, curvature: Tensor, going: Tensor) -> None:
+        """Remember the curvatures pᵀMp/pᵀp of the tasks that go on."""
+        self.least = torch.where(going, self.least.minimum(curvature), self.least)
+        self.greatest = torch.where(going, self.greatest.maximum(curvature), self.greatest)
+
+    def _limit(self, started: Tensor) -> None:
+        """After negative curvature, keep x no longer than the first-order solution."""
+        stopped = started & (self.status == Status.NEGATIVE_CURVATURE)
+        if not stopped.is_cuda and not bool(stopped.any()):
+            return
+        first = self.operator.over_scale(self.rhs)
+        self.x = torch.where((stopped & (self.iterations == 1))[:, None], first, self.x)
+        size, most = self._scaled_norm(self.x), self._residual_norm(self.rhs)
+        self.x.mul_(_column(torch.where(stopped & (size > most), most / size, 1.0), self.x))
+
+    def refine(self) -> Tensor:
+        """Hold the carried residuals to their word, and restart tasks where they have drifted.
+
+        Returns the relative residuals.
+        """
+        before = torch.full_like(self.size, math.inf)
+        ran = torch.ones_like(self.restarted)
+        while True:
+            carried, self.residual = self.residual, self.rhs - self.operator.matvec(self.x)
+            self._measure(carried, ran)
+            size = dots(self.residual, self.residual).sqrt()
+            promised = (self.status == Status.CONVERGED) | (self.status == self.budget.stalled)
+            small = size <= SLACK * self.target
+            self._end(promised & small, Status.CONVERGED)
+            self._end(promised & ~small, self.budget.stalled)
+            ran = promised & ~small & (self.iterations < self.budget.maxiter)
+            ran = ran & (size < RESTART_GAIN * before)
+            if self.budget.fixed or not bool(ran.any()):
+                return size / self.size
+            before, self.restarted = torch.where(ran, size, before), self.restarted | ran
+            self.iterate(ran)
+
+    def _measure(self, carried: Tensor, ran: Tensor) -> None:
+        """The true residuals and their distances from the carried ones, with rounding errors."""
+        operator, away = self.operator, self.residual - carried
+        length, size = dots(self.x, self.x).sqrt(), dots(away, away).sqrt()
+        self.rounding = operator.rounding(self.rhs)
+        sizes = size, self.greatest.clamp_min(0.0), length, self.size
+        error = drift(*sizes, self.rounding)
+        if operator.scale is not None:
+            least = torch.as_tensor(operator.scale).to(error)
+            error = error / (least.amin(1) if least.dim() else least).sqrt()
+        norm = self._residual_norm(self.residual) + error
+        gap = self._residual_norm(away) + error
+        self.residual_norm = torch.where(ran, norm, self.residual_norm)
+        self.gap = torch.where(ran, gap, self.gap)
+
+    def _scaled_norm(self, x: Tensor) -> Tensor:
+        scale = self.operator.scale
+        return dots(x, x if scale is None else x * scale).sqrt()
+
+    def _residual_norm(self, r: Tensor) -> Tensor:
+        return dots(r, self.operator.over_scale(r)).sqrt()
+
+    def solutions(self, residual: Tensor | None) -> tuple[Tensor, list[LinearSolution]]:
+        """All solutions, and what is known of each: read from the device at once."""
+        nothing = (self.status == Status.NONFINITE_RHS) | (self.status == Status.NONFINITE_OPERATOR)
+        x = self.x.mul_(_column(torch.where(nothing, math.nan, self.unit), self.x))
+        blank = torch.full_like(self.unit, math.nan)
+        measured = (blank if residual is None else residual, self.residual_norm, self.gap)
+        numbers = (self.status, self.iterations, self.least, self.greatest, self.restarted)
+        told = torch.stack([
+            *(t.double() for t in (*numbers, self.unit)),
+            *(t.where(~nothing, blank) for t in measured),
+        ])  # fmt: skip
+        history = torch.stack([s.told() for s in self.steps]).tolist() if self.steps else []
+        found = []
+        for task, (status, iterations, least, greatest, restarted, unit, *sizes) in enumerate(
+            told.T.tolist()
+        ):
+            if status in (Status.ZERO_RHS, Status.NONFINITE_RHS):
+                zero = 0.0 if status == Status.ZERO_RHS else None
+                found.append(LinearSolution(x[task], Status(int(status)), residual=zero))
+                continue
+            steps = [[row[task] for row in step] for step in history]
+            relative, size, gap = (None,) * 3 if residual is None else sizes
+            found.append(
+                LinearSolution(
+                    x[task],
+                    Status(int(status)),
+                    int(iterations),
+                    relative,
+                    (least, greatest) if least <= greatest else None,
+                    ()
+                    if restarted
+                    else tuple((a, b, rz * unit * unit) for a, b, rz, taken in steps if taken),
+                    residual_norm=None if size is None else size * unit,
+                    gap=None if gap is None else gap * unit,
+                    rounding=self.rounding,
+                )
+            )
+        return x, found
+
+
+def _column(numbers: Tensor, like: Tensor) -> Tensor:
+    """One number for each row, in the dtype of the rows."""
+    return numbers.to(like.dtype)[:, None]

@@ -1,0 +1,99 @@
+"""The dense linear solver: the matrix column by column, and the factorisation that suits it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicit_grad._errors import InvalidArgumentError, Status
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exact(LinearSolver):
+    """Dense solution by a factorisation, for small problems and as the reference in tests.
+
+    A matrix that is symmetric but for rounding is factorised as LLᵀ (Cholesky) if it is positive
+    definite and else as LDLᵀ (Bunch and Kaufman, 1977); any other as LU. Takes one product per
+    unknown, so it refuses systems of more than `max_size` unknowns.
+
+    >>> Exact(max_size=100).max_size
+    100
+    """
+
+    max_size: int = 2000
+
+    symmetric_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.max_size < 1:
+            raise InvalidArgumentError(f"Exact(max_size={self.max_size}): expected at least 1")
+
+    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
+        n = rhs.numel()
+        if n > self.max_size:
+            raise InvalidArgumentError(
+                f"Exact() would build a dense {n} × {n} matrix; its max_size is {self.max_size}. "
+                "Use CG() (or NormalCG() for root and fixed_point), or raise max_size"
+            )
+        matrix = operator.dense(rhs)
+        if not bool(torch.isfinite(matrix).all()):
+            return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_OPERATOR, n)
+        curvature, size = None, None
+        if _is_symmetric(matrix, operator.precision(rhs)):
+            x, curvature, singular = _solve_symmetric((matrix + matrix.mT) / 2, rhs)
+        else:
+            x, singular = _solve_lu(matrix, rhs)
+            size = float(torch.linalg.matrix_norm(matrix, 2))
+        if not bool(torch.isfinite(x).all()):
+            x, singular = torch.linalg.pinv(matrix) @ rhs, True
+        status = Status.SINGULAR if singular else Status.EXACT
+        residual = norm(rhs - matrix @ x) / norm(rhs)
+        if residual > torch.finfo(rhs.dtype).eps ** 0.5 and singular:  # there is no solution
+            return LinearSolution(torch.full_like(rhs, math.nan), status, n, norm=size)
+        return LinearSolution(x, status, n, residual, curvature, norm=size)
+
+
+def _is_symmetric(matrix: Tensor, eps: float) -> bool:
+    """Whether a matrix is symmetric but for rounding, its columns being precise to eps."""
+    rounding = len(matrix) * torch.finfo(matrix.dtype).eps + 8 * eps
+    difference = torch.linalg.matrix_norm(matrix - matrix.mT)
+    return bool(difference <= rounding * torch.linalg.matrix_norm(matrix))
+
+
+def _solve_symmetric(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, tuple[float, float], bool]:
+    """The solution, the extreme eigenvalues and whether one is 0 to working precision."""
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    sizes = eigenvalues.abs()
+    singular = _negligible(float(sizes.min()), float(sizes.max()), rhs)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed:
+        x = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+    else:
+        x = _solve_ldl(matrix, rhs)
+    return x, (float(eigenvalues[0]), float(eigenvalues[-1])), singular
+
+
+def _solve_ldl(matrix: Tensor, rhs: Tensor) -> Tensor:
+    try:
+        factors, pivots, _ = torch.linalg.ldl_factor_ex(matrix)
+        x: Tensor = torch.linalg.ldl_solve(factors, pivots, rhs[:, None])[:, 0]
+        return x
+    except (RuntimeError, NotImplementedError):  # not on every device
+        return _solve_lu(matrix, rhs)[0]
+
+
+def _solve_lu(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, bool]:
+    """The solution, and whether a pivot is 0 to working precision."""
+    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    sizes = factors.diagonal().abs()
+    singular = _negligible(float(sizes.min()), float(sizes.max()), rhs)
+    return torch.linalg.lu_solve(factors, pivots, rhs[:, None])[:, 0], singular
+
+
+def _negligible(least: float, greatest: float, rhs: Tensor) -> bool:
+    return least <= rhs.numel() * torch.finfo(rhs.dtype).eps * greatest

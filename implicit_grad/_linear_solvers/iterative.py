@@ -1,0 +1,185 @@
+"""When an iteration stops: the rules it is given, and the true residual it is held to."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicit_grad._errors import InvalidArgumentError, Status
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, drift, norm
+from implicit_grad._options import is_integer
+
+# Energy gained over this many iterations decides whether CG still makes progress.
+PATIENCE = 5
+
+
+# A step so long that rounding in M times it is this many right-hand sides leads nowhere.
+LOST = 100
+
+
+# A restart from the recomputed residual must cut it by this factor to be worth the products.
+RESTART_GAIN = 0.5
+
+
+# A recomputed residual may be this many times the tolerance that the carried one satisfied.
+SLACK = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Iterative(LinearSolver):
+    """A linear solver that stops at a tolerance or after a number of iterations."""
+
+    maxiter: int | None = None
+    rtol: float | None = None
+    atol: float = 0.0
+
+    least_maxiter: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        name, maxiter, least = type(self).__name__, self.maxiter, self.least_maxiter
+        if maxiter is not None and not is_integer(maxiter, least):
+            raise InvalidArgumentError(
+                f"{name}(maxiter={maxiter!r}): expected None or an integer of at least {least}"
+            )
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise InvalidArgumentError(
+                f"{name}(rtol={self.rtol!r}): expected None or a number between 0 and 1"
+            )
+        if not 0 <= self.atol < math.inf:
+            raise InvalidArgumentError(
+                f"{name}(atol={self.atol!r}): expected a number of at least 0"
+            )
+
+    def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
+        """These rules for a right-hand side that was divided by `unit`."""
+        relative = self.relative_budget(operator, rhs, rhs.numel())
+        return dataclasses.replace(
+            relative, target=max(relative.target * norm(rhs), self.atol / unit)
+        )
+
+    def relative_budget(self, operator: Operator, rhs: Tensor, unknowns: int) -> Budget:
+        """The rules but for `atol`, for a right-hand side of norm 1."""
+        eps = operator.precision(rhs)
+        fixed = self.maxiter is not None and self.rtol is None and self.atol == 0.0
+        rtol = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
+        maxiter = min(10 * unknowns, 1000) if self.maxiter is None else self.maxiter
+        return Budget(eps if fixed else rtol, maxiter, fixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """When to stop: at a residual norm, or after a number of iterations."""
+
+    target: float
+    maxiter: int
+    fixed: bool  # the number of iterations is a choice, and no tolerance was asked for
+
+    @property
+    def exhausted(self) -> Status:
+        """The status of a run that used all its iterations."""
+        return Status.TRUNCATED if self.fixed else Status.MAX_ITER
+
+    @property
+    def stalled(self) -> Status:
+        """The status of a run that rounding keeps from its tolerance."""
+        return Status.TRUNCATED if self.fixed else Status.STAGNATED
+
+
+class Run(abc.ABC):
+    """One solve by an iteration: the iterate, the residual carried with it, and what was met."""
+
+    def __init__(self, operator: Operator, rhs: Tensor, budget: Budget) -> None:
+        self.operator, self.rhs, self.budget = operator, rhs, budget
+        self.x = torch.zeros_like(rhs)
+        self.residual = rhs
+        self.status = budget.exhausted
+        self.iterations = 0
+        self.restarted = False
+        self.residual_norm: float | None = None
+        self.gap: float | None = None
+        self.rounding: float | None = None
+        self._curvature = (math.inf, -math.inf)
+
+    @abc.abstractmethod
+    def iterate(self) -> None:
+        """Solve operator · d = residual, adding d to x; leaves the carried residual behind."""
+
+    def refine(self) -> float:
+        """Hold the carried residual to its word: recompute it, and restart where it has drifted.
+
+        Returns the relative residual.
+        """
+        before = math.inf
+        while True:
+            carried, self.residual = self.residual, self.rhs - self.operator.matvec(self.x)
+            self._measure(carried)
+            size = norm(self.residual)
+            if self.status in (Status.CONVERGED, self.budget.stalled):
+                small = self._kept(size)
+                self.status = Status.CONVERGED if small else self._missed
+                room = self.iterations < self.budget.maxiter and not self.budget.fixed
+                if not small and room and size < RESTART_GAIN * before:
+                    before, self.restarted = size, True
+                    self.iterate()
+                    continue
+            return size / norm(self.rhs)
+
+    def _kept(self, size: float) -> bool:
+        """Whether a recomputed residual of this size keeps the promise of convergence."""
+        return size <= SLACK * self.budget.target
+
+    @property
+    def _missed(self) -> Status:
+        """The status of a run whose promise was not kept."""
+        return self.budget.stalled
+
+    def _measure(self, carried: Tensor) -> None:
+        """The true residual and its distance from the carried one, in the units of the bounds."""
+        operator, greatest = self.operator, max(self._curvature[1], 0.0)
+        sizes = norm(self.residual - carried), greatest, norm(self.x), norm(self.rhs)
+        least_scale = (
+            1.0 if operator.scale is None else float(torch.as_tensor(operator.scale).min())
+        )
+        self.rounding = operator.rounding(self.rhs)
+        error = drift(*sizes, self.rounding) / math.sqrt(least_scale)
+        self.residual_norm = operator.residual_norm(self.residual) + error
+        self.gap = operator.residual_norm(self.residual - carried) + error
+
+    @property
+    def curvature(self) -> tuple[float, float] | None:
+        """The least and greatest pᵀMp/pᵀp met."""
+        return self._curvature if self._curvature[0] <= self._curvature[1] else None
+
+    def meet(self, curvature: float) -> None:
+        """Remember a curvature pᵀMp/pᵀp."""
+        least, greatest = self._curvature
+        self._curvature = (min(least, curvature), max(greatest, curvature))
+
+    def follow(self, other: Run) -> None:
+        """Count the products of a first attempt, and remember the curvature that it met."""
+        self.iterations += other.iterations
+        for curvature in other.curvature or ():
+            self.meet(curvature)
+
+    def fail(self, status: Status) -> None:
+        """Give up without an answer."""
+        self.status = status
+        self.x = torch.full_like(self.x, math.nan)
+
+    def solution(self, residual: float | None) -> LinearSolution:
+        """The result."""
+        return LinearSolution(
+            self.x,
+            self.status,
+            self.iterations,
+            residual,
+            self.curvature,
+            residual_norm=self.residual_norm,
+            gap=self.gap,
+            rounding=self.rounding,
+        )

@@ -1,0 +1,128 @@
+"""The linear systems around φ, as linear solvers see them: one flat vector, one flat operator."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
+from implicit_grad._theorem.linearization import Climbed, Linearization
+from implicit_grad._torch.pytree import Flat, Tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """What is known of, and asked from, a solve: `mu` and `rtol_error` of `Operator`."""
+
+    mu: float | None = None
+    rtol_error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """The solution in the form of φ, how it was found, and the products with A that it took.
+
+    Of a batch, `linear` is the first task's, and `tasks` has them all.
+    """
+
+    x: Tensors
+    linear: LinearSolution
+    products: int
+    tasks: tuple[LinearSolution, ...] = ()
+
+
+def solve_adjoint(
+    solver: LinearSolver,
+    around: Linearization,
+    v: Tensors,
+    verify: bool,
+    accuracy: Accuracy = Accuracy(),
+) -> Solved:
+    """Solve Aᵀu = v."""
+    with torch.no_grad():
+        solved = _solve(solver, around, around.extended(v), verify, accuracy, transposed=True)
+        return dataclasses.replace(solved, x=around.completed(solved.x, v))
+
+
+def solve_newton(solver: LinearSolver, around: Linearization) -> Solved:
+    """Solve A d = −F: the way from φ to a solution of the inner problem, to first order."""
+    with torch.no_grad():
+        rhs = tuple(-f for f in around.residual)
+        return _solve(solver, around, rhs, False, Accuracy(), transposed=False)
+
+
+def _solve(
+    solver: LinearSolver,
+    around: Linearization,
+    rhs: Tensors,
+    verify: bool,
+    accuracy: Accuracy,
+    transposed: bool,
+) -> Solved:
+    flat = Flat(rhs, around.tasks)
+    system = _System(around, flat)
+    solve = solver.solve if around.tasks is None else solver.solve_tasks
+    while True:
+        try:
+            found = solve(system.operator(accuracy, transposed), flat.ravel(rhs), verify)
+        except Climbed:
+            continue
+        if isinstance(found, LinearSolution):
+            return Solved(flat.unravel(found.x), found, system.products)
+        x, tasks = found
+        return Solved(flat.unravel(x), tasks[0], system.products, tuple(tasks))
+
+
+class _System:
+    """A flat operator for a linearisation, with a count of its products."""
+
+    def __init__(self, around: Linearization, flat: Flat) -> None:
+        self._around, self._flat, self.products = around, flat, 0
+        self._scale = _flat_scale(around.scale, around.phi, flat)
+
+    def operator(self, accuracy: Accuracy, transposed: bool) -> Operator:
+        """Aᵀ, or A."""
+        pair = self._around.smooth_transposed, self._around.smooth_product
+        there, back = pair if transposed else reversed(pair)
+        return Operator(
+            matvec=self._flat_product(there),
+            rmatvec=self._flat_product(back),
+            scale=self._scale,
+            eps=max(self._flat.eps, self._around.precision or 0.0),
+            convex=self._convex(),
+            mu=accuracy.mu,
+            rtol_error=accuracy.rtol_error,
+        )
+
+    def _convex(self) -> Callable[[Tensor], Tensor] | None:
+        make = self._around.convex
+        if make is None:
+            return None
+        convex = functools.cache(make)  # its graph is built only if a product is asked for
+        return self._flat_product(lambda u: convex().smooth_transposed(u))
+
+    def _flat_product(self, smooth: Callable[[Tensors], Tensors]) -> Callable[[Tensor], Tensor]:
+        flat, scale = self._flat, self._scale
+
+        def matvec(x: Tensor) -> Tensor:
+            self.products += 1
+            product = flat.ravel(smooth(flat.unravel(x)))
+            if scale is None:
+                return product
+            if isinstance(scale, float):
+                return product.add_(x, alpha=scale)
+            return product.addcmul_(scale, x)
+
+        return matvec
+
+
+def _flat_scale(scale: Tensors | None, like: Tensors, flat: Flat) -> float | Tensor | None:
+    if not scale:
+        return None
+    if all(s is scale[0] and s.dim() == 0 for s in scale):
+        return float(scale[0].detach())
+    return flat.ravel([s.detach().expand_as(x) for s, x in zip(scale, like, strict=True)])

@@ -1,0 +1,245 @@
+"""What is known about each backward solve: a `Report`, for a `Monitor` or as a warning."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Literal
+
+import torch
+
+from implicit_grad._errors import (
+    GraphError,
+    ImplicitGradWarning,
+    InvalidArgumentError,
+    LinearSolveError,
+    Status,
+)
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, dots
+from implicit_grad._linear_solvers.error_bounds import error_bound, ritz_values
+from implicit_grad._theorem.adjoint import Accuracy, Solved, solve_adjoint
+from implicit_grad._theorem.linearization import Linearization
+from implicit_grad._torch.pytree import Flat, Tensors
+
+OnFailure = Literal["warn", "raise", "ignore"]
+
+
+# φ counts as unsolved when it is certainly farther than this from a solution, relative to its size;
+# smaller than SMALL, its size counts as SMALL, so that φ = 0 can be a solution.
+INNER_TOLERANCE, SMALL = 1e-2, 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One backward solve.
+
+    Attributes:
+        status: how it ended; `status.sentence` says what that means.
+        iterations: of the linear solver.
+        products: products with A or Aᵀ that the solve took, all told.
+        linear_residual: ‖v − Aᵀu‖/‖v‖, recomputed from u; None where there was nothing to check.
+        inner_residual: ‖F(φ)‖₂, in the units of F; 0 if the inner problem is solved exactly.
+        min_curvature: least pᵀAp/pᵀp that the solver met (`NormalCG`: least ‖Aᵀp‖/‖p‖); below 0, A
+            is not positive definite.
+        ritz_min: least Ritz value from CG's coefficients: an estimate, from above, of A's least
+            eigenvalue in units of A's scale (λ for `proximal`, else 1).
+        ritz_max: greatest Ritz value, from below, likewise.
+        solve_error_bound: a bound on the 2-norm of the error of dθ that the linear solve makes
+            (for other conditions than `proximal`, of u); None unless the strong convexity is known,
+            and for a `LowRank` λ.
+        error_is_bound: whether `rtol_gradient` ended the solve by a bound (True) or, for want of a
+            known strong convexity, by an estimate (False); None if something else did.
+        outer_loss_error: −uᵀF, the first-order estimate of how much the outer loss would change
+            if the inner problem were solved exactly.
+        curvature: the operator: "hessian", "gauss_newton", "finite_difference", "lagrangian" (of
+            a minimum under constraints) or "jacobian".
+        substitute: what CG solved instead, once it had met negative curvature and was told to:
+            "minres" or "gauss_newton"; None if nothing.
+        damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
+    """
+
+    status: Status
+    iterations: int
+    products: int
+    linear_residual: float | None
+    inner_residual: float
+    min_curvature: float | None
+    ritz_min: float | None
+    ritz_max: float | None
+    solve_error_bound: float | None
+    error_is_bound: bool | None
+    outer_loss_error: float
+    curvature: str
+    substitute: str | None
+    damping: float
+
+
+class Monitor:
+    """Collects one `Report` for each backward solve, from whatever thread runs it.
+
+    A solve for a batch of tasks has one for each task; its products are those of all together.
+
+    >>> monitor = Monitor()
+    >>> monitor.reports, monitor.last
+    ([], None)
+    """
+
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+
+    @property
+    def last(self) -> Report | None:
+        """The newest report."""
+        return self.reports[-1] if self.reports else None
+
+    def clear(self) -> None:
+        """Forget all reports."""
+        self.reports.clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """Where news of a backward solve goes, and what is known beforehand.
+
+    `strong_convexity` is μ relative to the operator's scale; `inner_solved` says whether φ was
+    meant to solve the inner problem (a few adaptation steps do not mean to).
+    """
+
+    monitor: Monitor | None = None
+    on_failure: OnFailure = "warn"
+    damping: float = 0.0
+    strong_convexity: float | None = None
+    rtol_gradient: float | None = None
+    inner_solved: bool = True
+
+    def __post_init__(self) -> None:
+        if self.monitor is not None and not isinstance(self.monitor, Monitor):
+            raise InvalidArgumentError(
+                f"monitor must be an implicit_grad.Monitor(), got {self.monitor!r}"
+            )
+        if self.on_failure not in ("warn", "raise", "ignore"):
+            raise InvalidArgumentError(
+                f'on_failure={self.on_failure!r}: expected "warn", "raise" or "ignore"'
+            )
+
+    def solve(self, solver: LinearSolver, around: Linearization, v: Tensors) -> Tensors:
+        """u with Aᵀu = v; the residual is recomputed where someone will read it."""
+        accuracy = Accuracy(self._mu(around), self.rtol_gradient)
+        solved = solve_adjoint(solver, around, v, self.monitor is not None, accuracy)
+        solutions = solved.tasks or (solved.linear,)
+        truncated = {Status.TRUNCATED, Status.FIRST_ORDER} & {s.status for s in solutions}
+        if around.is_adjoint and (truncated or self.damping):
+            raise GraphError(
+                "second derivatives of a truncated or damped solve would not be those of its first "
+                "derivatives: solve to a tolerance, CG(rtol=...), without damping"
+            )
+        self._tell(solved, around)
+        return solved.x
+
+    def say(self, sentence: str) -> None:
+        """Warn of trouble, or raise, as was asked for."""
+        if self.on_failure == "raise":
+            raise LinearSolveError(sentence)
+        if self.on_failure == "warn":
+            warnings.warn(sentence, ImplicitGradWarning, stacklevel=2)
+
+    def _tell(self, solved: Solved, around: Linearization) -> None:
+        """Record the solves, and warn or raise if one failed."""
+        solutions = solved.tasks or (solved.linear,)
+        fine = all(s.status.ok for s in solutions) and not around.degenerate
+        if self.monitor is None and (
+            (fine and not self.inner_solved) or self.on_failure == "ignore"
+        ):
+            return  # nobody would read a report: measure nothing
+        reports = self._reports(solved, solutions, around)
+        if self.monitor is not None:
+            self.monitor.reports.extend(reports)
+        if self.on_failure == "ignore":
+            return
+        for report in reports:
+            if report.status.ok:
+                continue
+            if self.on_failure == "raise":
+                raise LinearSolveError(f"{report.status.sentence} ({_figures(report)})", report)
+            # no figures here: Python shows a warning once only if its text does not change
+            warnings.warn(report.status.sentence, ImplicitGradWarning, stacklevel=2)
+
+    def _reports(
+        self, solved: Solved, solutions: tuple[LinearSolution, ...], around: Linearization
+    ) -> list[Report]:
+        """One for each task, or for the only one."""
+        flat = Flat(around.phi, around.tasks)
+        with torch.no_grad():
+            F, phi, u = (
+                flat.ravel(t).view(len(solutions), -1)
+                for t in (around.residual, around.phi, solved.x)
+            )
+            rows = torch.stack([dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1).tolist()
+        return [
+            self._report(solution, solved.products, around, *row)
+            for solution, row in zip(solutions, rows, strict=True)
+        ]
+
+    def _report(
+        self,
+        solution: LinearSolution,
+        products: int,
+        around: Linearization,
+        inner: float,
+        size: float,
+        outer_error: float,
+    ) -> Report:
+        status = solution.status
+        least, greatest = solution.curvature or (None, None)
+        if status.ok and around.is_hessian and not solution.substitute and (least or 0.0) < 0:
+            status = Status.NEGATIVE_CURVATURE  # whatever the system's solution is, φ is no minimum
+        if status.ok and around.degenerate:
+            status = Status.DEGENERATE
+        size_of_A = solution.norm
+        if size_of_A is None and least is not None and greatest is not None:
+            size_of_A = max(abs(least), abs(greatest))
+        if status.ok and self.inner_solved and size_of_A is not None and not around.is_adjoint:
+            # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
+            if not inner <= INNER_TOLERANCE * size_of_A * max(size, SMALL):
+                status = Status.INNER_NOT_STATIONARY
+        ritz = ritz_values(solution.coefficients)
+        return Report(
+            status=status,
+            iterations=solution.iterations,
+            products=products,
+            linear_residual=solution.residual,
+            inner_residual=inner,
+            min_curvature=least,
+            ritz_min=ritz[0] if ritz else None,
+            ritz_max=ritz[-1] if ritz else None,
+            solve_error_bound=self._error_bound(solution, around),
+            error_is_bound=solution.error_is_bound,
+            outer_loss_error=outer_error,
+            curvature=around.curvature,
+            substitute=solution.substitute,
+            damping=self.damping,
+        )
+
+    def _mu(self, around: Linearization) -> float | None:
+        return None if around.is_adjoint else self.strong_convexity
+
+    def _error_bound(self, solution: LinearSolution, around: Linearization) -> float | None:
+        mu = self._mu(around)
+        if mu is None or self.damping or around.pulled:
+            return None
+        bound = error_bound(solution, mu)
+        if bound is None:
+            return None
+        # dθ = S u, so ‖S e‖₂ ≤ √(max S)·√(eᵀSe)
+        largest = max((float(s.max()) for s in around.scale or () if s.numel()), default=1.0)
+        return math.sqrt(largest) * bound
+
+
+def _figures(report: Report) -> str:
+    parts = [f"status {report.status.name}", f"{report.iterations} iterations"]
+    for name in ("linear_residual", "inner_residual", "min_curvature"):
+        value = getattr(report, name)
+        if value is not None:
+            parts.append(f"{name} {value:.2g}")
+    return ", ".join(parts)

@@ -1,0 +1,96 @@
+"""Walks through a recorded graph: which leaves and which operations are behind a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_grad._torch.pytree import Tensors
+
+# What torch's decorator makes of a backward method is recognised by the code that it shares, and
+# what torch.compile makes of a function by where its class comes from.
+_COMPILED = "torch._functorch._aot_autograd"
+
+
+_ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
+
+def walk(roots: Iterable[Any], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
+    """The nodes of the graph behind the roots (tensors, or nodes themselves); not past `stop`."""
+    pending = list(dict.fromkeys(getattr(r, "grad_fn", r) for r in roots))
+    pending = [node for node in pending if node is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        if stop(node):
+            continue
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+
+
+def leaves_behind(
+    roots: Sequence[Tensor], stop: Callable[[Any], bool] = lambda _: False
+) -> Tensors:
+    """The distinct leaf tensors requiring grad that the roots depend on."""
+    found = {id(t): t for t in roots if t.requires_grad and t.grad_fn is None}
+    for node in walk(roots, stop):
+        leaf = getattr(node, "variable", None)  # AccumulateGrad nodes have one
+        if leaf is not None:
+            found[id(leaf)] = leaf
+    return tuple(found.values())
+
+
+def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph through which the values depend on φ."""
+    ids, own = {id(p) for p in phi}, {p.grad_fn for p in phi} - {None}
+
+    def is_phi(node: Any) -> bool:
+        return node in own or id(getattr(node, "variable", None)) in ids
+
+    users: dict[Any, list[Any]] = {}  # the nodes that use a node's result
+    pending = []
+    for node in walk(values, is_phi):
+        if is_phi(node):
+            pending.append(node)
+            continue
+        for parent, _ in node.next_functions:
+            users.setdefault(parent, []).append(node)
+    seen = set(pending)
+    while pending:
+        for node in users.get(pending.pop(), ()):
+            if node not in seen:
+                seen.add(node)
+                pending.append(node)
+                yield node
+
+
+def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool:
+    """Whether a custom Function between φ and the values is marked as differentiable once.
+
+    Or is compiled. torch may take it, without a word, for a function without curvature.
+    """
+
+    def is_marked(node: Any) -> bool:
+        function = _below_vmap(getattr(node, "_forward_cls", None))
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        return code is _ONCE or getattr(function, "__module__", "").startswith(_COMPILED)
+
+    return any(map(is_marked, between(values, phi)))
+
+
+def _below_vmap(function: Any) -> Any:
+    """The custom Function that torch.func.vmap made this one of."""
+    while getattr(function, "__name__", "").startswith("Vmapped"):
+        forward = function.forward
+        cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
+        inner = next((c.cell_contents for name, c in cells if name == "autograd_function"), None)
+        if inner is None:
+            break
+        function = inner
+    return function

@@ -1,0 +1,26 @@
+"""A value of one thread that autograd hands on to the threads in which it runs backward."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class HandedOn(Generic[T]):
+    """Like `threading.local`, but seen in backward too: on a GPU, that runs in other threads."""
+
+    def __init__(self, key: str, default: T) -> None:
+        self._key, self._default = key, default
+
+    @property
+    def value(self) -> T:
+        """What was set in this thread, or in the one that called backward; else the default."""
+        known = torch._C._is_key_in_tls(self._key)
+        return torch._C._get_obj_in_tls(self._key) if known else self._default
+
+    @value.setter
+    def value(self, value: T) -> None:
+        torch._C._stash_obj_in_tls(self._key, value)

@@ -1,0 +1,91 @@
+"""Products with Jacobians: the only file that calls `torch.autograd.grad`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from implicit_grad._torch.pytree import Tensors
+
+
+def vjp(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Tensors:
+    """(∂outputs/∂inputs)ᵀ cotangents, zeros where nothing depends on an input.
+
+    The graph is kept; the product is itself differentiable where gradients are enabled.
+    """
+    pairs = [
+        (y, c)
+        for y, c in zip(outputs, cotangents, strict=True)
+        if isinstance(y, Tensor) and y.requires_grad
+    ]
+    if not pairs or not inputs:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    grads = torch.autograd.grad(
+        [y for y, _ in pairs],
+        list(inputs),
+        [c for _, c in pairs],
+        retain_graph=True,
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    return tuple(
+        torch.zeros_like(x) if g is None else dense(g) for g, x in zip(grads, inputs, strict=True)
+    )
+
+
+def gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensors:
+    """∇value with respect to the inputs, zeros where it does not depend on one."""
+    return vjp([value], inputs, [torch.ones_like(value)])
+
+
+def plain_gradient(
+    value: Tensor, inputs: Sequence[Tensor], keep_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """∇value without a graph of its own; None where the value does not depend on an input."""
+    grads = torch.autograd.grad(value, list(inputs), retain_graph=keep_graph, allow_unused=True)
+    return tuple(None if g is None else dense(g) for g in grads)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient to calculate with: embeddings may have sparse ones."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def variables(tensors: Tensors) -> Tensors:
+    """Detached copies that share memory and may be differentiated with respect to."""
+    return tuple(
+        t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors
+    )
+
+
+def stand_ins(tensors: Tensors, wanted: Sequence[bool]) -> Tensors:
+    """The same, but of those that are not wanted there are no derivatives."""
+    pairs = zip(variables(tensors), wanted, strict=True)
+    return tuple(v if wants else v.detach() for v, wants in pairs)
+
+
+@contextlib.contextmanager
+def own_precision(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Autocast off: products are taken in the tensors' own precision, whatever surrounds them."""
+    with contextlib.ExitStack() as stack:
+        for device_type in {"cpu", *(d.type for d in devices)}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Take the user's gradient hooks off leaves: autograd runs them when it accumulates."""
+    hooks = [(t, t._backward_hooks) for t in tensors if t.is_leaf and t._backward_hooks]
+    try:
+        for tensor, _ in hooks:
+            tensor._backward_hooks = None
+        yield
+    finally:
+        for tensor, own in hooks:
+            tensor._backward_hooks = own

@@ -1,0 +1,129 @@
+"""Nested containers <-> flat tuples of tensors, and tuples of tensors <-> one flat vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+
+NAMESPACE = "implicit_grad"
+
+
+class Tree:
+    """A container without its tensors: `rebuild` puts others in their places.
+
+    Leaves that are not variables (labels, strings, modules) stay in the tree as they are.
+    """
+
+    def __init__(self, leaves: list[Any], slots: list[int | None], structure: Any) -> None:
+        self._leaves, self.slots, self.structure = leaves, slots, structure
+
+    def rebuild(self, tensors: Sequence[Any]) -> Any:
+        """The container again, with `tensors` in the places of the distinct tensors."""
+        leaves = [
+            leaf if slot is None else tensors[slot]
+            for leaf, slot in zip(self._leaves, self.slots, strict=True)
+        ]
+        return optree.tree_unflatten(self.structure, leaves)
+
+
+def flatten(
+    container: Any, is_variable: Callable[[Any], bool] = torch.is_tensor
+) -> tuple[tuple[Any, ...], Tree]:
+    """Split a container into its distinct variables and the tree that holds their places.
+
+    A tensor that occurs several times (tied weights) is listed once, so that it is one variable
+    with one gradient.
+    """
+    leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
+    slot_of: dict[int, int] = {}
+    variables: list[Any] = []
+    slots: list[int | None] = []
+    for index, leaf in enumerate(leaves):
+        if not is_variable(leaf):
+            slots.append(None)
+            continue
+        if id(leaf) not in slot_of:
+            slot_of[id(leaf)] = len(variables)
+            variables.append(leaf)
+        slots.append(slot_of[id(leaf)])
+        leaves[index] = None  # the tree must not keep tensors, and so their graphs, alive
+    return tuple(variables), Tree(leaves, slots, structure)
+
+
+def leaves(container: Any) -> list[Any]:
+    """All leaves of a container, repeated ones included."""
+    return optree.tree_leaves(container, namespace=NAMESPACE)
+
+
+def structure(container: Any) -> Any:
+    """The form of a container without its leaves; two of them compare with ==."""
+    return optree.tree_structure(container, namespace=NAMESPACE)
+
+
+def names(container: Any, root: str) -> list[str]:
+    """A readable name for every leaf, such as `phi['weight']`, for error messages."""
+    return [a.codify(root) for a in optree.tree_accessors(container, namespace=NAMESPACE)]
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is neither NaN nor Inf, in as few looks at the devices as there are."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(list(tensors))
+    if all(math.isfinite(n) for n in torch.stack([n.to(norms[0].device) for n in norms]).tolist()):
+        return True
+    # a norm may overflow where no element does
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each has been written to: a later list tells which were changed since."""
+    return [t._version for t in tensors]
+
+
+class Flat:
+    """One flat vector for a tuple of tensors, in a dtype wide enough for Krylov recurrences.
+
+    With `tasks`, the tensors have that many tasks along their first dimension, and the vector is a
+    matrix with a row for each.
+    """
+
+    def __init__(self, like: Tensors, tasks: int | None = None) -> None:
+        self._shapes = [t.shape for t in like]
+        self._places = [(t.device, t.dtype) for t in like]
+        self._rows = () if tasks is None else (tasks,)
+        self._sizes = [t.shape[len(self._rows) :].numel() for t in like]
+        self.device = like[0].device if like else torch.device("cpu")
+        self.dtype, self.eps = torch.float32, 0.0  # eps is that of the coarsest tensor
+        for tensor in like:
+            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+            self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+
+    def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Concatenate; narrower dtypes (bfloat16, float16) are widened to float32."""
+        if not tensors:
+            return torch.zeros((*self._rows, 0), dtype=self.dtype, device=self.device)
+        if not self._rows:
+            return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
+        rows = self._rows  # in a batch, gradients come transposed: copy them once, not twice
+        vector = torch.empty((*rows, sum(self._sizes)), dtype=self.dtype, device=self.device)
+        for part, tensor in zip(torch.split(vector, self._sizes, dim=-1), tensors, strict=True):
+            part.view(tensor.shape).copy_(tensor)
+        return vector
+
+    def unravel(self, vector: Tensor) -> Tensors:
+        """The parts of the vector in the original shapes and dtypes (views where they can be)."""
+        return tuple(
+            part.view(shape).to(device, dtype)
+            for part, shape, (device, dtype) in zip(
+                torch.split(vector, self._sizes, dim=-1), self._shapes, self._places, strict=True
+            )
+        )

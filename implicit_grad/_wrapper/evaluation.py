@@ -1,0 +1,241 @@
+"""One call of an implicit solver: the solver runs, its φ is checked, and F is recorded there."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_grad._conditions.base import Again, Call, Condition, Snapshot
+from implicit_grad._errors import (
+    GraphError,
+    InvalidArgumentError,
+    InvalidSolutionError,
+    Status,
+    describe,
+)
+from implicit_grad._linear_solvers.base import LinearSolver, norm
+from implicit_grad._theorem.adjoint import solve_newton
+from implicit_grad._theorem.implicit_function import Problem
+from implicit_grad._theorem.linearization import Curvature, Linearization
+from implicit_grad._theorem.reattached import elsewhere
+from implicit_grad._theorem.report import Reporting
+from implicit_grad._torch.graph import leaves_behind, once_differentiable
+from implicit_grad._torch.isolation import RandomState, undisturbed
+from implicit_grad._torch.products import own_precision, stand_ins, variables
+from implicit_grad._torch.pytree import Flat, Tensors, Tree, versions
+from implicit_grad._torch.transforms import has_derivatives, is_batched, is_transformed
+from implicit_grad._wrapper.solver_output import checked
+
+_LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+def newton_candidates(
+    solver: LinearSolver, around: Linearization, reporting: Reporting
+) -> Iterator[Tensors]:
+    """φ + t d for A d = −F and ever shorter t; none where A has negative curvature.
+
+    A step that lowers ‖F‖ brings ‖φ − φ*‖ from δ to O(δ²), and with it the error of the implicit
+    gradient. Where A is not positive definite, Newton's method may go to a saddle or a maximum.
+    """
+    solved = solve_newton(solver, around)
+    least = None if solved.linear.curvature is None else solved.linear.curvature[0]
+    if not solved.linear.status.ok or (around.is_hessian and (least or 0.0) < 0):
+        status = solved.linear.status
+        reason = Status.NEGATIVE_CURVATURE if status.ok else status
+        reporting.say(f"phi was not polished: {reason.sentence}")
+        return
+    for length in _LENGTHS:
+        with torch.no_grad():
+            yield tuple(
+                torch.add(p, d, alpha=length).detach()
+                for p, d in zip(around.phi, solved.x, strict=False)
+            )
+
+
+def is_better(there: Linearization, here: Linearization) -> bool:
+    """Whether ‖F‖ is smaller there."""
+    with torch.no_grad():
+        return _size(there) < _size(here)
+
+
+def _size(around: Linearization) -> float:
+    return norm(Flat(around.residual).ravel(around.residual))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is chosen once for all calls of an implicit solver; see `implicit`."""
+
+    condition: Condition
+    linear_solver: LinearSolver
+    reporting: Reporting
+    curvature: Curvature = "auto"
+    polish: int = 0
+
+
+class Evaluation:
+    """One call of an implicit solver, as backward needs it: the solution and F's graph there.
+
+    It never holds φ or the arguments with their graphs: they would keep their own node alive.
+    """
+
+    def __init__(
+        self, run: Callable[[Call], Any], setup: Setup, tree: Tree, inputs: Tensors
+    ) -> None:
+        self.run, self.setup, self.condition, self.tree = run, setup, setup.condition, tree
+        self.linear_solver = setup.linear_solver.for_call()
+        self.wanted = [t.requires_grad for t in inputs]
+        self.devices = {t.device for t in inputs}
+        self.captured: Tensors = ()
+        self.phi_tree: Tree
+        self._phi: Tensors | None = None
+        self._at_phi: Tensors = ()
+        self._record: tuple[Snapshot, Tensors] | None = None
+        self._random: RandomState  # of when F was first evaluated
+
+    def problem(self) -> Problem:
+        """The problem whose F is recorded where the solver's φ is."""
+        return Problem(self.solve_and_record, self.linearize, self.solve_adjoint, self.recorded)
+
+    def solve(self, inputs: Tensors) -> Tensors:
+        """Run the solver on tensors of its own with gradients on, as any training loop expects."""
+        lent = tuple(
+            t.detach().clone() if wanted else t.detach()
+            for t, wanted in zip(inputs, self.wanted, strict=True)
+        )
+        before = versions(lent)
+        call = self._call(lent)
+        with torch.enable_grad():
+            returned = self.run(call)
+        changed = zip(before, versions(lent), lent, self.wanted, strict=True)
+        for old, new, tensor, wanted in changed:
+            if new != old and not wanted:
+                raise InvalidSolutionError(
+                    f"the solver changed one of its arguments in place ({describe(tensor)}); it "
+                    "must work on a copy: argument.clone()"
+                )
+        phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
+        self.devices |= {t.device for t in phi}
+        return phi
+
+    def values(self, inputs: Tensors) -> Tensors:
+        """φ for a caller who wants no gradient; polished, F is evaluated as well."""
+        return self.solve_and_record(inputs) if self.setup.polish else self.solve(inputs)
+
+    def solve_and_record(self, inputs: Tensors) -> Tensors:
+        """Solve, and evaluate the user's function at φ while what it refers to is still there.
+
+        A function may refer to variables of the caller (a loop's current batch) that have changed
+        by the time backward runs; the graph recorded here does not change.
+        """
+        if self._phi is None:
+            phi = self.solve(inputs)
+            self._random = RandomState(self.devices)
+            a = stand_ins(inputs, self.wanted)
+            snapshot, at_phi = self._snapshot(phi, a)
+            for _ in range(self.setup.polish):
+                with own_precision(self.devices):
+                    phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
+            self._phi, self._at_phi, self._record = phi, at_phi, (snapshot, a)
+            if is_transformed(snapshot.outputs):
+                raise GraphError(
+                    "the condition's function captured a tensor that forward mode looks at: pass "
+                    "it to the solver as an argument"
+                )
+            leaves = leaves_behind(snapshot.outputs)
+            self._check_dependence(leaves, at_phi)
+            own = {id(t) for t in (*at_phi, *a)}
+            self.captured = tuple(t for t in leaves if id(t) not in own)
+        return tuple(t.detach() for t in self._phi)
+
+    def recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
+        """F around φ from the record, and the tensors that stand for the arguments in it."""
+        assert self._record is not None
+        snapshot, a = self._record
+        return snapshot.linearize(curvature or self.setup.curvature), (*a, *self.captured)
+
+    def around(self, phi: Tensors, curvature: Curvature) -> Linearization:
+        """F around another φ, on the recorded arguments."""
+        assert self._record is not None
+        snapshot, _ = self._snapshot(phi, self._record[1])
+        with torch.enable_grad():
+            return snapshot.linearize(curvature)
+
+    def once_differentiable(self) -> bool:
+        """Whether something that depends on φ is marked as differentiable once."""
+        assert self._record is not None
+        return once_differentiable(self._record[0].outputs, self._at_phi)
+
+    def captured_transformed(self) -> bool:
+        """Whether the user's function captured tensors that transforms at work look at.
+
+        It is evaluated again, at φ. Random numbers under `vmap` look like a captured batch.
+        """
+        assert self._phi is not None and self._record is not None
+        phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
+        with undisturbed(self.devices, self._random):
+            before = torch.get_rng_state()
+            at_phi = self.phi_tree.rebuild(phi)
+            outputs = self.condition.at(at_phi, phi, self._call(a), None).outputs
+            random = not torch.equal(before, torch.get_rng_state())
+        return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
+
+    def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
+        """F around φ as recorded, differentiable with respect to φ and the arguments."""
+        if getattr(self.condition, "constraints", None):
+            raise GraphError("second derivatives of a minimum under constraints are not available")
+        return elsewhere(self.recorded, self.setup.curvature, phi, inputs)
+
+    def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
+        """u with Aᵀu = v, and its report."""
+        return self.setup.reporting.solve(self.linear_solver, around, v)
+
+    def _polished(
+        self, phi: Tensors, snapshot: Snapshot, at_phi: Tensors, a: Tensors
+    ) -> tuple[Tensors, Snapshot, Tensors]:
+        """φ after one safeguarded Newton step, evaluated there."""
+        with torch.enable_grad():
+            around = snapshot.linearize(self.setup.curvature)
+        for candidate in newton_candidates(self.linear_solver, around, self.setup.reporting):
+            there, at_there = self._snapshot(candidate[: len(phi)], a)  # without multipliers
+            with torch.enable_grad():
+                better = is_better(there.linearize(self.setup.curvature), around)
+            if better:
+                return candidate[: len(phi)], there, at_there
+        return phi, snapshot, at_phi
+
+    def _snapshot(self, phi: Tensors, a: Tensors) -> tuple[Snapshot, Tensors]:
+        """The user's function at φ on tensors of its own, and these tensors."""
+        with torch.enable_grad():
+            at_phi = variables(phi)
+        evaluation = weakref.ref(self)  # which holds the snapshot
+
+        def value(moved: Tensors) -> Tensor:
+            this = evaluation()
+            assert this is not None
+            objective, *_ = this._evaluate(moved, a).outputs
+            return objective
+
+        return self._evaluate(at_phi, a, again=value), at_phi
+
+    def _evaluate(self, phi: Tensors, inputs: Tensors, again: Again | None = None) -> Snapshot:
+        with undisturbed(self.devices, self._random):
+            return self.condition.at(self.phi_tree.rebuild(phi), phi, self._call(inputs), again)
+
+    def _call(self, inputs: Tensors) -> Call:
+        return Call(*self.tree.rebuild(inputs))
+
+    def _check_dependence(self, leaves: Tensors, phi: Tensors) -> None:
+        if not self.condition.must_depend_on_phi or not any(p.numel() for p in phi):
+            return
+        if not {id(t) for t in leaves} & {id(t) for t in phi}:
+            name = type(self.condition).__name__
+            raise InvalidArgumentError(
+                f"{name}: the function's value does not depend on phi, its first argument, so it "
+                "does not define phi (was phi detached, or converted to NumPy, inside it?)"
+            )

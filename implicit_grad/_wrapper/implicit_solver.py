@@ -1,0 +1,179 @@
+"""A solver whose output carries implicit gradients, and what may stand for a solver."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from implicit_grad._conditions.base import Call, Condition
+from implicit_grad._errors import GraphError, ImplicitGradError, InvalidArgumentError
+from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.minres import MINRES
+from implicit_grad._linear_solvers.normal_cg import NormalCG
+from implicit_grad._theorem.implicit_function import ImplicitFunction
+from implicit_grad._torch import pytree
+from implicit_grad._torch.isolation import uncompiled
+from implicit_grad._torch.pytree import Tensors, Tree
+from implicit_grad._torch.transforms import CannotBatch, in_forward_mode, is_transformed
+from implicit_grad._wrapper.evaluation import Evaluation, Setup
+from implicit_grad._wrapper.solver_output import checked
+from implicit_grad._wrapper.under_transforms import CAPTURED, Transformed
+
+
+@runtime_checkable
+class Minimizer(Protocol):
+    """A solver that is handed the objective and where to start (see `implicit_grad.solvers`).
+
+    For constrained problems it also takes the keywords `bounds`, `equality` and `inequality`.
+    """
+
+    def minimize(self, objective: Callable[[Any], Tensor], init: Any) -> Any:
+        """Return phi, in the form of init, that minimises objective(phi)."""
+        ...
+
+
+@runtime_checkable
+class RootFinder(Protocol):
+    """The same for root and fixed-point problems."""
+
+    def find_root(self, residual: Callable[[Any], Any], init: Any) -> Any:
+        """Return phi, in the form of init, with residual(phi) = 0."""
+        ...
+
+
+Solver = Callable[..., Any] | Minimizer | RootFinder
+
+
+class ImplicitSolver:
+    """A solver whose output carries implicit gradients; made by `implicit`."""
+
+    def __init__(self, solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> None:
+        if callable(solver):
+            functools.update_wrapper(self, solver)
+        self.solver, self.setup, self.init = solver, setup, init
+
+    def __get__(self, instance: Any, owner: type | None = None) -> ImplicitSolver:
+        """As a method: the solver is handed its object, the condition is not."""
+        if instance is None or not hasattr(self.solver, "__get__"):
+            return self
+        return ImplicitSolver(self.solver.__get__(instance, owner), self.setup, self.init)
+
+    def __repr__(self) -> str:
+        name = getattr(self.solver, "__qualname__", None) or repr(self.solver)
+        condition, linear_solver = self.setup.condition, self.setup.linear_solver
+        return f"implicit({name}, {type(condition).__name__}, {linear_solver})"
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the solver; the phi it returns has gradients with respect to all its arguments."""
+        inputs, tree = self._inputs(args, kwargs)
+        if is_transformed(inputs):
+            return self._under_transforms(inputs, tree)
+        evaluation = self._evaluation(inputs, tree)
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            with torch.inference_mode(False):
+                phi = evaluation.values(inputs)
+                return evaluation.phi_tree.rebuild(phi)
+        problem = evaluation.problem()
+        phi = ImplicitFunction.apply(problem, *inputs)
+        # a Function's forward does not see the tangents of what the user's function captured
+        if in_forward_mode() and evaluation.captured_transformed():
+            raise GraphError(CAPTURED)
+        if evaluation.captured:
+            # Only at φ do we learn which tensors the user's function captured: attach them too.
+            phi = ImplicitFunction.apply(problem, *inputs, *evaluation.captured)
+        return evaluation.phi_tree.rebuild(phi)
+
+    def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
+        """One call, checked but not yet run, and the tensors that it depends on."""
+        inputs, tree = self._inputs(args, kwargs)
+        return self._evaluation(inputs, tree), inputs
+
+    def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
+        """The tensors of a call, none of which autograd refuses to save."""
+        inputs, tree = pytree.flatten((args, kwargs, self.setup.condition.parameters))
+        with torch.inference_mode(False):
+            return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
+
+    def _evaluation(self, inputs: Tensors, tree: Tree) -> Evaluation:
+        self.setup.condition.check_call(Call(*tree.rebuild(inputs)))
+        return Evaluation(self.run, self.setup, tree, inputs)
+
+    def _under_transforms(self, inputs: Tensors, tree: Tree) -> Any:
+        """A call with tensors that torch.func or forward mode look at."""
+        condition, for_tasks = self.setup.condition.for_tasks(), None
+        if condition is not None and self._takes_tasks():
+            setup = dataclasses.replace(self.setup, condition=condition)
+            for_tasks = setup, functools.partial(self._run_for_tasks, condition)
+        return Transformed(self.setup, self.run, tree).phi(inputs, for_tasks)
+
+    def _takes_tasks(self) -> bool:
+        """Whether a batch of such problems can be linearised, and its systems solved, at once."""
+        setup = self.setup
+        plain = not setup.polish and setup.reporting.rtol_gradient is None
+        plain = plain and setup.curvature != "finite_difference"
+        return plain and setup.linear_solver.takes_tasks
+
+    def _run_for_tasks(self, condition: Condition, call: Call) -> Any:
+        """The solver's output for a batch: at once if it works element by element."""
+        if self.init is None and getattr(self.solver, "elementwise", False):
+            try:
+                return self._run(condition, call)
+            except ImplicitGradError:
+                raise
+            except RuntimeError as reason:  # the objective cannot run for a batch, or at all
+                raise CannotBatch from reason
+        tensors, tree = pytree.flatten((call.args, call.kwargs, call.parameters))
+        rows = zip(*(t.unbind() for t in tensors), strict=True)
+        solved = []
+        for row in rows:
+            one = Call(*tree.rebuild(row))
+            phi, phi_tree = checked(self.run(one), row, self.setup.condition.template(one))
+            solved.append(phi)
+        return phi_tree.rebuild(tuple(map(torch.stack, zip(*solved, strict=True))))
+
+    def run(self, call: Call) -> Any:
+        """The solver's own output."""
+        return self._run(self.setup.condition, call)
+
+    def _run(self, condition: Condition, call: Call) -> Any:
+        method = _method(self.solver)
+        if method is None:
+            assert callable(self.solver)
+            return self.solver(*call.args, **call.kwargs)
+        if self.init is None and not call.args:
+            raise InvalidArgumentError(
+                "implicit: without a positional argument to start from, this solver needs init="
+            )
+        init = call.args[0] if self.init is None else self.init(*call.args, **call.kwargs)
+        function, constraints = condition.problem_for(method, call)
+        try:
+            return getattr(self.solver, method)(function, init, **constraints)
+        except TypeError as error:
+            if not any(
+                f"unexpected keyword argument '{name}'" in str(error) for name in constraints
+            ):
+                raise
+            raise InvalidArgumentError(
+                f"implicit: {self.solver!r} does not take constraints ({', '.join(constraints)}): "
+                "use SciPyMinimize or GurobiQP of implicit_grad.solvers, or a solver function"
+            ) from error
+
+
+def default_linear_solver(condition: Condition) -> LinearSolver:
+    """The one that suits the condition's A, to a tolerance near rounding error."""
+    if not condition.symmetric:
+        return NormalCG()
+    return CG() if condition.definite else MINRES()
+
+
+def _method(solver: Solver) -> str | None:
+    """The method by which a solver is handed the problem; None for a function."""
+    names = (name for name in ("minimize", "find_root") if hasattr(solver, name))
+    return next(names, None)

@@ -1,0 +1,89 @@
+"""One call of an implicit solver with tensors that torch.func or forward mode look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from implicit_grad._conditions.base import Call
+from implicit_grad._errors import GraphError, ImplicitGradError
+from implicit_grad._theorem.implicit_function import ImplicitFunction
+from implicit_grad._torch.isolation import RandomState
+from implicit_grad._torch.pytree import Tensors, Tree
+from implicit_grad._torch.transforms import CannotBatch, Plain, lifted
+from implicit_grad._wrapper.evaluation import Evaluation, Setup
+
+CAPTURED = (
+    "under torch.func and forward mode, the condition's function must not have captured a tensor "
+    "that requires grad or that they look at: pass it to the solver as an argument"
+)
+
+
+class Transformed:
+    """The call, made of plain calls: of single problems, or of batches of them."""
+
+    def __init__(self, setup: Setup, run: Callable[[Call], Any], tree: Tree) -> None:
+        self.setup, self.run, self.tree = setup, run, tree
+        self._first: Evaluation | None = None
+        self._phi_tree: Tree | None = None
+
+    def phi(self, inputs: Tensors, for_tasks: tuple[Setup, Callable[[Call], Any]] | None) -> Any:
+        """The solver's φ; `for_tasks` are a setup and a run for batches, where there are such."""
+        batched = None
+        if for_tasks is not None:
+            batched = Plain(lambda xs, known: self._batch(*for_tasks, xs, known))
+        phi = lifted(Plain(self._single, batched), inputs)
+        assert self._first is not None and self._phi_tree is not None
+        # below, in the plain calls, what a transform looks at passes for a number without a history
+        if self._first.captured_transformed():
+            raise GraphError(CAPTURED)
+        return self._phi_tree.rebuild(phi)
+
+    def _single(self, xs: Tensors, known: Tensors) -> Tensors:
+        """One problem, which is solved if its φ is not known."""
+        if known:
+            return self._attached(
+                self._known(dataclasses.replace(self.setup, polish=0), xs, known), xs
+            )
+        self.setup.condition.check_call(Call(*self.tree.rebuild(xs)))
+        return self._attached(Evaluation(self.run, self.setup, self.tree, xs), xs)
+
+    def _batch(
+        self, setup: Setup, run: Callable[[Call], Any], xs: Tensors, known: Tensors
+    ) -> Tensors:
+        """Many problems at once. Their solver runs only once, whatever comes of it."""
+        if not known:
+            finder = Evaluation(run, setup, self.tree, xs)
+            random = RandomState(finder.devices)
+            try:
+                setup.condition.check_call(Call(*self.tree.rebuild(xs)))
+                known = finder.solve(xs)
+            except CannotBatch:
+                random.restore()
+                raise
+            self._phi_tree = finder.phi_tree
+        evaluation = self._known(setup, xs, known)
+        try:
+            evaluation.solve_and_record(xs)
+        except ImplicitGradError:
+            raise
+        except RuntimeError as reason:  # the user's functions cannot run for a batch, or at all
+            raise CannotBatch(known) from reason
+        if setup.curvature == "auto" and evaluation.once_differentiable():
+            raise CannotBatch(known)  # differences are taken for one problem at a time
+        return self._attached(evaluation, xs)
+
+    def _known(self, setup: Setup, xs: Tensors, known: Tensors) -> Evaluation:
+        assert self._phi_tree is not None
+        phi = self._phi_tree.rebuild(known)
+        return Evaluation(lambda _: phi, setup, self.tree, xs)
+
+    def _attached(self, evaluation: Evaluation, xs: Tensors) -> Tensors:
+        # F is evaluated also where no gradient is taken: to find out what it captured
+        phi: Tensors = ImplicitFunction.apply(evaluation.problem(), *xs)
+        if evaluation.captured:
+            raise GraphError(CAPTURED)
+        self._first = self._first or evaluation
+        self._phi_tree = self._phi_tree or evaluation.phi_tree
+        return phi

@@ -1,0 +1,9 @@
+"""`imaml`: a learn2learn MAML pipeline with implicit gradients, by wrapping one object.
+
+Adaptation is a solver and the adapted weights are its φ; this folder may import from
+`_conditions`, `solvers` and what is below, and learn2learn itself only where it is used.
+"""
+
+from implicit_grad.learn2learn.maml import ImplicitMAML, imaml
+
+__all__ = ["ImplicitMAML", "imaml"]

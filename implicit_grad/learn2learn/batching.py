@@ -1,0 +1,93 @@
+"""A module with a stack of weights: one call for a batch of tasks, each with weights of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from implicit_grad._conditions.proximal_term import Pull
+from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._options import is_integer
+from implicit_grad._torch import pytree
+from implicit_grad._torch.modules import replace_buffers, set_buffer
+from implicit_grad._torch.pytree import Tensors
+
+
+def check_tasks(
+    tasks: object, already: int | None, solver: LinearSolver, curvature: str, module: nn.Module
+) -> None:
+    """Raise unless a learner with these options can be one for a batch of tasks."""
+    if not is_integer(tasks, 1):
+        raise InvalidArgumentError(
+            f"clone(tasks={tasks!r}): expected None or an integer of at least 1"
+        )
+    if already is not None:
+        raise InvalidArgumentError(
+            f"clone(tasks={tasks}): this learner has {already} tasks already"
+        )
+    if not solver.takes_tasks:
+        raise InvalidArgumentError(
+            f"clone(tasks={tasks}): a batch of tasks is solved by CG without preconditioner and "
+            f'warm start, and with on_negative_curvature "stop" or "raise"; got {solver!r}'
+        )
+    if curvature == "finite_difference":
+        raise InvalidArgumentError(
+            f"clone(tasks={tasks}): finite differences are taken for one task at a time"
+        )
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase):
+            raise InvalidArgumentError(
+                f"clone(tasks={tasks}): torch.func.vmap, which calls the model for all tasks at "
+                f"once, has no rule for nn.{type(part).__name__}; clone it for each task instead"
+            )
+
+
+def stack_parameters(theta: Tensors, pull: Pull, tasks: int) -> Tensors:
+    """θ once for each task, without a copy."""
+    if pull.factors:
+        raise InvalidArgumentError(f"clone(tasks={tasks}): lam must not be a LowRank matrix")
+    return tuple(t.expand(tasks, *t.shape) for t in theta)
+
+
+def stack_buffers(module: nn.Module, tasks: int) -> None:
+    """Give each task a copy of the module's buffers, such as BatchNorm's statistics."""
+    replace_buffers(module, lambda buffer: buffer.expand(tasks, *buffer.shape).clone())
+
+
+def stacked_call(module: nn.Module, stacked: Tensors, tasks: int, args: Any, kwargs: Any) -> Any:
+    """module(*args, **kwargs) for each task, with its own weights, buffers and inputs.
+
+    All tensors have the tasks along their first dimension, except for parameters that are not among
+    the `stacked`.
+    """
+    for tensor in filter(torch.is_tensor, pytree.leaves((args, kwargs))):
+        if tensor.dim() == 0 or len(tensor) != tasks:
+            raise InvalidArgumentError(
+                f"learner: with tasks={tasks}, the first dimension of each input counts the tasks, "
+                f"got {describe(tensor)}"
+            )
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    state = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+    inputs, tree = pytree.flatten((state, args, kwargs))
+    shared = {id(p) for p in parameters.values()} - {id(t) for t in stacked}
+    output_tree = tree
+
+    def one(*inputs: Tensor) -> tuple[Tensors, dict[str, Tensor]]:
+        nonlocal output_tree
+        state, args, kwargs = tree.rebuild(inputs)
+        output = functional_call(module, state, args, kwargs, tie_weights=False)
+        outputs, output_tree = pytree.flatten(output)
+        # a buffer that was assigned, and not written into, has been put into `state`
+        known = {id(t) for t in inputs}
+        return outputs, {name: t for name, t in state.items() if id(t) not in known}
+
+    # one flat tuple: vmap walks containers slowly
+    dims = tuple(None if id(t) in shared else 0 for t in inputs)
+    outputs, assigned = vmap(one, in_dims=dims, randomness="different")(*inputs)
+    for name, buffer in assigned.items():
+        set_buffer(module, name, buffer)
+    return output_tree.rebuild(outputs)

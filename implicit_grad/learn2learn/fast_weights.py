@@ -1,0 +1,216 @@
+"""The fast weights of an `imaml` learner: where they live, and what they stand for in the graph."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicit_grad._conditions.batching import total
+from implicit_grad._conditions.proximal_term import Pull, Steps
+from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._torch import pytree
+from implicit_grad._torch.graph import leaves_behind, walk
+from implicit_grad._torch.handed_on import HandedOn
+from implicit_grad._torch.modules import Places
+from implicit_grad._torch.pytree import Tensors
+
+# Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
+_REMEMBERED_CALLS = 4
+
+
+@dataclasses.dataclass(eq=False)
+class Gate:
+    """Whether gradients may pass from one generation of fast weights to what they stand for.
+
+    `shut` while a product is taken around these very weights, which then count as constants;
+    `superseded` once a later step has dropped what backward would need. A gate is shut for the
+    backward pass that shut it only, as others may pass at the same time: that is known from the
+    thread-local state which autograd hands on to its own threads (on a GPU, backward runs there).
+    """
+
+    superseded: bool = False
+
+    @property
+    def shut(self) -> bool:
+        """Whether this backward pass may not go through."""
+        return self in _shut_gates.value
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Let nothing through."""
+        before = _shut_gates.value
+        _shut_gates.value = before | {self}
+        try:
+            yield
+        finally:
+            _shut_gates.value = before
+
+
+_shut_gates: HandedOn[frozenset[Gate]] = HandedOn("implicit_grad: shut gates", frozenset())
+
+
+class FastWeights(torch.autograd.Function):
+    """Given values that stand for their sources in the graph: the identity, with a gate."""
+
+    @staticmethod
+    def forward(gate: Gate, values: Tensors, *sources: Tensor) -> Tensors:
+        return tuple(t.detach() for t in values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.gate = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gate.shut:
+            return (None, None, *(None for _ in v))
+        if ctx.gate.superseded:
+            raise GraphError(
+                "an outer loss reaches weights that a later adapt(loss) has replaced, and what "
+                "their gradient needs is gone. For outer losses of several adaptation steps "
+                "(MAML++) pass functions that compute the loss: learner.adapt(lambda: loss(...))"
+            )
+        return None, None, *v
+
+
+class Weights:
+    """A learner's trainable weights: where they live, what they came from, what pulls them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        theta: Tensors,
+        pull: Pull,
+        trainable: list[bool],
+        tasks: int | None = None,
+    ) -> None:
+        """With `tasks`, the tensors of θ are stacks with a first dimension of that many."""
+        self.trainable, self.tasks = trainable, tasks
+        named = list(module.named_parameters())
+        kept = [i for i, trains in enumerate(trainable) if trains]
+        self.frozen = [n for (n, _), t in zip(named, trainable, strict=True) if not t]
+        self.names = [named[i][0] for i in kept]
+        self.theta = tuple(theta[i] for i in kept)
+        self.pull = pull.of(kept)
+        self._places = Places(module, [named[i][1] for i in kept])
+        self.inputs, self.inputs_tree = pytree.flatten((self.theta, self.pull))
+        self.gate = Gate()
+        self.current = self.theta
+        self._release: Callable[[], None] | None = None
+        self._keeping: object = None
+        self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the module has recurrent layers."""
+        return self._places.recurrent
+
+    def total(self, name: str, loss: object) -> Tensor:
+        """The loss, if it is one number, or the sum of one for each task."""
+        return total(name, loss, self.tasks)
+
+    def start(self) -> None:
+        """Begin at copies of θ."""
+        self.attach(tuple(t.detach().clone() for t in self.theta), self.theta)
+
+    def attach(
+        self,
+        values: Tensors,
+        sources: Tensors,
+        release: Callable[[], None] | None = None,
+        keeping: object = None,
+    ) -> None:
+        """Install the values as weights whose gradients go to the sources.
+
+        `release` frees what their gradient needs, once they are superseded; `keeping` is kept alive
+        as long as they are in place.
+        """
+        self.gate, self._release, self._keeping = Gate(), release, keeping
+        self.install(FastWeights.apply(self.gate, values, *sources))
+
+    def supersede(self) -> None:
+        """Free what the present weights' gradient needs, if that may be: it cannot be taken now."""
+        if self._release is not None:
+            self.gate.superseded = True
+            self._release()
+
+    def install(self, weights: Tensors) -> None:
+        """Put the tensors into the module."""
+        self.current = weights
+        self._places.fill(weights)
+        self.calls.clear()
+
+    def remembered(self, output: Any) -> Any:
+        """A call's output, noted: with Gauss-Newton, the loss must be a function of it.
+
+        Its tensors become views, none of which is computed from another, or is itself a weight.
+        """
+        tensors, tree = pytree.flatten(output, lambda t: torch.is_tensor(t) and t.requires_grad)
+        if not tensors:
+            return output
+        outputs = tuple(t.view_as(t) for t in tensors)
+        self.calls.append(outputs)
+        return tree.rebuild(outputs)
+
+    def check_used(self, used: tuple[Tensor | None, ...], allow_unused: bool) -> None:
+        """Raise if the loss leaves out a weight (None in `used`), unless that is allowed."""
+        unused = [n for n, t in zip(self.names, used, strict=True) if t is None]
+        if len(unused) == len(used):
+            raise InvalidArgumentError(
+                "adapt: the loss does not depend on the learner's present weights; compute it "
+                "anew from this learner's output before each adapt"
+            )
+        if unused and not allow_unused:
+            raise InvalidArgumentError(
+                f"adapt: the loss does not depend on {', '.join(unused)}; pass allow_unused=True "
+                "to leave unused parameters as they are"
+            )
+
+    def check_trainable(self, allow_nograd: bool) -> None:
+        """Raise if some parameters are frozen, unless that is allowed."""
+        if self.frozen and not allow_nograd:
+            raise InvalidArgumentError(
+                f"adapt: {', '.join(self.frozen)} has requires_grad=False; pass allow_nograd=True "
+                "to adapt the other parameters"
+            )
+        if not self.theta:
+            raise InvalidArgumentError("adapt: the model has no parameter that requires grad")
+
+    def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
+        """One gradient step on loss + λ/2 ‖φ − θ‖² from the present weights."""
+        return Steps(self.pull, self.theta)(self.current, slope, lr)
+
+    def captured_by(self, loss: Tensor) -> Tensors:
+        """The other leaves that the loss depends on."""
+        own = {id(t) for t in self.current}
+        return tuple(t for t in leaves_behind([loss], stop=self.is_own) if id(t) not in own)
+
+    def outputs_behind(self, loss: Tensor) -> Tensors:
+        """The outputs of the one remembered call through which the loss depends on the weights."""
+        for outputs in reversed(self.calls):
+            if self._goes_through(loss, {t.grad_fn for t in outputs}):
+                return outputs
+        raise GraphError(
+            'adapt: with curvature="gauss_newton" the loss must be a function of the output of one '
+            "call of this learner and of no weights besides; this loss is not (it adds a penalty "
+            "on the weights, sums over several calls, comes from learner.module, or the output is "
+            'an object that optree does not look into). Use curvature="hessian" for it'
+        )
+
+    def _goes_through(self, loss: Tensor, gates: set[Any]) -> bool:
+        """Whether all paths from the loss to the weights pass one of the nodes, and some do."""
+        own = {id(t) for t in self.current}
+        visited = list(walk([loss], stop=lambda node: node in gates or self.is_own(node)))
+        beyond = [node for node in visited if node not in gates]
+        around = any(self.is_own(n) or id(getattr(n, "variable", None)) in own for n in beyond)
+        return len(beyond) < len(visited) and not around
+
+    def is_own(self, node: Any) -> bool:
+        """Whether a node of the graph is the one that made the present weights."""
+        return bool(self.current) and node is self.current[0].grad_fn

@@ -1,0 +1,343 @@
+"""`imaml`: a learn2learn MAML pipeline with implicit gradients, by wrapping one object.
+
+MAML differentiates through its adaptation steps. Here the adapted weights φ are taken as the
+solution of the inner problem min loss(φ) + λ/2 ‖φ − θ‖², and backward is one linear solve around
+it, (∇²loss(φ) + λ) u = v, dθ = λu: no step is kept (Rajeswaran et al., 2019, Meta-Learning with
+Implicit Gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicit_grad._conditions.lam import LowRank, evaluated, proximal_pull
+from implicit_grad._curvature.auto import check_curvature
+from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._theorem.linearization import Curvature
+from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
+from implicit_grad._torch import pytree
+from implicit_grad._torch.isolation import differentiable_twice, uncompiled
+from implicit_grad._torch.pytree import Tensors
+from implicit_grad.learn2learn.adaptation import (
+    Method,
+    means_to_solve,
+    minimise_closure,
+    minimiser,
+    step_on_tensor,
+)
+from implicit_grad.learn2learn.batching import (
+    check_tasks,
+    stack_buffers,
+    stack_parameters,
+    stacked_call,
+)
+from implicit_grad.learn2learn.fast_weights import Weights
+
+
+def registrable(lam: Any, module: nn.Module) -> Any:
+    """λ, checked against the model, in a form that nn.Module registers if it is to be learned."""
+    if callable(lam) or isinstance(lam, LowRank):
+        held = [] if callable(lam) else pytree.leaves(lam)
+        if any(torch.is_tensor(t) and t.requires_grad for t in held):
+            raise InvalidArgumentError(
+                "imaml: a LowRank lam that is to be learned must be a LearnedLam(model, rank=...), "
+                "so that its tensors appear in parameters()"
+            )
+        proximal_pull(evaluated(lam), tuple(module.parameters()), "imaml")
+        return lam
+    names = [name for name, _ in module.named_parameters()]
+    if isinstance(lam, Mapping):
+        if set(lam) != set(names):
+            raise InvalidArgumentError(
+                f"imaml: lam must have one entry for each parameter, {names}; got {list(lam)}"
+            )
+        lam = [lam[name] for name in names]
+    several = isinstance(lam, (Sequence, nn.ParameterList))
+    values = tuple(lam) if several else (lam,)
+    if several and len(values) != len(names):
+        raise InvalidArgumentError(
+            f"imaml: lam must have one entry for each of the {len(names)} parameters, got "
+            f"{len(values)}"
+        )
+    for value in values:
+        if torch.is_tensor(value) and value.requires_grad and not isinstance(value, nn.Parameter):
+            raise InvalidArgumentError(
+                "imaml: a lam that is to be learned must be a torch.nn.Parameter, so that it "
+                "appears in parameters()"
+            )
+    proximal_pull(values if several else lam, tuple(module.parameters()), "imaml")
+    if several and any(isinstance(value, nn.Parameter) for value in values):
+        fixed = [torch.is_tensor(v) and not isinstance(v, nn.Parameter) for v in values]
+        return nn.ParameterList(  # it would make a parameter to be learned of any tensor
+            nn.Parameter(v, requires_grad=False) if stays else v
+            for v, stays in zip(values, fixed, strict=True)
+        )
+    return values if several else lam
+
+
+def imaml(
+    maml: nn.Module,
+    lam: Any = 2.0,
+    *,
+    linear_solver: LinearSolver | None = None,
+    solver: Any = None,
+    curvature: Curvature = "auto",
+    monitor: Monitor | None = None,
+    on_failure: OnFailure = "warn",
+) -> ImplicitMAML:
+    """Switch a learn2learn MAML to implicit gradients (iMAML); the pipeline stays as it is.
+
+    The result has MAML's interface (`clone`, `adapt`, calls, attributes) and shares the model's
+    parameters. `learner.adapt(loss)` takes the step φ ← φ − lr (∇loss(φ) + λ(φ − θ)), and backward
+    through the adapted learner solves (∇²loss + λ) u = v for dθ = λu. A tensor is all that
+    `adapt(loss)` is given, so ∇²loss is taken where that loss was computed, at the last iterate
+    but one. `learner.adapt(closure, steps=16)` takes a function that computes the loss instead
+    (as in `torch.optim`) and linearises at the solution itself.
+
+    Choosing: a step of length lr is stable while lr·(λ + the loss's curvature) < 2, so keep lr·λ
+    well below 1; and the pull to θ adds up, so keep steps · lr · λ around 1 or below. After a few
+    steps φ is far from a solution and ∇²loss is often indefinite there; CG then stops early,
+    towards first-order MAML, and reports it. Take "gauss_newton" for a few steps, "hessian" where
+    the inner problem is nearly solved; raise λ if many solves report negative curvature
+    (`monitor`), lower it if adaptation gets nowhere.
+
+    Args:
+        maml: a `learn2learn.algorithms.MAML`; its lr, first_order, allow_unused and allow_nograd
+            apply here too. `first_order=True` asks for first-order MAML's gradient, dθ = v.
+        lam: λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor,
+            a `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
+            by parameter name of these, one for each parameter of the model.
+        linear_solver: by default `CG(maxiter=5)`, the paper's.
+        solver: minimises the inner objective in `adapt(closure)`: an object with
+            `minimize(objective, init)` (see `implicit_grad.solvers`), or such a function. By
+            default gradient descent with MAML's lr.
+        curvature: "hessian" (the paper's), or "gauss_newton": leaves out the model's own
+            curvature, never indefinite for the usual losses; recommended for few steps.
+        monitor: collects a `Report` for each backward solve.
+        on_failure: on numerical trouble "warn", "raise" or "ignore".
+
+    Raises:
+        InvalidArgumentError: maml is not a MAML, or an option cannot work.
+    """
+    if linear_solver is None:
+        linear_solver = CG(maxiter=5)
+    _check(maml, linear_solver, solver, curvature)
+    options: Any = maml  # learn2learn has no types
+    return ImplicitMAML(
+        options.module,
+        lr=options.lr,
+        first_order=options.first_order,
+        allow_unused=options.allow_unused,
+        allow_nograd=options.allow_nograd,
+        lam=registrable(lam, options.module),
+        linear_solver=linear_solver,
+        solver=solver,
+        reporting=Reporting(
+            monitor=monitor,
+            on_failure=on_failure,
+            damping=getattr(linear_solver, "damping", 0.0),
+            inner_solved=means_to_solve(solver),
+        ),
+        curvature=curvature,
+    )
+
+
+class ImplicitMAML(nn.Module):
+    """What `imaml` returns: learn2learn's MAML, except for its gradients."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        lr: float,
+        first_order: bool,
+        allow_unused: bool,
+        allow_nograd: bool,
+        lam: Any,
+        linear_solver: LinearSolver,
+        solver: Any,
+        reporting: Reporting,
+        curvature: Curvature,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.lr, self.first_order = lr, first_order
+        self.allow_unused, self.allow_nograd = allow_unused, allow_nograd
+        self.lam = lam
+        self.linear_solver, self.solver = linear_solver, solver
+        self.reporting, self.curvature = reporting, curvature
+        self.tasks: int | None = None
+        self._weights: Weights | None = None
+        self._verdict: list[bool] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_modules"]["module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's output."""
+        if self._weights is None:
+            return self.module(*args, **kwargs)
+        with differentiable_twice(self._weights.recurrent):
+            if self.tasks is None:
+                output = self.module(*args, **kwargs)
+            else:
+                stacked = self._weights.current
+                output = stacked_call(self.module, stacked, self.tasks, args, kwargs)
+        if self._method(False, False).needs_outputs:
+            output = self._weights.remembered(output)
+        return output
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        tasks: int | None = None,
+    ) -> ImplicitMAML:
+        """A learner to adapt to one task; gradients of its losses arrive in this one's parameters.
+
+        Args:
+            first_order, allow_unused, allow_nograd: override those of the MAML that was wrapped.
+            tasks: make it a learner for a batch of so many tasks, each with weights and a linear
+                solve of its own. Every input, output and loss then has the tasks along its first
+                dimension: `adapt` takes one loss for each, such as
+                `torch.func.vmap(loss)(learner(x), y)`. Each task has copies of the buffers, and
+                the model's own (running statistics) stay as they are.
+
+        Raises:
+            InvalidArgumentError: tasks is not a number of tasks, or an option does not go with it.
+        """
+        if tasks is not None:
+            check_tasks(tasks, self.tasks, self.linear_solver, self.curvature, self.module)
+        from learn2learn import clone_module  # an optional neighbour, there if a MAML is
+
+        learner = ImplicitMAML(
+            clone_module(self.module),
+            lr=self.lr,
+            first_order=_either(first_order, self.first_order),
+            allow_unused=_either(allow_unused, self.allow_unused),
+            allow_nograd=_either(allow_nograd, self.allow_nograd),
+            lam=self.lam,
+            linear_solver=self.linear_solver,
+            solver=self.solver,
+            reporting=self.reporting,
+            curvature=self.curvature,
+        )
+        learner.training, learner._verdict = self.training, self._verdict
+        learner.tasks = self.tasks if tasks is None else tasks
+        learner._weights = self._weights_of(learner.module, tasks)
+        if tasks is not None:
+            stack_buffers(learner.module, tasks)
+        learner._weights.start()
+        return learner
+
+    @uncompiled
+    def adapt(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        steps: int | None = None,
+    ) -> None:
+        """Adapt the learner's weights to a loss, in place.
+
+        Args:
+            loss: the loss of this learner's output, for one gradient step; or a function without
+                arguments that computes it, for `steps` gradient steps or a whole minimisation.
+            first_order: take the gradient of first-order MAML, dθ = v, for this step.
+            allow_unused: parameters that the loss does not depend on are only pulled to θ, instead
+                of being an error.
+            allow_nograd: parameters with requires_grad=False stay where they are, likewise.
+            steps: with a function, the number of gradient steps; by default 1.
+
+        Raises:
+            InvalidArgumentError: the loss is not a scalar, or does not depend on the weights.
+            GraphError: the loss has no graph, or with curvature="gauss_newton" does not come
+                from one output of this learner.
+        """
+        first_order = _either(first_order, self.first_order)
+        allow_nograd = _either(allow_nograd, self.allow_nograd)
+        allow_unused = _either(allow_unused, self.allow_unused)
+        if self._weights is None:  # adapting the original itself, as MAML allows
+            self._weights = self._weights_of(self.module, None)
+        self._weights.check_trainable(allow_nograd)
+        method = self._method(first_order, allow_unused)
+        if torch.is_tensor(loss):
+            if steps is not None:
+                raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
+            step_on_tensor(self._weights, loss, self.lr, method)
+        elif callable(loss):
+            minimise_closure(self._weights, loss, minimiser(self.solver, self.lr, steps), method)
+        else:
+            raise InvalidArgumentError(
+                "adapt: loss must be a scalar tensor, or a function without arguments that "
+                f"returns one, got {describe(loss)}"
+            )
+
+    def _method(self, first_order: bool, allow_unused: bool) -> Method:
+        return Method(
+            linear_solver=self.linear_solver,
+            reporting=self.reporting,
+            curvature=self.curvature,
+            first_order=first_order,
+            allow_unused=allow_unused,
+            verdict=self._verdict,
+        )
+
+    def _weights_of(self, module: nn.Module, tasks: int | None) -> Weights:
+        """The weights of `module`, which come from this module's, as often as there are tasks."""
+        theta: Tensors = tuple(self.module.parameters())
+        lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
+        with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
+            pull = proximal_pull(evaluated(lam), theta, "imaml")
+        trainable = [t.requires_grad for t in theta]
+        if self._weights is not None:  # under no_grad, fast weights do not tell
+            trainable = self._weights.trainable
+        if tasks is not None:
+            theta = stack_parameters(theta, pull, tasks)
+        return Weights(module, theta, pull, trainable, self.tasks if tasks is None else tasks)
+
+
+def _either(given: bool | None, default: bool) -> bool:
+    return default if given is None else given
+
+
+def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:
+    """Raise unless `imaml` can work with its arguments."""
+    fields = ("module", "lr", "first_order", "allow_unused", "allow_nograd", "clone", "adapt")
+    if not isinstance(maml, nn.Module) or not all(hasattr(maml, name) for name in fields):
+        raise InvalidArgumentError(
+            "imaml: the first argument must be a learn2learn.algorithms.MAML, got "
+            f"{describe(maml)}. Wrap your model first: imaml(l2l.algorithms.MAML(model, lr=0.5)); "
+            'learn2learn comes with pip install "implicit-grad[learn2learn]"'
+        )
+    if not isinstance(maml.lr, (int, float)):
+        raise InvalidArgumentError(
+            f"imaml: MAML's lr must be a number, got {describe(maml.lr)}; a learned step length "
+            "has no implicit gradient, because the solution does not depend on it"
+        )
+    if isinstance(maml, ImplicitMAML):
+        raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
+    if not isinstance(linear_solver, LinearSolver):
+        raise InvalidArgumentError(
+            "imaml: linear_solver must be CG(), MINRES(), Neumann() or Exact(), got "
+            f"{linear_solver!r}"
+        )
+    if solver is not None and not callable(getattr(solver, "minimize", solver)):
+        raise InvalidArgumentError(
+            "imaml: solver must have minimize(objective, init) or be such a function, got "
+            f"{describe(solver)}"
+        )
+    check_curvature(curvature, "imaml")
