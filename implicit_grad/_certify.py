@@ -14,7 +14,7 @@ from implicit_grad._conditions.base import check_callable, scalar
 from implicit_grad._conditions.lam import LowRank
 from implicit_grad._conditions.proximal import proximal
 from implicit_grad._errors import InvalidArgumentError, Status, describe
-from implicit_grad._linear_solvers.base import LinearSolution, norm
+from implicit_grad._linear_solvers.base import norm
 from implicit_grad._theorem.adjoint import Solved, solve_adjoint, solve_newton
 from implicit_grad._theorem.linearization import Curvature, Linearization
 from implicit_grad._torch.products import gradient, variables
@@ -117,15 +117,15 @@ def certify(
         same = [x.shape for x in first.x] == [p.shape for p in around_moved.phi]
         start = first.x if same else tuple(map(torch.zeros_like, around_moved.phi))
         product = around_moved.transposed(start)
-        rest = tuple(v - p for v, p in zip(around_moved.extended(there.v), product, strict=True))
+        rest = tuple(v - p for v, p in zip(around_moved.augment(there.v), product, strict=True))
     second = solve_adjoint(solver, around_moved, rest, verify=True)
     with torch.no_grad():
         u = tuple(map(torch.add, start, second.x))
-        u = around_moved.completed(u, there.v)
+        u = around_moved.recover(u, there.v)
     corrected = there.with_implicit(around_moved, u, targets)
 
     solves = ((first, around), (newton, true), (second, around_moved))
-    status = min(_status(solved.linear, at) for solved, at in solves)
+    status = min(solved.status(at) for solved, at in solves)
     if not status.ok:
         evaluation.setup.reporting.say(f"not certified: {status.sentence}")
     error, size = _distance(corrected, gradients), _distance(gradients)
@@ -186,14 +186,6 @@ def _bound(
     largest = max(float(s.detach().max()) for s in around.scale or () if s.numel())
     indirect = largest / mu * (lipschitz * delta + rho * delta * _distance(first.x) + unsolved)
     return indirect + (lipschitz * delta if _distance(here.direct) else 0.0)
-
-
-def _status(linear: LinearSolution, around: Linearization) -> Status:
-    """That of one solve, in the light of what it is for."""
-    if around.degenerate:
-        return Status.DEGENERATE
-    negative = linear.curvature is not None and linear.curvature[0] < 0
-    return Status.NEGATIVE_CURVATURE if around.is_hessian and negative else linear.status
 
 
 def _distance(x: Tensors, y: Tensors | None = None) -> float:

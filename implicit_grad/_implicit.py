@@ -8,12 +8,9 @@ from typing import Any, overload
 
 from implicit_grad._conditions.argmin import argmin
 from implicit_grad._conditions.base import Condition
-from implicit_grad._conditions.proximal import proximal
 from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
-from implicit_grad._linear_solvers.cg import CG
-from implicit_grad._linear_solvers.neumann import Neumann
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._wrapper.evaluation import Setup
@@ -141,7 +138,7 @@ def implicit(
             f"implicit: {type(linear_solver).__name__} needs a symmetric system, but the Jacobian "
             f"of {type(condition).__name__} is general: use NormalCG(), Neumann() or Exact()"
         )
-    if isinstance(linear_solver, (CG, Neumann)) and not condition.definite:
+    if linear_solver.definite_only and not condition.definite:
         raise InvalidArgumentError(
             f"implicit: {type(linear_solver).__name__} needs a positive definite system, but "
             "multipliers of constraints make it indefinite: use MINRES() or Exact()"
@@ -155,7 +152,7 @@ def implicit(
         raise InvalidArgumentError(
             f"implicit: rtol_gradient={rtol_gradient!r}: expected None or a number between 0 and 1"
         )
-    if rtol_gradient is not None and not isinstance(linear_solver, CG):
+    if rtol_gradient is not None and not linear_solver.tells_error:
         raise InvalidArgumentError(
             f"implicit: rtol_gradient={rtol_gradient!r} is for CG, whose coefficients tell the "
             f"error; {type(linear_solver).__name__} stops by its own options"
@@ -165,8 +162,7 @@ def implicit(
     reporting = Reporting(
         monitor=monitor,
         on_failure=on_failure,
-        damping=getattr(linear_solver, "damping", 0.0),
-        strong_convexity=_strong_convexity(condition, curvature),
+        strong_convexity=condition.strong_convexity_with(curvature),
         rtol_gradient=rtol_gradient,
     )
     setup = Setup(condition, linear_solver, reporting, curvature, polish)
@@ -217,23 +213,13 @@ def _check_curvature(
 ) -> None:
     check_curvature(curvature, "implicit")
     name, offered = type(condition).__name__, condition.curvatures
-    substitute = getattr(linear_solver, "on_negative_curvature", None) == "gauss_newton"
-    if "gauss_newton" not in offered and (curvature == "gauss_newton" or substitute):
+    asked = curvature == "gauss_newton" or linear_solver.needs_convex
+    if "gauss_newton" not in offered and asked:
         raise InvalidArgumentError(
             "implicit: Gauss-Newton products need to know where the model ends and the loss "
             f"begins: pass {name}(loss, ..., model=model) with loss(model(phi, *args), *args)"
         )
     check_curvature(curvature, f"implicit: with {name}", offered)
-
-
-def _strong_convexity(condition: Condition, curvature: Curvature) -> float | None:
-    """μ in units of the operator's scale, where it is known."""
-    if isinstance(condition, proximal):
-        return 1.0 if condition.convex else None
-    # it is the objective's: not that of its Gauss-Newton part, or of a system with multipliers
-    if isinstance(condition, argmin) and condition.definite and curvature != "gauss_newton":
-        return condition.strong_convexity
-    return None
 
 
 def _with_bounds_of(solver: Any, condition: Condition) -> Condition:
@@ -251,7 +237,6 @@ def _with_bounds_of(solver: Any, condition: Condition) -> Condition:
 
 def _to_accuracy(solver: Any, rtol_gradient: float | None) -> Any:
     """The minimiser with the tolerance of the adaptive mode, if it was not given one."""
-    told = getattr(solver, "rtol", 0.0) is not None or getattr(solver, "tol", 0.0) is not None
-    if rtol_gradient is None or told or not isinstance(solver, Descent):
+    if rtol_gradient is None or not isinstance(solver, Descent) or solver.has_tolerance:
         return solver
     return dataclasses.replace(solver, rtol=rtol_gradient)

@@ -147,7 +147,7 @@ def test_products_and_transposed_products_agree(seed, n, diagonal):
     def dot(p, q):
         return sum((a * b).sum() for a, b in zip(p, q, strict=True))
 
-    left, right = dot(around.smooth_transposed(u), w), dot(u, around.smooth_product(w))
+    left, right = dot(around.unscaled_transposed(u), w), dot(u, around.unscaled_product(w))
     assert abs(left - right) <= 1e-12 * (1 + abs(left))
     held = dot([s * a for s, a in zip(scale, u, strict=True)], w) if diagonal else 0.0
     assert abs(dot(around.transposed(u), w) - left - held) <= 1e-12 * (1 + abs(left))

@@ -13,7 +13,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import mse_loss, softplus
 
 import implicit_grad as ig
-from implicit_grad._conditions.lam import proximal_pull
+from implicit_grad._conditions.lam import proximal_term
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 EXACT = {"linear_solver": ig.Exact(), "on_failure": "raise"}
@@ -384,7 +384,7 @@ def test_how_it_starts():
 
 def test_lam_follows_theta_to_its_device_once():
     theta = [torch.empty(3, device="meta"), torch.empty(2, 2, device="meta")]
-    one, other = proximal_pull(torch.tensor(2.0), theta, "here").weights
+    one, other = proximal_term(torch.tensor(2.0), theta, "here").weights
     assert one is other and one.device.type == "meta"
 
 

@@ -17,7 +17,7 @@ from problems import minimize
 from test_readme import README, python_blocks
 
 import implicit_grad as ig
-from implicit_grad.testing import Cause, ImplicitGradientError, check_implicit
+from implicit_grad.testing import Cause, GradientCheckError, check_implicit
 from implicit_grad.testing import strategies as draw
 from implicit_grad.testing.differences import derivative, noise
 from implicit_grad.testing.local_problem import Local
@@ -69,7 +69,7 @@ def test_the_message_tells_it_all():
     piece = PIECES["lambda_as_an_item"]()
     with pytest.raises(AssertionError) as caught:
         check_implicit(piece.solve, piece.args)
-    assert isinstance(caught.value, ImplicitGradientError)
+    assert isinstance(caught.value, GradientCheckError)
     text, report = str(caught.value), caught.value.report
     assert text == str(report)
     for part in (
@@ -351,7 +351,7 @@ def test_an_argument_that_is_captured_as_well_is_one_tensor():
 @pytest.mark.parametrize("seed", range(4))
 def test_a_missing_part_shows_along_one_direction(seed):
     x = normal(3, seed=seed)
-    with pytest.raises(ImplicitGradientError):
+    with pytest.raises(GradientCheckError):
         check_implicit(lambda x: x[:2].sin().sum() + x[2].detach(), (x,), directions=1)
 
 
@@ -603,7 +603,7 @@ def test_the_snippet_of_the_docstring_runs():
     test = BRIEF(names["test_my_solver"])
     test()
     names["solve"] = ig.implicit(lambda X, y, lam: ridge(X, y, 2 * lam), ig.argmin(objective))
-    with pytest.raises(ImplicitGradientError, match="WRONG_CONDITION"):
+    with pytest.raises(GradientCheckError, match="WRONG_CONDITION"):
         test()
 
 
@@ -617,7 +617,7 @@ def test_the_snippet_of_the_readme_runs():
     test, fit = BRIEF(names["test_my_solver"]), names["fit"]
     test()
     names["solve"].solver = lambda X, y, lam: fit(X, y, 2 * lam)
-    with pytest.raises(ImplicitGradientError, match="WRONG_CONDITION"):
+    with pytest.raises(GradientCheckError, match="WRONG_CONDITION"):
         test()
 
 

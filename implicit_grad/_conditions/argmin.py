@@ -84,6 +84,15 @@ class argmin(Condition):
         return not self.constraints.rows
 
     @property
+    def differentiable_twice(self) -> bool:  # type: ignore[override]
+        return not self.constraints
+
+    def strong_convexity_with(self, curvature: Curvature) -> float | None:
+        # it is the objective's: not that of its Gauss-Newton part, or of a system with multipliers
+        known = self.definite and curvature != "gauss_newton"
+        return self.strong_convexity if known else None
+
+    @property
     def curvatures(self) -> tuple[Curvature, ...]:
         return ("auto", "hessian") if self.constraints else curvatures(self.model)
 

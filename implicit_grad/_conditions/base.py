@@ -45,6 +45,7 @@ class Condition(abc.ABC):
     must_depend_on_phi: ClassVar[bool] = True
     definite = True
     tasks = False  # φ is a batch of solutions of separate problems
+    differentiable_twice = True  # derivatives of derivatives can be had
 
     @property
     def parameters(self) -> Any:
@@ -55,6 +56,10 @@ class Condition(abc.ABC):
     def curvatures(self) -> tuple[Curvature, ...]:
         """The kinds of products that there can be."""
         return ("auto",)
+
+    def strong_convexity_with(self, curvature: Curvature) -> float | None:
+        """μ in units of A's scale for that kind of products, where it is known."""
+        return None
 
     def for_tasks(self) -> Condition | None:
         """The condition for a batch of such problems, if there is a batched linear solve for it."""

@@ -165,9 +165,7 @@ def _linearize(
         idle = [g for g, acts in zip(near, acting, strict=True) if not acts]
         degenerate = any(bool(g.abs() <= touching) for g in idle)
         degenerate = degenerate or bool((resting & (force.abs() <= size)).any())
-    around = _Saddle(objective, bounds, rows, mu, at_lower, at_upper, flat)
-    around.degenerate = degenerate
-    return around
+    return KKTSystem(objective, bounds, rows, mu, at_lower, at_upper, degenerate)
 
 
 def _multipliers(
@@ -196,7 +194,7 @@ def _rank(matrix: Tensor) -> int:
     return int(torch.linalg.matrix_rank(matrix)) if matrix.numel() else 0
 
 
-class _Saddle(Linearization):
+class KKTSystem(Linearization):
     """F of φ and the multipliers μ: [∂ℒ/∂φ; c], with elements of φ at their bounds held there.
 
     A = [[∂²ℒ, Jᵀ], [J, 0]] is symmetric, on the free elements; for the others it is the identity.
@@ -212,7 +210,7 @@ class _Saddle(Linearization):
         mu: Tensor,
         at_lower: Tensor,
         at_upper: Tensor,
-        flat: Flat,
+        degenerate: bool,
     ) -> None:
         phi = objective.phi
         self._bounds, self._size = bounds, len(phi)
@@ -230,9 +228,15 @@ class _Saddle(Linearization):
                 for fixed, p, limit, s in zip(self._fixed, phi, limits, stationarity, strict=True)
             )
         tail = (constraint,) if rows else ()
-        super().__init__((*held, *tail), unknowns, (*stationarity, *tail), guard=objective.guard)
+        super().__init__(
+            (*held, *tail),
+            unknowns,
+            (*stationarity, *tail),
+            degenerate=degenerate,
+            guard=objective.guard,
+        )
 
-    def extended(self, v: Tensors) -> Tensors:
+    def augment(self, v: Tensors) -> Tensors:
         """(v, 0), and 0 for the elements at bounds, which no argument but the bound can move.
 
         A v that has a part for the multipliers already keeps it.
@@ -240,28 +244,28 @@ class _Saddle(Linearization):
         multipliers = v[self._size :] or tuple(map(torch.zeros_like, self.phi[self._size :]))
         return (*self._free(v), *multipliers)
 
-    def completed(self, u: Tensors, v: Tensors) -> Tensors:
+    def recover(self, u: Tensors, v: Tensors) -> Tensors:
         """u with v − Aᵀu for the elements at bounds: what moving the bounds does."""
         if not self._bounds.differentiable:
             return u
-        moved = super().curved_transposed((*self._free(u), *u[self._size :]))
+        moved = super().smooth_transposed((*self._free(u), *u[self._size :]))
         at_bounds = tuple(
             torch.where(fixed, w - m, x)
             for fixed, w, m, x in zip(self._fixed, v, moved, u, strict=False)
         )
         return (*at_bounds, *u[self._size :])
 
-    def curved_transposed(self, u: Tensors) -> Tensors:
+    def smooth_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu."""
-        product = super().curved_transposed((*self._free(u), *u[self._size :]))
+        product = super().smooth_transposed((*self._free(u), *u[self._size :]))
         head = (
             torch.where(fixed, x, p) for fixed, x, p in zip(self._fixed, u, product, strict=False)
         )
         return (*head, *product[self._size :])
 
-    def curved_product(self, x: Tensors) -> Tensors:
+    def smooth_product(self, x: Tensors) -> Tensors:
         """The same: the matrix is symmetric."""
-        return self.curved_transposed(x)
+        return self.smooth_transposed(x)
 
     def _free(self, v: Tensors) -> Tensors:
         return tuple(x.masked_fill(fixed, 0.0) for fixed, x in zip(self._fixed, v, strict=False))

@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._conditions.proximal_term import Pull
+from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._torch import pytree
 from implicit_grad._torch.transforms import is_wrapped
@@ -24,7 +24,7 @@ class LowRank(NamedTuple):
         factor: U, in the form of θ, each tensor with one more dimension at its end, the rank.
 
     >>> lam = LowRank(0.5, torch.ones(3, 1))  # for a theta of shape (3,): 0.5 I + 1 1ᵀ
-    >>> proximal_pull(lam, torch.zeros(3), "here").term([torch.ones(3)], [torch.zeros(3)])
+    >>> proximal_term(lam, torch.zeros(3), "here").term([torch.ones(3)], [torch.zeros(3)])
     tensor(5.2500)
     """
 
@@ -37,7 +37,7 @@ def evaluated(lam: Any) -> Any:
     return lam() if callable(lam) else lam
 
 
-def proximal_pull(lam: Any, theta: Any, where: str) -> Pull:
+def proximal_term(lam: Any, theta: Any, where: str) -> ProximalTerm:
     """The pull of λ on each leaf of θ; λ may be given for whole branches of θ at once."""
     theta_leaves = pytree.leaves(theta)
     for leaf in theta_leaves:
@@ -47,8 +47,10 @@ def proximal_pull(lam: Any, theta: Any, where: str) -> Pull:
                 f"only; it holds {describe(leaf)}"
             )
     if isinstance(lam, LowRank):
-        return Pull(_weights(lam.diagonal, theta, where), _factors(lam.factor, theta, where))
-    return Pull(_weights(lam, theta, where))
+        return ProximalTerm(
+            _weights(lam.diagonal, theta, where), _factors(lam.factor, theta, where)
+        )
+    return ProximalTerm(_weights(lam, theta, where))
 
 
 def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:

@@ -20,8 +20,8 @@ from implicit_grad._conditions.base import (
     curvatures,
 )
 from implicit_grad._conditions.batching import aligned, batched, batched_model, tasks_of, total
-from implicit_grad._conditions.lam import LowRank, check_lam, evaluated, proximal_pull
-from implicit_grad._conditions.proximal_term import ProximalObjective, Pull
+from implicit_grad._conditions.lam import LowRank, check_lam, evaluated, proximal_term
+from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
@@ -76,6 +76,9 @@ class proximal(Condition):
     def curvatures(self) -> tuple[Curvature, ...]:
         return curvatures(self.model)
 
+    def strong_convexity_with(self, curvature: Curvature) -> float | None:
+        return 1.0 if self.convex else None
+
     def check_call(self, call: Call) -> None:
         if not call.args:
             raise InvalidArgumentError(
@@ -94,8 +97,8 @@ class proximal(Condition):
         loss, model = batched(self.loss, "proximal: loss"), batched_model(self.model)
         return _Stacked(loss, self.lam, self.convex, model=model, tasks=True)
 
-    def _pull(self, call: Call) -> Pull:
-        return proximal_pull(call.parameters, call.args[0], "proximal")
+    def _pull(self, call: Call) -> ProximalTerm:
+        return proximal_term(call.parameters, call.args[0], "proximal")
 
     def template(self, call: Call) -> Any:
         return call.args[0]
@@ -119,16 +122,16 @@ class proximal(Condition):
         slot = {id(t): i for i, t in enumerate(variables)}
         slots = [slot[id(t)] for t in pytree.leaves(phi)]
 
-        def force(slope: Tensors) -> Any:
-            return pull.force(slope, variables, pytree.leaves(theta), slots)
+        def stationarity(slope: Tensors) -> Any:
+            return pull.stationarity(slope, variables, pytree.leaves(theta), slots)
 
-        objective = Objective(value, variables, force, outputs, again, tasks=tasks)
+        objective = Objective(value, variables, stationarity, outputs, again, tasks=tasks)
         return Snapshot((value,), functools.partial(linearize, objective))
 
 
 class _Stacked(proximal):
     """A batch made of single problems: λ, an argument like the others, has tasks as well."""
 
-    def _pull(self, call: Call) -> Pull:
+    def _pull(self, call: Call) -> ProximalTerm:
         theta = call.args[0]
-        return proximal_pull(aligned(call.parameters, theta), theta, "proximal")
+        return proximal_term(aligned(call.parameters, theta), theta, "proximal")

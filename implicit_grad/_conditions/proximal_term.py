@@ -10,29 +10,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_grad._theorem.linearization import Force
+from implicit_grad._theorem.linearization import Stationarity
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind
 from implicit_grad._torch.pytree import Tensors
 
 
-class Pull(NamedTuple):
+class ProximalTerm(NamedTuple):
     """Λ spread over the leaves of θ: a weight for each, and U's part for each if it has one."""
 
     weights: tuple[Tensor, ...]
     factors: tuple[Tensor, ...] = ()
 
-    def of(self, kept: Sequence[int]) -> Pull:
+    def of(self, kept: Sequence[int]) -> ProximalTerm:
         """The pull on some of the leaves only."""
-        return Pull(
+        return ProximalTerm(
             tuple(self.weights[i] for i in kept),
             tuple(self.factors[i] for i in kept if self.factors),
         )
 
-    def detached(self) -> Pull:
+    def detached(self) -> ProximalTerm:
         """The same without its graph."""
         own = {id(t): t.detach() for part in self for t in part}  # what was one tensor stays one
-        return Pull(*(tuple(own[id(t)] for t in part) for part in self))
+        return ProximalTerm(*(tuple(own[id(t)] for t in part) for part in self))
 
     def term(self, phi: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
         """½ (φ − θ)ᵀΛ(φ − θ)."""
@@ -47,39 +47,41 @@ class Pull(NamedTuple):
         coordinates = self._coordinates(away)
         return [factor @ coordinates for factor in self.factors]
 
-    def force(
+    def stationarity(
         self,
         slope: Tensors,
         phi: Sequence[Tensor],
         theta: Sequence[Tensor],
         slots: Sequence[int] | None = None,
-    ) -> Force:
+    ) -> Stationarity:
         """F = slope + Λ(φ − θ); φ[slots[i]] is what θ[i] holds back."""
         slots = range(len(theta)) if slots is None else slots
         places = list(zip(slots, self.weights, theta, strict=True))
         scale: dict[int, Tensor] = {}
         for slot, weight, _ in places:
-            # tied weights are pulled at by every θ that stands in their places
+            # tied weights are linear_part at by every θ that stands in their places
             scale[slot] = scale[slot] + weight if slot in scale else weight
-        pulled: list[Tensor] = []
+        linear_part: list[Tensor] = []
         if self.factors:
-            pulled = [torch.zeros_like(p) for p in phi]
+            linear_part = [torch.zeros_like(p) for p in phi]
             along = self.along_factors([phi[slot] - t for slot, _, t in places])
             for slot, part in zip(slots, along, strict=True):
-                pulled[slot] = pulled[slot] + part
+                linear_part[slot] = linear_part[slot] + part
 
         def residual() -> Tensors:
-            sums = list(map(torch.add, slope, pulled) if pulled else slope)
+            sums = list(map(torch.add, slope, linear_part) if linear_part else slope)
             for slot, weight, t in places:
                 sums[slot] = sums[slot] + weight * (phi[slot] - t)
             return tuple(sums)
 
-        held: dict[int, tuple[int, Tensor]] = {}
+        anchors: dict[int, tuple[int, Tensor]] = {}
         if not (self.factors or any(w.requires_grad for w in self.weights)):
-            held = {id(t): (slot, weight) for slot, weight, t in places}
-        entangled = len(held) < len(places) or held.keys() & {id(t) for t in leaves_behind(slope)}
+            anchors = {id(t): (slot, weight) for slot, weight, t in places}
+        entangled = len(anchors) < len(places) or anchors.keys() & {
+            id(t) for t in leaves_behind(slope)
+        }
         scales = tuple(scale[i] for i in range(len(slope)))
-        return Force(residual, tuple(pulled), scales, {} if entangled else held)
+        return Stationarity(residual, tuple(linear_part), scales, {} if entangled else anchors)
 
     def _coordinates(self, away: Sequence[Tensor]) -> Tensor:
         """Uᵀ(φ − θ)."""
@@ -89,13 +91,13 @@ class Pull(NamedTuple):
         return torch.stack(parts).sum(0)
 
 
-class Steps:
+class ProximalSteps:
     """Gradient steps from anywhere, for as long as λ and θ do not change.
 
     Steps of the same length as the one before share what does not depend on φ.
     """
 
-    def __init__(self, pull: Pull, theta: Tensors) -> None:
+    def __init__(self, pull: ProximalTerm, theta: Tensors) -> None:
         self._pull, self._theta = pull, theta
         self._lr: float | None = None
         self._shares: list[Tensor] = []  # λ·lr for each tensor
@@ -131,16 +133,16 @@ class ProximalObjective:
     """
 
     loss: Callable[[Any], Tensor]
-    pull: Pull
+    pull: ProximalTerm
     theta: Tensors
 
     def __call__(self, phi: Any) -> Tensor:
         return self.loss(phi) + self.pull.term(pytree.leaves(phi), self.theta)
 
     @functools.cached_property
-    def steps(self) -> Steps:
+    def steps(self) -> ProximalSteps:
         """Gradient steps, from the gradient of the loss alone."""
-        return Steps(self.pull, self.theta)
+        return ProximalSteps(self.pull, self.theta)
 
     def slope(self, phi: Tensors, of_loss: Tensors) -> Tensors:
         """The gradient at φ, from that of the loss."""

@@ -12,7 +12,12 @@ from implicit_grad._curvature.finite_difference import FiniteDifference
 from implicit_grad._curvature.hessian import GaussNewton, Hessian
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError
-from implicit_grad._theorem.linearization import CURVATURES, Climbed, Curvature, Linearization
+from implicit_grad._theorem.linearization import (
+    CURVATURES,
+    Curvature,
+    Linearization,
+    SwitchedToDifferences,
+)
 from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.pytree import Tensors
 
@@ -23,16 +28,10 @@ _NO_DOUBLE_BACKWARD = re.compile(
 
 def linearize(objective: Objective, curvature: Curvature) -> Linearization:
     """F around φ, with products of the kind asked for."""
-    around = _linearized(objective, curvature)
-    around.tasks = objective.tasks
-    return around
-
-
-def _linearized(objective: Objective, curvature: Curvature) -> Linearization:
     if curvature == "finite_difference":
         return FiniteDifference(objective)
     if curvature == "auto":
-        return Ladder(objective)
+        return AutoCurvature(objective)
     if once_differentiable([objective.value], objective.phi):
         raise GraphError(
             f'curvature="{curvature}": between phi and the objective, a custom Function is '
@@ -42,10 +41,10 @@ def _linearized(objective: Objective, curvature: Curvature) -> Linearization:
     return GaussNewton(objective) if curvature == "gauss_newton" else Hessian(objective)
 
 
-class Ladder(Linearization):
+class AutoCurvature(Linearization):
     """The Hessian, or finite differences once some operation turns out to lack a double backward.
 
-    `curvature` tells which. Fused attention needs no second rung: see `undisturbed`.
+    `curvature` tells which. Fused attention needs no second rung: see `isolated`.
     """
 
     is_hessian = True
@@ -54,9 +53,17 @@ class Ladder(Linearization):
         self._objective = objective
         once = once_differentiable([objective.value], objective.phi)
         self._rung = parts = self._differences(None) if once else Hessian(objective)
-        fields = parts.phi, parts.curved, parts.pulled, parts.scale
-        super().__init__(parts.make_residual, *fields, guard=objective.guard)
-        self.convex = parts.convex
+        super().__init__(
+            parts.make_residual,
+            parts.phi,
+            parts.smooth,
+            parts.linear_part,
+            parts.scale,
+            anchors=parts.anchors,
+            tasks=objective.tasks,
+            convex=parts.convex,
+            guard=objective.guard,
+        )
 
     @property
     def curvature(self) -> str:  # type: ignore[override]
@@ -72,20 +79,20 @@ class Ladder(Linearization):
         """Aᵀu; outside of a solve, a product may be of either kind."""
         try:
             return super().transposed(u)
-        except Climbed:
+        except SwitchedToDifferences:
             return super().transposed(u)
 
-    def curved_transposed(self, u: Tensors) -> Tensors:
+    def smooth_transposed(self, u: Tensors) -> Tensors:
         """∇²value u."""
         before = self._rung
-        product = self._first_that_works(lambda: self._rung.curved_transposed(u))
+        product = self._first_that_works(lambda: self._rung.smooth_transposed(u))
         if self._rung is not before:
-            raise Climbed
+            raise SwitchedToDifferences
         return product
 
-    def curved_product(self, x: Tensors) -> Tensors:
+    def smooth_product(self, x: Tensors) -> Tensors:
         """The same: the matrix is symmetric."""
-        return self.curved_transposed(x)
+        return self.smooth_transposed(x)
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu."""
@@ -124,7 +131,7 @@ def has_second_derivative(objective: Objective) -> bool:
     probe = tuple(torch.ones_like(p) for p in objective.phi)
     try:
         with torch.no_grad():
-            Ladder(objective).transposed(probe)
+            AutoCurvature(objective).transposed(probe)
     except GraphError:
         return False
     return True

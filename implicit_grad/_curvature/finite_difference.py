@@ -40,18 +40,21 @@ class FiniteDifference(Hessian):
                 "derivatives only"
             )
         super().__init__(objective)
-        self.convex = None
         self._again = objective.again
         self._eps = max(torch.finfo(p.dtype).eps for p in objective.phi)
         self.precision = self._eps ** (2 / 3)
         self._size = _norm(objective.phi)
         self._check_unchanged()
 
+    @staticmethod
+    def _convex(objective: Objective) -> None:
+        return None
+
     def _slope(self) -> Tensors:
         with torch.no_grad():
             return gradient(self.objective.value, self.objective.phi)
 
-    def curved_transposed(self, u: Tensors) -> Tensors:
+    def smooth_transposed(self, u: Tensors) -> Tensors:
         """∇²value u."""
         return self._differences(u, ())[: len(u)]
 
@@ -82,9 +85,9 @@ class FiniteDifference(Hessian):
         """Raise if the function, evaluated again where it was recorded, has another gradient."""
         zero = tuple(torch.zeros_like(p) for p in self.phi)
         difference = [
-            a - b for a, b in zip(self._slope_at(0.0, zero, ()), self.curved, strict=True)
+            a - b for a, b in zip(self._slope_at(0.0, zero, ()), self.smooth, strict=True)
         ]
-        if not _norm(difference) <= self._eps**0.5 * _norm(self.curved):
+        if not _norm(difference) <= self._eps**0.5 * _norm(self.smooth):
             raise GraphError(_CHANGED)
 
 

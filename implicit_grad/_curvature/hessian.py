@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from implicit_grad._curvature.objective import Objective
@@ -21,16 +24,26 @@ class Hessian(Linearization):
         self.objective = objective
         with torch.enable_grad():
             slope = self._slope()
-            force = objective.force(slope)
+            F = objective.stationarity(slope)
         super().__init__(
-            force.residual, objective.phi, slope, force.pulled, force.scale, objective.guard
+            F.residual,
+            objective.phi,
+            slope,
+            F.linear_part,
+            F.scale,
+            anchors=F.anchors,
+            tasks=objective.tasks,
+            convex=self._convex(objective),
+            guard=objective.guard,
         )
-        self.held = force.held
-        self.convex = None if objective.outputs is None else lambda: GaussNewton(objective)
 
-    def curved_product(self, x: Tensors) -> Tensors:
+    def smooth_product(self, x: Tensors) -> Tensors:
         """The same: the matrix is symmetric."""
-        return self.curved_transposed(x)
+        return self.smooth_transposed(x)
+
+    @staticmethod
+    def _convex(objective: Objective) -> Callable[[], Linearization] | None:
+        return None if objective.outputs is None else functools.partial(GaussNewton, objective)
 
     def _slope(self) -> Tensors:
         """∇value."""
@@ -60,7 +73,7 @@ class GaussNewton(Hessian):
     def _slope(self) -> Tensors:  # no product goes through it
         return gradient(self.objective.value, self.objective.phi)
 
-    def curved_transposed(self, u: Tensors) -> Tensors:
+    def smooth_transposed(self, u: Tensors) -> Tensors:
         """Jᵀ (∂²loss/∂output²) J u."""
         in_outputs = vjp(self._to_phi, self._dummy, u)
         curved = vjp(self._loss_gradient, self._outputs, in_outputs)

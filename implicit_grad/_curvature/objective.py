@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from implicit_grad._theorem.linearization import Force
+from implicit_grad._theorem.linearization import Stationarity
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -20,7 +20,7 @@ class Objective:
     Attributes:
         value: the scalar.
         phi: the tensors in its graph that stand for φ.
-        force: F from ∇value (the identity, or what adds λ(φ − θ)).
+        stationarity: F from ∇value (the identity, or what adds λ(φ − θ)).
         outputs: the model's outputs that value depends on φ through, if there is a model.
         again: evaluates value at another φ, on the same arguments; needed for differences.
         guard: see `Linearization`.
@@ -30,7 +30,7 @@ class Objective:
 
     value: Tensor
     phi: Tensors
-    force: Callable[[Tensors], Force] = Force
+    stationarity: Callable[[Tensors], Stationarity] = Stationarity
     outputs: Tensors | None = None
     again: Callable[[Tensors], Tensor] | None = None
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext

@@ -155,10 +155,23 @@ class LinearSolution:
 
 
 class LinearSolver(abc.ABC):
-    """Solves M x = rhs; `symmetric_only` says whether M has to be symmetric."""
+    """Solves M x = rhs.
+
+    Attributes:
+        symmetric_only: whether M has to be symmetric.
+        definite_only: whether M has to be positive definite, or near a multiple of the identity.
+        tells_error: whether it can stop by `Operator.rtol_error`.
+        takes_tasks: whether it has `solve_tasks`, with its present options.
+        needs_convex: whether it may ask for `Operator.convex`.
+        damping: what it adds to M's diagonal.
+    """
 
     symmetric_only: ClassVar[bool]
-    takes_tasks: bool = False  # has `solve_tasks`
+    definite_only: ClassVar[bool] = False
+    tells_error: ClassVar[bool] = False
+    takes_tasks: bool = False
+    needs_convex: bool = False
+    damping: float = 0.0
 
     def for_call(self) -> LinearSolver:
         """The solver for the backward pass of one call; asked for when that call runs forward."""

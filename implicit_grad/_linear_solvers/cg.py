@@ -224,6 +224,8 @@ class CG(Iterative):
     warm_start: WarmStart | Slot | None = None
 
     symmetric_only: ClassVar[bool] = True
+    definite_only: ClassVar[bool] = True
+    tells_error: ClassVar[bool] = True
     least_maxiter: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -275,6 +277,11 @@ class CG(Iterative):
         if slot is not None and solution.status.ok:
             slot.put(solution.x * unit)
         return solution
+
+    @property
+    def needs_convex(self) -> bool:  # type: ignore[override]
+        """Whether Gauss-Newton products may take over."""
+        return self.on_negative_curvature == "gauss_newton"
 
     @property
     def takes_tasks(self) -> bool:  # type: ignore[override]

@@ -38,6 +38,7 @@ class Neumann(LinearSolver):
     scale: float | None = None
 
     symmetric_only: ClassVar[bool] = False
+    definite_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not is_integer(self.terms, 1):

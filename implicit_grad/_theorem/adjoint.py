@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from implicit_grad._errors import GraphError, Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
-from implicit_grad._theorem.linearization import Climbed, Linearization
+from implicit_grad._theorem.linearization import Linearization, SwitchedToDifferences
 from implicit_grad._torch.pytree import Flat, Tensors
 
 
@@ -24,15 +25,33 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """The solution in the form of φ, how it was found, and the products with A that it took.
+    """What came of solving a system around φ.
 
-    Of a batch, `linear` is the first task's, and `tasks` has them all.
+    Attributes:
+        x: the solution, in the form of φ.
+        solutions: how it was found: one for each task, or for the only one.
+        products: with A, that were taken for all of them.
+        damping: what the linear solver added to A's diagonal.
     """
 
     x: Tensors
-    linear: LinearSolution
+    solutions: tuple[LinearSolution, ...]
     products: int
-    tasks: tuple[LinearSolution, ...] = ()
+    damping: float
+
+    def status(self, around: Linearization) -> Status:
+        """The worst of all solves."""
+        return min(judged(solution, around) for solution in self.solutions)
+
+
+def judged(solution: LinearSolution, around: Linearization) -> Status:
+    """How one solve ended, in the light of what it is for."""
+    least, _ = solution.curvature or (0.0, 0.0)
+    if not solution.status.ok:
+        return solution.status
+    if around.is_hessian and not solution.substitute and least < 0:
+        return Status.NEGATIVE_CURVATURE  # whatever the system's solution is, φ is no minimum
+    return Status.DEGENERATE if around.degenerate else solution.status
 
 
 def solve_adjoint(
@@ -42,10 +61,20 @@ def solve_adjoint(
     verify: bool,
     accuracy: Accuracy = Accuracy(),
 ) -> Solved:
-    """Solve Aᵀu = v."""
+    """Solve Aᵀu = v.
+
+    Raises:
+        GraphError: v is itself a derivative, and u would not be linear in it.
+    """
     with torch.no_grad():
-        solved = _solve(solver, around, around.extended(v), verify, accuracy, transposed=True)
-        return dataclasses.replace(solved, x=around.completed(solved.x, v))
+        solved = _solve(solver, around, around.augment(v), verify, accuracy, transposed=True)
+        truncated = {Status.TRUNCATED, Status.FIRST_ORDER} & {s.status for s in solved.solutions}
+        if around.is_adjoint and (truncated or solved.damping):
+            raise GraphError(
+                "second derivatives of a truncated or damped solve would not be those of its first "
+                "derivatives: solve to a tolerance, CG(rtol=...), without damping"
+            )
+        return dataclasses.replace(solved, x=around.recover(solved.x, v))
 
 
 def solve_newton(solver: LinearSolver, around: Linearization) -> Solved:
@@ -69,12 +98,10 @@ def _solve(
     while True:
         try:
             found = solve(system.operator(accuracy, transposed), flat.ravel(rhs), verify)
-        except Climbed:
+        except SwitchedToDifferences:
             continue
-        if isinstance(found, LinearSolution):
-            return Solved(flat.unravel(found.x), found, system.products)
-        x, tasks = found
-        return Solved(flat.unravel(x), tasks[0], system.products, tuple(tasks))
+        x, solutions = (found.x, [found]) if isinstance(found, LinearSolution) else found
+        return Solved(flat.unravel(x), tuple(solutions), system.products, solver.damping)
 
 
 class _System:
@@ -86,7 +113,7 @@ class _System:
 
     def operator(self, accuracy: Accuracy, transposed: bool) -> Operator:
         """Aᵀ, or A."""
-        pair = self._around.smooth_transposed, self._around.smooth_product
+        pair = self._around.unscaled_transposed, self._around.unscaled_product
         there, back = pair if transposed else reversed(pair)
         return Operator(
             matvec=self._flat_product(there),
@@ -103,7 +130,7 @@ class _System:
         if make is None:
             return None
         convex = functools.cache(make)  # its graph is built only if a product is asked for
-        return self._flat_product(lambda u: convex().smooth_transposed(u))
+        return self._flat_product(lambda u: convex().unscaled_transposed(u))
 
     def _flat_product(self, smooth: Callable[[Tensors], Tensors]) -> Callable[[Tensor], Tensor]:
         flat, scale = self._flat, self._scale

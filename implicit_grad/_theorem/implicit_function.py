@@ -68,12 +68,12 @@ class Problem:
         def linearize(u: Tensors, inputs: Tensors) -> Linearization:
             phi, a, v = split(inputs)
             around = self.linearize(phi, a)
-            smooth = around.smooth_transposed(u)
+            smooth = around.unscaled_transposed(u)
             product = around.with_scale(smooth, u)
             residual = tuple(p - w for p, w in zip(product, v, strict=True))
-            adjoint = Linearization(residual, u, curved=smooth, scale=around.scale)
-            adjoint.is_adjoint, adjoint.tasks = True, around.tasks
-            return adjoint
+            return Linearization(
+                residual, u, smooth, scale=around.scale, tasks=around.tasks, is_adjoint=True
+            )
 
         return Problem(solve, linearize, self.solve_adjoint)
 

@@ -16,35 +16,42 @@ from implicit_grad._torch.products import vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
 
 Curvature = Literal["auto", "hessian", "gauss_newton", "finite_difference"]
-
-
 CURVATURES = ("auto", "hessian", "gauss_newton", "finite_difference")
 
 
-class Force(NamedTuple):
+class Stationarity(NamedTuple):
     """F, made from the gradient of an objective's smooth part; see `Linearization`."""
 
     residual: Tensors | Callable[[], Tensors]
-    pulled: Tensors = ()
+    linear_part: Tensors = ()
     scale: Tensors | None = None
-    held: Mapping[int, tuple[int, Tensor]] = MappingProxyType({})
+    anchors: Mapping[int, tuple[int, Tensor]] = MappingProxyType({})
 
 
-class Climbed(Exception):
+class SwitchedToDifferences(Exception):
     """Products are of another kind, and precision, from now on: solve again."""
 
 
 class Linearization:
     """F(φ, a) as a graph at one point: products with A = ∂F/∂φ and with ∂F/∂a.
 
-    F(φ) = curved(φ) + pulled(φ) + diagonal·φ + …: the parts of F that depend on φ. `scale`, the
-    diagonal of a proximal term, is kept out of the graph: linear solvers add it themselves, and
-    take it for the natural unit of A. `pulled` is linear in φ (what else λ adds when it is a
-    matrix). F itself may be given by a function, so that it takes no memory while a linear solver
-    works. `guard` is entered for the one product that goes past φ in the graph.
+    F(φ) = smooth(φ) + linear_part(φ) + scale·φ + …: the parts of F that depend on φ.
 
-    `held` tells, by their ids, of tensors θ that enter F as −λθ and not otherwise: the place in φ
-    that each holds back, and λ. Products with ∂F/∂θ then need no graph.
+    Attributes:
+        residual: F at φ, with its graph; made when it is read if it was given as a function, so
+            that it takes no memory while a linear solver works.
+        phi: the tensors in the graph that stand for φ.
+        smooth: what of F bends with φ; by default all of it.
+        linear_part: what λ adds when it is a matrix, linear in φ.
+        scale: the diagonal of a proximal term. It is kept out of the graph: linear solvers add it
+            themselves, and take it for the natural unit of A.
+        anchors: of tensors θ that enter F as −λθ and not otherwise, by their ids: the place in φ
+            that each holds back, and λ. Products with ∂F/∂θ then need no graph.
+        tasks: how many tasks there are along φ's first dimension; None if φ is one solution.
+        convex: makes the same problem with an operator that is never indefinite, where it can.
+        is_adjoint: whether F is itself the residual of an adjoint problem.
+        degenerate: whether φ lies at a kink, where F has no derivative.
+        guard: entered for the one product that goes past φ in the graph.
     """
 
     curvature = "jacobian"  # of what A is made, for reports
@@ -55,21 +62,23 @@ class Linearization:
         self,
         residual: Tensors | Callable[[], Tensors],
         phi: Tensors,
-        curved: Tensors | None = None,
-        pulled: Tensors = (),
+        smooth: Tensors | None = None,
+        linear_part: Tensors = (),
         scale: Tensors | None = None,
+        *,
+        anchors: Mapping[int, tuple[int, Tensor]] = MappingProxyType({}),
+        tasks: int | None = None,
+        convex: Callable[[], Linearization] | None = None,
+        is_adjoint: bool = False,
+        degenerate: bool = False,
         guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.make_residual = residual if callable(residual) else lambda: residual
         self.phi = phi
-        self.curved = self.residual if curved is None else curved
-        self.pulled, self.scale = pulled, scale
-        self.degenerate = False  # φ lies at a kink, where F has no derivative
-        self.is_adjoint = False  # F is itself the residual of an adjoint problem
-        self.held: Mapping[int, tuple[int, Tensor]] = {}
-        self.tasks: int | None = None  # how many tasks there are along φ's first dimension
-        # makes the same problem with an operator that is never indefinite, where there is one
-        self.convex: Callable[[], Linearization] | None = None
+        self.smooth = self.residual if smooth is None else smooth
+        self.linear_part, self.scale, self.anchors = linear_part, scale, anchors
+        self.tasks, self.convex = tasks, convex
+        self.is_adjoint, self.degenerate = is_adjoint, degenerate
         self._guard = guard
         self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
 
@@ -79,17 +88,17 @@ class Linearization:
         with torch.enable_grad():
             return self.make_residual()
 
-    def extended(self, v: Tensors) -> Tensors:
+    def augment(self, v: Tensors) -> Tensors:
         """The right-hand side of Aᵀu = v; longer than v where F has unknowns besides φ."""
         return v
 
-    def completed(self, u: Tensors, v: Tensors) -> Tensors:
+    def recover(self, u: Tensors, v: Tensors) -> Tensors:
         """u with the parts that follow from the linear solver's without solving."""
         return u
 
     def transposed(self, u: Tensors) -> Tensors:
         """Aᵀu: one backward pass through the graph of F (reverse over reverse for a Hessian)."""
-        return self.with_scale(self.smooth_transposed(u), u)
+        return self.with_scale(self.unscaled_transposed(u), u)
 
     def with_scale(self, product: Tensors, u: Tensors) -> Tensors:
         """The product plus scale·u."""
@@ -97,43 +106,43 @@ class Linearization:
             return product
         return tuple(p + s * x for p, s, x in zip(product, self.scale, u, strict=True))
 
-    def smooth_transposed(self, u: Tensors) -> Tensors:
+    def unscaled_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu without the scale's part."""
-        return self._and_pulled(self.curved_transposed(u), u)
+        return self._and_linear_part(self.smooth_transposed(u), u)
+
+    def unscaled_product(self, x: Tensors) -> Tensors:
+        """A x without the scale's part."""
+        return self._and_linear_part(self.smooth_product(x), x)
+
+    def smooth_transposed(self, u: Tensors) -> Tensors:
+        """The part of Aᵀu that the functions' curvature makes."""
+        return vjp(self.smooth, self.phi, u)
 
     def smooth_product(self, x: Tensors) -> Tensors:
-        """A x without the scale's part."""
-        return self._and_pulled(self.curved_product(x), x)
-
-    def curved_transposed(self, u: Tensors) -> Tensors:
-        """The part of Aᵀu that the functions' curvature makes."""
-        return vjp(self.curved, self.phi, u)
-
-    def curved_product(self, x: Tensors) -> Tensors:
         """The same of A x, as the derivative of the map w ↦ Aᵀw (double vjp)."""
         if self._pullback_of_dummy is None:
-            if once_differentiable(self.curved, self.phi):
+            if once_differentiable(self.smooth, self.phi):
                 raise GraphError(
                     "a product with A (not Aᵀ) differentiates the backward pass of F, in which a "
                     "custom Function is marked as once_differentiable, or a function is compiled: "
                     "use Neumann() or Exact()"
                 )
             with torch.enable_grad():
-                dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self.curved)
-                self._pullback_of_dummy = dummy, vjp(self.curved, self.phi, dummy)
+                dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self.smooth)
+                self._pullback_of_dummy = dummy, vjp(self.smooth, self.phi, dummy)
         dummy, pullback = self._pullback_of_dummy
         return vjp(pullback, dummy, x)
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu, for any tensors in F's graph."""
-        if all(id(x) in self.held for x in inputs):
-            places = ((x, *self.held[id(x)]) for x in inputs)
+        if all(id(x) in self.anchors for x in inputs):
+            places = ((x, *self.anchors[id(x)]) for x in inputs)
             return tuple((-lam * u[i]).to(x.dtype) for x, i, lam in places)
         with self._guard(), without_hooks(inputs):
             return vjp(self.residual, inputs, u)
 
-    def _and_pulled(self, product: Tensors, u: Tensors) -> Tensors:
+    def _and_linear_part(self, product: Tensors, u: Tensors) -> Tensors:
         """The product plus that with the linear part, which is symmetric."""
-        if not self.pulled:
+        if not self.linear_part:
             return product
-        return tuple(map(torch.add, product, vjp(self.pulled, self.phi, u)))
+        return tuple(map(torch.add, product, vjp(self.linear_part, self.phi, u)))

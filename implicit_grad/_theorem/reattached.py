@@ -21,7 +21,7 @@ from implicit_grad._torch.pytree import Tensors
 from implicit_grad._torch.transforms import Plain, is_transformed, lifted
 
 
-class Elsewhere(Linearization):
+class Reattached(Linearization):
     """F as recorded, around other tensors φ and a that have the values of those it is recorded on.
 
     Products and pullbacks are differentiable with respect to φ, a and what they are taken with.
@@ -35,12 +35,11 @@ class Elsewhere(Linearization):
         scale = recorded.scale
         if scale is not None:
             scale = attached(scale, self._stand_ins, self._tensors)
-        super().__init__(recorded.make_residual, phi, (), scale=scale)
-        self.tasks = recorded.tasks
+        super().__init__(recorded.make_residual, phi, (), scale=scale, tasks=recorded.tasks)
 
-    def smooth_transposed(self, u: Tensors) -> Tensors:
+    def unscaled_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu without the scale's part."""
-        return self._computed(self._recorded.smooth_transposed, u)
+        return self._computed(self._recorded.unscaled_transposed, u)
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu, for tensors among φ and a."""
@@ -54,7 +53,7 @@ class Elsewhere(Linearization):
             return attached(product(own), (*self._stand_ins, *own), (*self._tensors, *u))
 
 
-def elsewhere(
+def reattached(
     record: Callable[[Curvature], tuple[Linearization, Tensors]],
     curvature: Curvature,
     phi: Tensors,
@@ -68,7 +67,7 @@ def elsewhere(
         )
     with torch.enable_grad():
         recorded, stand_ins = record("hessian" if curvature == "auto" else curvature)
-    return Elsewhere(recorded, stand_ins, phi, inputs)
+    return Reattached(recorded, stand_ins, phi, inputs)
 
 
 def attached(values: Tensors, stand_ins: Tensors, tensors: Tensors) -> Tensors:

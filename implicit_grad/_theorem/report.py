@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from implicit_grad._errors import (
-    GraphError,
     ImplicitGradWarning,
     InvalidArgumentError,
     LinearSolveError,
@@ -18,7 +17,7 @@ from implicit_grad._errors import (
 )
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, dots
 from implicit_grad._linear_solvers.error_bounds import error_bound, ritz_values
-from implicit_grad._theorem.adjoint import Accuracy, Solved, solve_adjoint
+from implicit_grad._theorem.adjoint import Accuracy, Solved, judged, solve_adjoint
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.pytree import Flat, Tensors
 
@@ -108,7 +107,6 @@ class Reporting:
 
     monitor: Monitor | None = None
     on_failure: OnFailure = "warn"
-    damping: float = 0.0
     strong_convexity: float | None = None
     rtol_gradient: float | None = None
     inner_solved: bool = True
@@ -123,19 +121,14 @@ class Reporting:
                 f'on_failure={self.on_failure!r}: expected "warn", "raise" or "ignore"'
             )
 
-    def solve(self, solver: LinearSolver, around: Linearization, v: Tensors) -> Tensors:
-        """u with Aᵀu = v; the residual is recomputed where someone will read it."""
-        accuracy = Accuracy(self._mu(around), self.rtol_gradient)
-        solved = solve_adjoint(solver, around, v, self.monitor is not None, accuracy)
-        solutions = solved.tasks or (solved.linear,)
-        truncated = {Status.TRUNCATED, Status.FIRST_ORDER} & {s.status for s in solutions}
-        if around.is_adjoint and (truncated or self.damping):
-            raise GraphError(
-                "second derivatives of a truncated or damped solve would not be those of its first "
-                "derivatives: solve to a tolerance, CG(rtol=...), without damping"
-            )
-        self._tell(solved, around)
-        return solved.x
+    @property
+    def wants_residual(self) -> bool:
+        """Whether someone will read a residual that costs a product to recompute."""
+        return self.monitor is not None
+
+    def accuracy(self, around: Linearization) -> Accuracy:
+        """What is known of, and asked from, a solve around φ."""
+        return Accuracy(self._mu(around), self.rtol_gradient)
 
     def say(self, sentence: str) -> None:
         """Warn of trouble, or raise, as was asked for."""
@@ -144,15 +137,14 @@ class Reporting:
         if self.on_failure == "warn":
             warnings.warn(sentence, ImplicitGradWarning, stacklevel=2)
 
-    def _tell(self, solved: Solved, around: Linearization) -> None:
-        """Record the solves, and warn or raise if one failed."""
-        solutions = solved.tasks or (solved.linear,)
-        fine = all(s.status.ok for s in solutions) and not around.degenerate
+    def record(self, solved: Solved, around: Linearization) -> None:
+        """Keep a report of each solve for the monitor, and warn or raise if one failed."""
+        fine = all(s.status.ok for s in solved.solutions) and not around.degenerate
         if self.monitor is None and (
             (fine and not self.inner_solved) or self.on_failure == "ignore"
         ):
             return  # nobody would read a report: measure nothing
-        reports = self._reports(solved, solutions, around)
+        reports = self._reports(solved, around)
         if self.monitor is not None:
             self.monitor.reports.extend(reports)
         if self.on_failure == "ignore":
@@ -165,37 +157,30 @@ class Reporting:
             # no figures here: Python shows a warning once only if its text does not change
             warnings.warn(report.status.sentence, ImplicitGradWarning, stacklevel=2)
 
-    def _reports(
-        self, solved: Solved, solutions: tuple[LinearSolution, ...], around: Linearization
-    ) -> list[Report]:
+    def _reports(self, solved: Solved, around: Linearization) -> list[Report]:
         """One for each task, or for the only one."""
-        flat = Flat(around.phi, around.tasks)
+        flat, count = Flat(around.phi, around.tasks), len(solved.solutions)
         with torch.no_grad():
             F, phi, u = (
-                flat.ravel(t).view(len(solutions), -1)
-                for t in (around.residual, around.phi, solved.x)
+                flat.ravel(t).view(count, -1) for t in (around.residual, around.phi, solved.x)
             )
             rows = torch.stack([dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1).tolist()
         return [
-            self._report(solution, solved.products, around, *row)
-            for solution, row in zip(solutions, rows, strict=True)
+            self._report(solution, solved, around, *row)
+            for solution, row in zip(solved.solutions, rows, strict=True)
         ]
 
     def _report(
         self,
         solution: LinearSolution,
-        products: int,
+        solved: Solved,
         around: Linearization,
         inner: float,
         size: float,
         outer_error: float,
     ) -> Report:
-        status = solution.status
+        status = judged(solution, around)
         least, greatest = solution.curvature or (None, None)
-        if status.ok and around.is_hessian and not solution.substitute and (least or 0.0) < 0:
-            status = Status.NEGATIVE_CURVATURE  # whatever the system's solution is, φ is no minimum
-        if status.ok and around.degenerate:
-            status = Status.DEGENERATE
         size_of_A = solution.norm
         if size_of_A is None and least is not None and greatest is not None:
             size_of_A = max(abs(least), abs(greatest))
@@ -207,26 +192,28 @@ class Reporting:
         return Report(
             status=status,
             iterations=solution.iterations,
-            products=products,
+            products=solved.products,
             linear_residual=solution.residual,
             inner_residual=inner,
             min_curvature=least,
             ritz_min=ritz[0] if ritz else None,
             ritz_max=ritz[-1] if ritz else None,
-            solve_error_bound=self._error_bound(solution, around),
+            solve_error_bound=self._error_bound(solution, solved, around),
             error_is_bound=solution.error_is_bound,
             outer_loss_error=outer_error,
             curvature=around.curvature,
             substitute=solution.substitute,
-            damping=self.damping,
+            damping=solved.damping,
         )
 
     def _mu(self, around: Linearization) -> float | None:
         return None if around.is_adjoint else self.strong_convexity
 
-    def _error_bound(self, solution: LinearSolution, around: Linearization) -> float | None:
+    def _error_bound(
+        self, solution: LinearSolution, solved: Solved, around: Linearization
+    ) -> float | None:
         mu = self._mu(around)
-        if mu is None or self.damping or around.pulled:
+        if mu is None or solved.damping or around.linear_part:
             return None
         bound = error_bound(solution, mu)
         if bound is None:
@@ -234,6 +221,16 @@ class Reporting:
         # dθ = S u, so ‖S e‖₂ ≤ √(max S)·√(eᵀSe)
         largest = max((float(s.max()) for s in around.scale or () if s.numel()), default=1.0)
         return math.sqrt(largest) * bound
+
+
+def solve_and_record(
+    solver: LinearSolver, around: Linearization, v: Tensors, reporting: Reporting
+) -> Tensors:
+    """u with Aᵀu = v; what came of the solve goes where news of it is wanted."""
+    verify = reporting.wants_residual
+    solved = solve_adjoint(solver, around, v, verify, reporting.accuracy(around))
+    reporting.record(solved, around)
+    return solved.x
 
 
 def _figures(report: Report) -> str:

@@ -99,7 +99,7 @@ def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(devices: set[torch.device], replay: RandomState) -> Iterator[None]:
+def isolated(devices: set[torch.device], replay: RandomState) -> Iterator[None]:
     """Run user code with gradients on, leaving random generators and module buffers as they were.
 
     `replay` is the random state to evaluate under, so that repeated evaluations draw the same

@@ -15,17 +15,16 @@ from implicit_grad._errors import (
     GraphError,
     InvalidArgumentError,
     InvalidSolutionError,
-    Status,
     describe,
 )
 from implicit_grad._linear_solvers.base import LinearSolver, norm
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.implicit_function import Problem
 from implicit_grad._theorem.linearization import Curvature, Linearization
-from implicit_grad._theorem.reattached import elsewhere
-from implicit_grad._theorem.report import Reporting
+from implicit_grad._theorem.reattached import reattached
+from implicit_grad._theorem.report import Reporting, solve_and_record
 from implicit_grad._torch.graph import leaves_behind, once_differentiable
-from implicit_grad._torch.isolation import RandomState, undisturbed
+from implicit_grad._torch.isolation import RandomState, isolated
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Flat, Tensors, Tree, versions
 from implicit_grad._torch.transforms import has_derivatives, is_batched, is_transformed
@@ -43,11 +42,8 @@ def newton_candidates(
     gradient. Where A is not positive definite, Newton's method may go to a saddle or a maximum.
     """
     solved = solve_newton(solver, around)
-    least = None if solved.linear.curvature is None else solved.linear.curvature[0]
-    if not solved.linear.status.ok or (around.is_hessian and (least or 0.0) < 0):
-        status = solved.linear.status
-        reason = Status.NEGATIVE_CURVATURE if status.ok else status
-        reporting.say(f"phi was not polished: {reason.sentence}")
+    if not (status := solved.status(around)).ok:
+        reporting.say(f"phi was not polished: {status.sentence}")
         return
     for length in _LENGTHS:
         with torch.no_grad():
@@ -178,7 +174,7 @@ class Evaluation:
         """
         assert self._phi is not None and self._record is not None
         phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
-        with undisturbed(self.devices, self._random):
+        with isolated(self.devices, self._random):
             before = torch.get_rng_state()
             at_phi = self.phi_tree.rebuild(phi)
             outputs = self.condition.at(at_phi, phi, self._call(a), None).outputs
@@ -187,13 +183,13 @@ class Evaluation:
 
     def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
         """F around φ as recorded, differentiable with respect to φ and the arguments."""
-        if getattr(self.condition, "constraints", None):
+        if not self.condition.differentiable_twice:
             raise GraphError("second derivatives of a minimum under constraints are not available")
-        return elsewhere(self.recorded, self.setup.curvature, phi, inputs)
+        return reattached(self.recorded, self.setup.curvature, phi, inputs)
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
-        """u with Aᵀu = v, and its report."""
-        return self.setup.reporting.solve(self.linear_solver, around, v)
+        """u with Aᵀu = v; what came of it is recorded."""
+        return solve_and_record(self.linear_solver, around, v, self.setup.reporting)
 
     def _polished(
         self, phi: Tensors, snapshot: Snapshot, at_phi: Tensors, a: Tensors
@@ -224,7 +220,7 @@ class Evaluation:
         return self._evaluate(at_phi, a, again=value), at_phi
 
     def _evaluate(self, phi: Tensors, inputs: Tensors, again: Again | None = None) -> Snapshot:
-        with undisturbed(self.devices, self._random):
+        with isolated(self.devices, self._random):
             return self.condition.at(self.phi_tree.rebuild(phi), phi, self._call(inputs), again)
 
     def _call(self, inputs: Tensors) -> Call:

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.proximal_term import ProximalObjective, Pull
+from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
 from implicit_grad._curvature.auto import has_second_derivative, linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
 from implicit_grad._theorem.linearization import Curvature, Linearization
-from implicit_grad._theorem.reattached import elsewhere
-from implicit_grad._theorem.report import Reporting
+from implicit_grad._theorem.reattached import reattached
+from implicit_grad._theorem.report import Reporting, solve_and_record
 from implicit_grad._torch.graph import leaves_behind
-from implicit_grad._torch.isolation import RandomState, undisturbed
+from implicit_grad._torch.isolation import RandomState, isolated
 from implicit_grad._torch.products import plain_gradient, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._wrapper.solver_output import checked
@@ -58,8 +58,7 @@ class Method:
     @property
     def needs_outputs(self) -> bool:
         """Whether a Gauss-Newton product may be taken."""
-        policy = getattr(self.linear_solver, "on_negative_curvature", None)
-        return "gauss_newton" in (self.curvature, policy)
+        return self.curvature == "gauss_newton" or self.linear_solver.needs_convex
 
 
 class Replay:
@@ -73,7 +72,7 @@ class Replay:
     def loss(self, phi: Tensors) -> Tensor:
         """The loss at φ, which is installed, with the random numbers of when this was made."""
         self._weights.install(phi)
-        with undisturbed(self._devices, self._random):
+        with isolated(self._devices, self._random):
             return self._weights.total("adapt: the function's loss", self._closure())
 
     def loss_elsewhere(self, phi: Tensors) -> Tensor:
@@ -130,7 +129,7 @@ class Step:
                 "was called with create_graph=True): its loss has derivatives before the step, and "
                 "not where it led. Pass a function: learner.adapt(lambda: loss(...))"
             )
-        return elsewhere(self._recorded, self.method.curvature, phi, inputs)
+        return reattached(self._recorded, self.method.curvature, phi, inputs)
 
     def _recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
         inputs = stand_ins(self.inputs, [t.requires_grad for t in self.inputs])
@@ -138,7 +137,7 @@ class Step:
         objective = Objective(
             self.loss,
             self.phi,
-            force=lambda slope: pull.force(slope, self._place(pull), theta),
+            stationarity=lambda slope: pull.stationarity(slope, self._place(pull), theta),
             outputs=self.outputs,
             again=None if self.replay is None else self._again,
             guard=self.gate_of_phi.closed,
@@ -147,7 +146,7 @@ class Step:
         )
         return linearize(objective, curvature or self.method.curvature), (*inputs, *self.captured)
 
-    def _place(self, pull: Pull) -> Tensors:
+    def _place(self, pull: ProximalTerm) -> Tensors:
         """The adapted weights; where F's linear part is taken from its graph, in terms of φ."""
         if self.minimised:
             return self.phi
@@ -166,7 +165,7 @@ class Step:
         return replay.loss_elsewhere(phi)
 
     def _solve(self, around: Linearization, v: Tensors) -> Tensors:
-        return self.method.reporting.solve(self.method.linear_solver, around, v)
+        return solve_and_record(self.method.linear_solver, around, v, self.method.reporting)
 
 
 def _step(
@@ -280,5 +279,5 @@ def minimiser(solver: Any, lr: float, steps: int | None) -> Callable[[Any, Any],
 
 def means_to_solve(solver: Any) -> bool:
     """Whether φ counts as unsolved if it is far from a solution: not after a number of steps."""
-    counted = isinstance(solver, Descent) and solver.tol is None and solver.rtol is None
+    counted = isinstance(solver, Descent) and not solver.has_tolerance
     return solver is not None and not counted

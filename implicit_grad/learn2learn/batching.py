@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from implicit_grad._conditions.proximal_term import Pull
+from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._options import is_integer
@@ -46,7 +46,7 @@ def check_tasks(
             )
 
 
-def stack_parameters(theta: Tensors, pull: Pull, tasks: int) -> Tensors:
+def stack_parameters(theta: Tensors, pull: ProximalTerm, tasks: int) -> Tensors:
     """θ once for each task, without a copy."""
     if pull.factors:
         raise InvalidArgumentError(f"clone(tasks={tasks}): lam must not be a LowRank matrix")

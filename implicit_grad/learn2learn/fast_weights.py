@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_grad._conditions.batching import total
-from implicit_grad._conditions.proximal_term import Pull, Steps
+from implicit_grad._conditions.proximal_term import ProximalSteps, ProximalTerm
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, walk
@@ -86,7 +86,7 @@ class Weights:
         self,
         module: nn.Module,
         theta: Tensors,
-        pull: Pull,
+        pull: ProximalTerm,
         trainable: list[bool],
         tasks: int | None = None,
     ) -> None:
@@ -184,7 +184,7 @@ class Weights:
 
     def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
         """One gradient step on loss + λ/2 ‖φ − θ‖² from the present weights."""
-        return Steps(self.pull, self.theta)(self.current, slope, lr)
+        return ProximalSteps(self.pull, self.theta)(self.current, slope, lr)
 
     def captured_by(self, loss: Tensor) -> Tensors:
         """The other leaves that the loss depends on."""

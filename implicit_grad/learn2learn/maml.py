@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._conditions.lam import LowRank, evaluated, proximal_pull
+from implicit_grad._conditions.lam import LowRank, evaluated, proximal_term
 from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
@@ -49,7 +49,7 @@ def registrable(lam: Any, module: nn.Module) -> Any:
                 "imaml: a LowRank lam that is to be learned must be a LearnedLam(model, rank=...), "
                 "so that its tensors appear in parameters()"
             )
-        proximal_pull(evaluated(lam), tuple(module.parameters()), "imaml")
+        proximal_term(evaluated(lam), tuple(module.parameters()), "imaml")
         return lam
     names = [name for name, _ in module.named_parameters()]
     if isinstance(lam, Mapping):
@@ -71,7 +71,7 @@ def registrable(lam: Any, module: nn.Module) -> Any:
                 "imaml: a lam that is to be learned must be a torch.nn.Parameter, so that it "
                 "appears in parameters()"
             )
-    proximal_pull(values if several else lam, tuple(module.parameters()), "imaml")
+    proximal_term(values if several else lam, tuple(module.parameters()), "imaml")
     if several and any(isinstance(value, nn.Parameter) for value in values):
         fixed = [torch.is_tensor(v) and not isinstance(v, nn.Parameter) for v in values]
         return nn.ParameterList(  # it would make a parameter to be learned of any tensor
@@ -141,7 +141,6 @@ def imaml(
         reporting=Reporting(
             monitor=monitor,
             on_failure=on_failure,
-            damping=getattr(linear_solver, "damping", 0.0),
             inner_solved=means_to_solve(solver),
         ),
         curvature=curvature,
@@ -301,7 +300,7 @@ class ImplicitMAML(nn.Module):
         theta: Tensors = tuple(self.module.parameters())
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
         with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
-            pull = proximal_pull(evaluated(lam), theta, "imaml")
+            pull = proximal_term(evaluated(lam), theta, "imaml")
         trainable = [t.requires_grad for t in theta]
         if self._weights is not None:  # under no_grad, fast weights do not tell
             trainable = self._weights.trainable

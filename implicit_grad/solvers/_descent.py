@@ -67,6 +67,11 @@ class Descent(abc.ABC):
         good = self.rtol is None or (is_number(self.rtol) and 0 < self.rtol < 1)
         require(self, "rtol", good, "None or a number between 0 and 1")
 
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether it ends where the gradient is small, and not only after a number of steps."""
+        return self.tol is not None or self.rtol is not None
+
     def minimize(self, objective: Callable[[Any], Tensor], init: Any) -> Any:
         """Descend from init; phi has the form of init."""
         with torch.inference_mode(False), torch.no_grad():

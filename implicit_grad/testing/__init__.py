@@ -24,7 +24,7 @@ from implicit_grad.testing.check_report import (
     ArgumentCheck,
     Cause,
     CheckReport,
-    ImplicitGradientError,
+    GradientCheckError,
 )
 from implicit_grad.testing.memory import peak_memory
 
@@ -32,7 +32,7 @@ __all__ = [
     "ArgumentCheck",
     "Cause",
     "CheckReport",
-    "ImplicitGradientError",
+    "GradientCheckError",
     "check_implicit",
     "peak_memory",
     "strategies",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicit_grad._conditions.base import Condition
 from implicit_grad._errors import InvalidArgumentError, describe
-from implicit_grad.testing.check_report import ArgumentCheck, CheckReport, ImplicitGradientError
+from implicit_grad.testing.check_report import ArgumentCheck, CheckReport, GradientCheckError
 from implicit_grad.testing.diagnosis import Diagnosis, is_finite
 from implicit_grad.testing.local_problem import LARGEST, Local
 from implicit_grad.testing.reference import Comparison, Differences, Reference, Whole
@@ -64,7 +64,7 @@ def check_implicit(
         The report; `print` it to read it.
 
     Raises:
-        ImplicitGradientError: a gradient is wrong or could not be verified (an `AssertionError`).
+        GradientCheckError: a gradient is wrong or could not be verified (an `AssertionError`).
         InvalidArgumentError: an argument cannot work.
 
     >>> import torch, implicit_grad as ig
@@ -89,7 +89,7 @@ def check_implicit(
     with torch.random.fork_rng():
         report = _checked(subject, reference, unrolled, rtol, atol, directions)
     if raise_on_failure and not report.ok:
-        raise ImplicitGradientError(report)
+        raise GradientCheckError(report)
     return report
 
 

@@ -181,7 +181,7 @@ class CheckReport:
         return "\n".join(lines)
 
 
-class ImplicitGradientError(AssertionError):
+class GradientCheckError(AssertionError):
     """A gradient is wrong; `report` holds what was measured."""
 
     def __init__(self, report: CheckReport) -> None:

@@ -97,7 +97,7 @@ class Local:
 
     def rhs(self, v: Sequence[Tensor]) -> Tensor:
         """The right-hand side of Aᵀu = v for the outer gradient v."""
-        return self._vector(self.around.extended(tuple(v)))
+        return self._vector(self.around.augment(tuple(v)))
 
     def exact(self, v: Sequence[Tensor]) -> Tensor | None:
         """u with Aᵀu = v by a dense solve; None where A is singular or too large."""
@@ -150,7 +150,7 @@ class Local:
         there = [self.at(self.moved(sign * step * p)).residual for sign in (1, -1)]
         measured = (there[0] - there[1]) / (2 * step)
         with torch.no_grad():
-            claimed = self._vector(self.around.smooth_product(self.flat.unravel(p)))
+            claimed = self._vector(self.around.unscaled_product(self.flat.unravel(p)))
             if self.around.scale is not None:
                 scaled = self.around.with_scale(self.flat.unravel(claimed), self.flat.unravel(p))
                 claimed = self._vector(scaled)
