@@ -138,10 +138,10 @@ def test_products_and_transposed_products_agree(seed, n, diagonal):
     a, b, u, w = (torch.randn(n, n, dtype=F64, generator=random) for _ in range(4))
     x = torch.randn(n, dtype=F64, generator=random).requires_grad_()
     y = torch.randn(2, dtype=F64, generator=random).requires_grad_()
-    curved = (torch.tanh(a @ x) * y.sum(), (b @ x).sum() * y**2)
+    smooth = (torch.tanh(a @ x) * y.sum(), (b @ x).sum() * y**2)
     scale = (torch.rand(n, dtype=F64, generator=random), torch.rand((), dtype=F64))
-    parts = {"curved": curved, "scale": scale} if diagonal else {}
-    around = Linearization(curved, (x, y), **parts)
+    parts = {"smooth": smooth, "scale": scale} if diagonal else {}
+    around = Linearization(smooth, (x, y), **parts)
     u, w = (u[0], u[0, :1].expand(2)), (w[0], w[0, :1].expand(2))
 
     def dot(p, q):
