@@ -14,7 +14,7 @@ import implicit_grad as ig
 for neighbour in ("scipy", "sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(neighbour)
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ for neighbour in ("learn2learn", "torchvision", "matplotlib", "rich"):
     pytest.importorskip(neighbour)
 Image = pytest.importorskip("PIL.Image")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = ["--hidden", "4", "--meta-batch", "2", "--steps", "2"]
 TINY += ["--test-tasks", "8", "--eval-tasks", "4", "--eval-every", "2", "--checkpoint-every", "2"]
 

@@ -10,7 +10,7 @@ from torch.func import grad, jacrev
 
 import implicit_grad as ig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import black_boxes
 from black_boxes import BLACK_BOXES, BlackBox
