@@ -119,8 +119,12 @@ def _pngs(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _decode(png: bytes) -> Tensor:
+    """One drawing, from its file."""
+    return as_ink(Image.open(io.BytesIO(png)).convert("L"))
+
+
+def as_ink(image: Image.Image) -> Tensor:
     """One drawing, black on white, as ink = 1 on 0."""
-    image = Image.open(io.BytesIO(png)).convert("L")
     image = image.resize((glyphs.SIZE, glyphs.SIZE), Image.Resampling.LANCZOS)
     return 1 - torch.from_numpy(np.array(image, dtype=np.float32))[None] / 255
 

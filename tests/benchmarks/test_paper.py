@@ -1,0 +1,77 @@
+"""The paper's methods in miniature: known relations between their meta-gradients, and a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
+
+
+@pytest.fixture
+def paper(benchmarks_on_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import paper_methods
+    import paper_tasks
+
+    class Small:
+        setting = paper_methods.Setting(ways=3, shots=2, steps=3, lr=0.1, meta_lr=1e-3, lam=0.5)
+        methods, Halves = paper_methods.METHODS, paper_methods.Halves
+        tasks = paper_tasks.Tasks(torch.rand(4, 6, 1, 8, 8), ways=3, shots=2, turns=4)
+
+        def gradient(self, name, **changes):
+            """The meta-gradient of one task, by a method with other attributes than usual."""
+            torch.manual_seed(1)
+            model = torch.nn.Sequential(
+                torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+            )
+            method = type("Changed", (self.methods[name],), changes)(model, self.setting)
+            loss, accuracy = method.backward(self.Halves.of(self.tasks.sample(), self.setting), 0.5)
+            assert loss > 0 and 0 <= accuracy <= 1
+            return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    return Small()
+
+
+def test_a_task_has_its_classes_drawings_in_a_row(paper):
+    data, labels = paper.tasks.sample()
+    assert data.shape == (12, 1, 8, 8) and labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    task = paper.Halves.of((data, labels), paper.setting)
+    assert torch.equal(task.support[2:4], data[4:6]) and torch.equal(task.query[2:4], data[6:8])
+    assert task.support_labels.tolist() == task.query_labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_all_of_maml_is_its_limits(paper):
+    maml = paper.gradient("maml")
+    torch.testing.assert_close(paper.gradient("truncated", last=3), maml)
+    torch.testing.assert_close(paper.gradient("truncated", last=0), paper.gradient("fomaml"))
+    torch.testing.assert_close(paper.gradient("nesterov", momentum=0.0), maml)
+    assert not torch.allclose(paper.gradient("nesterov"), maml, rtol=1e-3)
+    assert not torch.allclose(paper.gradient("truncated"), maml, rtol=1e-3)
+
+
+def test_reptile_moves_to_the_adapted_weights(paper):
+    """After one step of length lr on all drawings, (θ − φ)/lr is that step's gradient."""
+    paper.setting = dataclasses.replace(paper.setting, steps=1)
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    method = paper.methods["reptile"](model, paper.setting)
+    data, labels = paper.tasks.sample()
+    method.backward(paper.Halves.of((data, labels), paper.setting), 1.0)
+    loss = torch.nn.functional.cross_entropy(model(data), labels)
+    for p, g in zip(model.parameters(), torch.autograd.grad(loss, model.parameters()), strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+
+
+def test_implicit_gradients_lie_between_first_order_and_unrolled_ones(paper):
+    maml, fomaml = paper.gradient("maml"), paper.gradient("fomaml")
+    cosine = torch.nn.functional.cosine_similarity
+    for name in ("imaml", "imaml-gn", "imaml-hf", "neumann", "imaml-lam"):
+        found = paper.gradient(name)
+        assert cosine(found, maml, dim=0) > 0.5 and cosine(found, fomaml, dim=0) > 0.5
+        assert not torch.equal(found, fomaml)
