@@ -16,17 +16,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2_000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-
-class TorchRandom:
-    """Torch's generator as hypothesis wants it: every example starts from the same state."""
-
-    seed = staticmethod(torch.manual_seed)
-    getstate = staticmethod(torch.get_rng_state)
-    setstate = staticmethod(torch.set_rng_state)
-
-
-TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference only
-hypothesis.register_random(TORCH_RANDOM)
+# helpers whose assertions tell what they saw, as those of tests do
+pytest.register_assert_rewrite("faults", "learners")
+# hypothesis in charge of torch's generator
+pytest_plugins = ["implicit_grad.testing.plugin"]
 
 
 @pytest.fixture(autouse=True)

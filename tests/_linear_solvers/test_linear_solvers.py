@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import gc
 import math
-import pickle
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from zlib import crc32
 
 import pytest
 import torch
+from systems import (
+    F32,
+    F64,
+    Counting,
+    indefinite,
+    low_rank_plus_identity,
+    operator,
+    orthogonal,
+    symmetric,
+)
 from torch import Tensor
 
 import implicit_grad as ig
 from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
-from implicit_grad._theorem.linearization import Linearization
 
-F32, F64 = torch.float32, torch.float64
 SIZES = (0, 1, 2, 7, 60, 200)
+
+
 # dtype of the vectors, dtype of the matrix and its products, condition numbers
 PRECISIONS = {
     "float64": (F64, F64, (1.0, 30.0, 1e3, 1e8)),
@@ -40,30 +46,6 @@ def spectrum(kind: str, n: int, kappa: float, random: torch.Generator) -> Tensor
     if kind in ("consistent", "inconsistent"):
         values[-max(1, n // 10) :] = 0.0
     return values
-
-
-def orthogonal(n: int, random: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, dtype=F64, generator=random))[0]
-
-
-def symmetric(values: Tensor, random: torch.Generator) -> Tensor:
-    basis = orthogonal(len(values), random)
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
-
-
-def operator(matrix: Tensor, like: Tensor | None = None, **known) -> Operator:
-    """A matrix as an operator on vectors like this one, products rounded to the matrix's dtype."""
-    vectors = matrix.dtype if like is None else like.dtype
-
-    def product(m: Tensor) -> Callable[[Tensor], Tensor]:
-        if m.dtype == vectors:
-            return lambda x: m @ x
-        wide = m.to(vectors)
-        return lambda x: (wide @ x).to(m.dtype).to(vectors)
-
-    eps = torch.finfo(matrix.dtype).eps
-    return Operator(product(matrix), product(matrix.T), eps=eps, **known)
 
 
 @dataclass(frozen=True)
@@ -114,9 +96,17 @@ class Row:
 
 
 KINDS = ("definite", "indefinite", "nonsymmetric", "consistent", "inconsistent")
+
+
 SYMMETRIC = set(KINDS) - {"nonsymmetric"}
+
+
 SLOW = {Status.MAX_ITER, Status.STAGNATED}
+
+
 BREAKS = SLOW | {Status.NEGATIVE_CURVATURE, Status.SINGULAR}
+
+
 DEFINITE = {"definite": 1e3, "consistent": 30.0}
 
 
@@ -234,565 +224,6 @@ def test_how_many_systems():
         for *_, kappas in PRECISIONS.values()
     )
     assert count >= 1_000
-
-
-# ---------------------------------------------------------------- preconditioners
-
-
-def low_rank_plus_identity(seed: int, n: int = 200, rank: int = 8) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    values = torch.ones(n, dtype=F64)
-    values[:rank] += 10 ** (1 + 3 * torch.rand(rank, dtype=F64, generator=random))
-    values[rank:] += torch.rand(n - rank, dtype=F64, generator=random) * 0.1
-    return symmetric(values, random), torch.randn(n, dtype=F64, generator=random)
-
-
-@pytest.mark.parametrize("scale", [None, 1.0, "elements"])
-def test_nystrom_takes_fewer_iterations_where_few_eigenvalues_are_large(scale):
-    iterations = {"plain": 0, "nystrom": 0}
-    solvers = {"plain": ig.CG(), "nystrom": ig.CG(preconditioner=ig.Nystrom(rank=12))}
-    for seed in range(10):
-        matrix, rhs = low_rank_plus_identity(seed)
-        unit = scale
-        if scale == "elements":
-            unit = torch.linspace(0.5, 200.0, len(rhs), dtype=F64)
-            matrix = matrix * unit.sqrt() * unit.sqrt()[:, None]
-        exact = torch.linalg.solve(matrix, rhs)
-        for name, solver in solvers.items():
-            solution = solver.solve(operator(matrix, scale=unit), rhs)
-            assert solution.status == Status.CONVERGED
-            torch.testing.assert_close(solution.x, exact, rtol=1e-6, atol=1e-8)
-            iterations[name] += solution.iterations
-        assert solution.coefficients == ()  # they would be read as A's
-    # without a scale, what the sketch sees of the bulk is a poor guess at its size
-    assert iterations["nystrom"] <= (0.85 if scale is None else 0.35) * iterations["plain"]
-
-
-def test_nystrom_of_full_rank_is_the_inverse():
-    for scale in (None, 0.7, torch.linspace(0.5, 2.0, 12, dtype=F64)):
-        random = torch.Generator().manual_seed(3)
-        matrix = symmetric(torch.linspace(3.0, 40.0, 12, dtype=F64), random)
-        rhs = torch.randn(12, dtype=F64, generator=random)
-        known = operator(matrix, scale=scale)
-        approximate = ig.Nystrom(rank=50).build(known, rhs)
-        if scale is None:  # all is shifted by the least eigenvalue
-            matrix = matrix + 3.0 * torch.eye(12, dtype=F64)
-        torch.testing.assert_close(approximate(rhs), torch.linalg.solve(matrix, rhs))
-
-
-def test_cholesky_is_the_inverse_and_of_an_indefinite_matrix_that_of_its_size():
-    random = torch.Generator().manual_seed(3)
-    values = torch.linspace(3.0, 40.0, 12, dtype=F64)
-    rhs = torch.randn(12, dtype=F64, generator=random)
-    matrix = symmetric(values, random)
-    found = ig.CG(preconditioner=ig.Cholesky(), rtol=1e-10).solve(operator(matrix), rhs)
-    torch.testing.assert_close(found.x, torch.linalg.solve(matrix, rhs))
-    assert found.iterations == 1
-    values, vectors = torch.linalg.eigh(matrix - 20 * torch.eye(12, dtype=F64))
-    size = vectors * values.abs() @ vectors.mT
-    approximate = ig.Cholesky().build(operator(matrix - 20 * torch.eye(12, dtype=F64)), rhs)
-    torch.testing.assert_close(approximate(rhs), torch.linalg.solve(size, rhs))
-    zero = ig.Cholesky().build(operator(torch.zeros(12, 12, dtype=F64)), rhs)(rhs)
-    assert torch.isfinite(zero).all()
-
-
-def test_reuse_builds_anew_after_some_solves_and_for_another_form():
-    matrix, rhs = low_rank_plus_identity(0, 30)
-    kept, products = ig.Reuse(ig.Nystrom(rank=4), solves=3), []
-
-    def counted(x: Tensor) -> Tensor:
-        products.append(x)
-        return matrix @ x
-
-    known = dataclasses.replace(operator(matrix), matvec=counted)
-    for solve in range(7):
-        before = len(products)
-        kept.build(known, rhs)
-        assert len(products) - before == (5 if solve % 3 == 0 else 0)  # 1 is to see if it is finite
-    other = operator(torch.eye(5, dtype=F64))
-    assert kept.build(other, rhs[:5])(rhs[:5]).shape == (5,)
-    with pytest.raises(ig.InvalidArgumentError, match="its max_size is 5"):
-        ig.Reuse(ig.Cholesky(max_size=5)).build(known, rhs)
-    for twin in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
-        assert repr(twin) == repr(kept)
-        before = len(products)
-        twin.build(known, rhs)
-        assert len(products) - before == 5  # it has kept nothing
-
-
-@pytest.mark.parametrize("preconditioner", [ig.Jacobi(), ig.Cholesky()])
-def test_what_a_bad_product_made_is_not_kept(preconditioner):
-    matrix, rhs = low_rank_plus_identity(0, 30)
-    solver = ig.CG(rtol=1e-10, preconditioner=ig.Reuse(preconditioner))
-    bad = solver.solve(operator(matrix * math.nan), rhs)
-    assert not bad.status.ok
-    good = solver.solve(operator(matrix), rhs)
-    assert good.status == Status.CONVERGED
-    torch.testing.assert_close(good.x, torch.linalg.solve(matrix, rhs))
-    if isinstance(preconditioner, ig.Cholesky):
-        assert good.iterations == 1
-
-
-@pytest.mark.timeout(60)
-def test_nested_layers_may_share_what_is_reused():
-    """The outer system's products solve systems of the inner layer's, by the same solver."""
-    torch.manual_seed(0)
-    C = torch.randn(3, 2, dtype=F64)
-
-    def gradient(preconditioner) -> Tensor:
-        solver = ig.CG(rtol=1e-12, preconditioner=preconditioner)
-        newton = ig.solvers.NewtonCG(maxiter=30, cg=10, tol=1e-12)
-        below = ig.proximal(lambda w, a: (w - C @ a).cosh().sum(), lam=1.0)
-        inner = ig.implicit(newton, below, linear_solver=solver)
-        start = torch.zeros(3, dtype=F64)
-        above = ig.proximal(lambda a: inner(start, a).square().sum(), lam=1.0)
-        descent = ig.solvers.GradientDescent(lr=0.05, steps=200)
-        outer = ig.implicit(descent, above, linear_solver=solver, on_failure="ignore")
-        theta = torch.ones(2, dtype=F64, requires_grad=True)
-        return torch.autograd.grad(outer(theta).sum(), theta)[0]
-
-    torch.testing.assert_close(gradient(ig.Reuse(ig.Cholesky())), gradient(None))
-
-
-@pytest.mark.parametrize("preconditioner", [ig.Cholesky(), ig.Nystrom(rank=8)])
-def test_what_is_reused_saves_products_and_keeps_no_graph(preconditioner):
-    torch.manual_seed(0)
-    X = torch.randn(40, 20, dtype=F64) * torch.logspace(0, -2, 20, dtype=F64)
-    theta = torch.randn(20, dtype=F64, requires_grad=True)
-
-    def loss(phi: Tensor) -> Tensor:
-        return torch.nn.functional.softplus(X @ phi).mean()
-
-    monitors, gradients = {}, {}
-    for name, given in (("anew", preconditioner), ("kept", ig.Reuse(preconditioner))):
-        monitors[name], gradients[name] = ig.Monitor(), []
-        solve = ig.implicit(
-            ig.solvers.NewtonCG(maxiter=40, cg=20, tol=1e-12),
-            ig.proximal(loss, lam=1e-3),
-            linear_solver=ig.CG(rtol=1e-9, preconditioner=given),
-            monitor=monitors[name],
-        )
-        for step in range(5):
-            moved = (theta + 0.02 * step).detach().requires_grad_()
-            phi = solve(moved)
-            gradients[name].append(torch.autograd.grad(phi.sin().sum(), moved)[0])
-    for a, b in zip(*gradients.values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
-    anew, kept = (sum(r.products for r in m.reports) for m in monitors.values())
-    assert kept < 0.75 * anew
-    del phi, moved
-    gc.collect()
-    assert not any(issubclass(type(thing), Linearization) for thing in gc.get_objects())
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_jacobi_takes_fewer_iterations_on_bad_scaling(seed):
-    random = torch.Generator().manual_seed(seed)
-    units = 10 ** (3 * torch.rand(100, dtype=F64, generator=random))
-    well = symmetric(1 + torch.rand(100, dtype=F64, generator=random), random)
-    matrix = well * units * units[:, None]
-    rhs = torch.randn(100, dtype=F64, generator=random)
-    plain = ig.CG(rtol=1e-6).solve(operator(matrix), rhs)
-    for jacobi, part in ((ig.Jacobi(), 0.05), (ig.Jacobi(probes=30), 0.2)):
-        found = ig.CG(rtol=1e-6, preconditioner=jacobi).solve(operator(matrix), rhs)
-        assert found.status == Status.CONVERGED
-        assert found.iterations <= part * plain.iterations
-
-
-def test_jacobi_divides_by_the_diagonal_and_stays_positive():
-    matrix = torch.tensor([[4.0, 1.0, 0.0], [1.0, -2.0, 3.0], [0.0, 3.0, 0.5]], dtype=F64)
-    rhs = torch.tensor([8.0, 1.0, 1.0], dtype=F64)
-    exact = ig.Jacobi().build(operator(matrix), rhs)(rhs)
-    assert exact[0] == 2.0 and exact[2] == 2.0 and exact[1] > 1e10
-    held = ig.Jacobi().build(operator(matrix, scale=1.0), rhs)(rhs)
-    assert held.tolist() == [2.0, 1.0, 1.0]
-    wide = symmetric(torch.linspace(1.0, 3.0, 40, dtype=F64), torch.Generator().manual_seed(0))
-    ones = torch.ones(40, dtype=F64)
-    errors = [
-        (1 / ig.Jacobi(probes=k).build(operator(wide), ones)(ones) - wide.diagonal()).norm()
-        for k in (10, 1000)
-    ]
-    assert errors[1] < 0.3 * errors[0] and errors[1] < 0.05 * wide.diagonal().norm()
-
-
-@pytest.mark.parametrize("jacobi", [ig.Jacobi(probes=3), ig.Nystrom(rank=3)])
-def test_sketches_leave_the_users_random_numbers_alone(jacobi):
-    matrix, rhs = low_rank_plus_identity(0, 30)
-    before = torch.get_rng_state()
-    solver = ig.CG(preconditioner=jacobi)
-    first = solver.solve(operator(matrix), rhs).x
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.rand(3)
-    assert torch.equal(first, solver.solve(operator(matrix), rhs).x)
-    other = ig.CG(preconditioner=type(jacobi)(**(vars(jacobi) | {"seed": 1})))
-    assert not torch.equal(first, other.solve(operator(matrix), rhs).x)
-
-
-@pytest.mark.parametrize(
-    ("function", "x"),
-    [
-        (lambda r: -r, "first order"),
-        (lambda r: r * math.nan, "first order"),
-        (lambda r: r * 0, "first order"),
-        (lambda r: r * float(r.abs().max() > 0.4), "an iterate"),
-        (lambda r: r if float(r.abs().max()) > 0.4 else -r, "an iterate"),
-    ],
-)
-def test_a_preconditioner_that_is_not_positive_definite_is_reported(function, x):
-    matrix, rhs = low_rank_plus_identity(0, 30)
-    rhs = rhs / rhs.abs().max() / 1.1
-    solution = ig.CG(preconditioner=function).solve(operator(matrix, scale=0.5), rhs)
-    assert solution.status == Status.BAD_PRECONDITIONER and not solution.status.ok
-    assert bool(torch.isfinite(solution.x).all()) and float(solution.x @ rhs) > 0
-    assert torch.equal(solution.x, rhs / 0.5) == (x == "first order")
-
-
-@pytest.mark.parametrize("function", [lambda r: r[:-1], lambda r: r.float(), lambda r: r.tolist()])
-def test_a_preconditioners_form_is_checked(function):
-    matrix, rhs = low_rank_plus_identity(0, 30)
-    with pytest.raises(ig.InvalidArgumentError, match=r"of shape \(30,\) it returned a"):
-        ig.CG(preconditioner=function).solve(operator(matrix), rhs)
-
-
-# ---------------------------------------------------------------- warm starts
-
-
-class Counting:
-    """A matrix as an operator that counts its products."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.products, self._matrix = 0, matrix
-        self.operator = Operator(self.product, self.product)
-
-    def product(self, x: Tensor) -> Tensor:
-        self.products += 1
-        return self._matrix @ x
-
-
-def changing(step: int, task: int = 0) -> tuple[Tensor, Tensor]:
-    """Systems that change by about a thousandth from step to step."""
-    random = torch.Generator().manual_seed(task)
-    matrix = symmetric(torch.logspace(0, 2, 50, dtype=F64), random)
-    drift = symmetric(torch.rand(50, dtype=F64, generator=random), random)
-    rhs = torch.randn(50, dtype=F64, generator=random)
-    return matrix + 1e-3 * step * drift, rhs + 1e-3 * step * rhs.flip(0)
-
-
-def test_a_warm_start_takes_fewer_products_for_the_same_answer():
-    cold, warm = ig.CG(rtol=1e-6), ig.CG(rtol=1e-6, warm_start=ig.WarmStart())
-    products = {cold: 0, warm: 0}
-    for step in range(10):
-        matrix, rhs = changing(step)
-        for solver in products:
-            counting = Counting(matrix)
-            solution = solver.solve(counting.operator, rhs * 2.0**40)
-            if step:
-                products[solver] += counting.products
-            assert counting.products == solution.iterations + 1  # the residual, recomputed
-            assert solution.status == Status.CONVERGED
-            exact = torch.linalg.solve(matrix, rhs) * 2.0**40
-            assert float((solution.x - exact).norm() / exact.norm()) < 2e-6 * 100
-    assert products[warm] <= 0.8 * products[cold]
-
-
-def test_a_second_solve_of_the_same_system_takes_two_products():
-    matrix, rhs = changing(0)
-    solver = ig.CG(rtol=1e-6, warm_start=ig.WarmStart())
-    first = solver.solve(Counting(matrix).operator, rhs)
-    counting = Counting(matrix)
-    second = solver.solve(counting.operator, rhs)
-    assert counting.products == 2 and second.iterations == 1
-    assert torch.equal(first.x, second.x) and second.status == Status.CONVERGED
-
-
-@pytest.mark.parametrize(
-    "spoilt", ["shape", "dtype", "farther than 0", "hardly farther than 0", "nan"]
-)
-def test_a_start_that_does_not_help_is_not_used(spoilt):
-    matrix, rhs = changing(0)
-    store = ig.WarmStart()
-    x = {
-        "shape": rhs[:-1],
-        "dtype": rhs.float(),
-        "farther than 0": -torch.linalg.solve(matrix, rhs),
-        "hardly farther than 0": -torch.linalg.solve(matrix, rhs) / 1e4,
-        "nan": rhs * math.nan,
-    }[spoilt]
-    store.slot().put(x)
-    cold = ig.CG(rtol=1e-6).solve(operator(matrix), rhs)
-    found = ig.CG(rtol=1e-6, warm_start=store).solve(operator(matrix), rhs)
-    assert torch.equal(found.x, cold.x)
-    assert found.iterations == cold.iterations + (spoilt not in ("shape", "dtype"))
-
-
-def test_a_budget_holds_for_warm_starts_too():
-    matrix, rhs = changing(0)
-    solver = ig.CG(maxiter=4, warm_start=ig.WarmStart())
-    residuals = []
-    for _ in range(6):
-        counting = Counting(matrix)
-        solution = solver.solve(counting.operator, rhs)
-        assert counting.products == 5 and solution.iterations == 4
-        residuals.append(solution.residual)
-    assert residuals[-1] < 0.25 * residuals[0]
-    one = ig.CG(maxiter=1, warm_start=ig.WarmStart())
-    one.solve(operator(matrix), rhs)  # its start would take the only product there is
-    cold = ig.CG(maxiter=1).solve(operator(matrix), rhs.flip(0))
-    assert torch.equal(one.solve(operator(matrix), rhs.flip(0)).x, cold.x)
-
-
-def test_two_products_are_enough_for_a_start_and_a_step():
-    matrix, rhs = changing(0)
-    two = ig.CG(maxiter=2, warm_start=ig.WarmStart())
-    cold = two.solve(operator(matrix), rhs)
-    warm = two.solve(operator(matrix), rhs)
-    assert cold.iterations == warm.iterations == 2 and warm.residual < cold.residual
-
-
-def test_failed_solves_are_not_kept():
-    store = ig.WarmStart()
-    solver = ig.CG(rtol=1e-6, warm_start=store)
-    solver.solve(operator(-torch.eye(3, dtype=F64)), torch.ones(3, dtype=F64))
-    assert len(store) == 0
-    solver.solve(operator(torch.eye(3, dtype=F64)), torch.ones(3, dtype=F64))
-    assert len(store) == 1
-    store.clear()
-    assert len(store) == 0
-
-
-def test_after_negative_curvature_a_warm_start_is_forgotten():
-    found = 0
-    for seed in range(50):
-        random = torch.Generator().manual_seed(seed)
-        matrix = symmetric(torch.linspace(0.5, 3.0, 30, dtype=F64), random)
-        rhs = torch.randn(30, dtype=F64, generator=random)
-        solver = ig.CG(warm_start=ig.WarmStart())
-        solver.solve(operator(matrix), rhs)
-        vector = orthogonal(30, random)[0]
-        bent = matrix - 3.5 * vector[:, None] * vector
-        cold, warm = ig.CG().solve(operator(bent), rhs), solver.solve(operator(bent), rhs)
-        assert torch.equal(warm.x, cold.x) and warm.status == cold.status
-        assert warm.status == Status.NEGATIVE_CURVATURE and float(warm.x @ rhs) > 0
-        assert warm.x.norm() <= rhs.norm() * (1 + 1e-12)
-        found += warm.iterations > cold.iterations + 1
-    assert found > 40  # the warm runs were under way when they met it
-
-
-def test_keys_are_kept_apart_and_go_with_the_call():
-    store = ig.WarmStart()
-    solver = ig.CG(rtol=1e-6, warm_start=store)
-    bound = {}
-    for key in ("a", "b"):
-        with store.at(key):
-            bound[key] = solver.for_call()
-            assert store.slot().key == key
-            with store.at("inner"):
-                assert store.slot().key == "inner"
-            assert store.slot().key == key
-    assert store.slot().key is None
-    assert solver.for_call() != solver and ig.CG().for_call() == ig.CG()
-    for round_ in range(2):
-        for task, key in enumerate(("a", "b")):
-            matrix, rhs = changing(0, task)
-            solution = bound[key].solve(operator(matrix), rhs)
-            assert (solution.iterations == 1) == (round_ == 1)
-    assert len(store) == 2
-
-
-def test_threads_have_keys_of_their_own():
-    store = ig.WarmStart()
-    solver = ig.CG(rtol=1e-6, warm_start=store)
-    barrier, wrong = threading.Barrier(4), []
-
-    def work(task: int) -> None:
-        with store.at(task):
-            barrier.wait()
-            bound = solver.for_call()
-            for round_ in range(5):
-                solution = bound.solve(operator(changing(0, task)[0]), changing(0, task)[1])
-                if (solution.iterations == 1) != (round_ > 0):
-                    wrong.append((task, round_, solution.iterations))
-
-    threads = [threading.Thread(target=work, args=(task,)) for task in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and len(store) == 4
-
-
-def test_the_backward_pass_finds_the_key_of_its_forward_call():
-    store = ig.WarmStart()
-    matrix, rhs = changing(0)
-    condition = ig.argmin(lambda w, b: w @ matrix @ w / 2 - b @ w)
-    solve = ig.implicit(
-        lambda b: torch.linalg.solve(matrix, b),
-        condition,
-        linear_solver=ig.CG(rtol=1e-6, warm_start=store),
-    )
-    b = rhs.clone().requires_grad_()
-    with store.at("first"):
-        one = solve(b)
-    with store.at("second"):
-        two = solve(b)
-    (one.square().sum() + two.sum()).backward()
-    for key, v in (("first", 2 * one), ("second", torch.ones_like(two))):
-        with store.at(key):
-            kept = store.slot().get(rhs)
-        torch.testing.assert_close(matrix @ kept, v.detach(), rtol=1e-4, atol=1e-4)
-    assert len(store) == 2
-
-
-def test_a_copy_of_a_store_is_empty():
-    import copy
-    import pickle
-
-    store = ig.WarmStart()
-    store.slot().put(torch.ones(2))
-    assert len(copy.deepcopy(store)) == 0 == len(pickle.loads(pickle.dumps(store)))
-
-
-# ---------------------------------------------------------------- negative curvature
-
-
-def indefinite(seed: int, n: int = 60) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    values = torch.rand(n, dtype=F64, generator=random) * 3 + 0.1
-    negative = 1 + seed % 5
-    values[:negative] = -0.05 - torch.rand(negative, dtype=F64, generator=random)
-    return symmetric(values, random), torch.randn(n, dtype=F64, generator=random)
-
-
-@pytest.mark.parametrize(
-    "preconditioner",
-    [
-        None,
-        ig.Jacobi(),
-        ig.Jacobi(probes=20),
-        ig.Nystrom(rank=5),
-        ig.Cholesky(),
-        ig.Reuse(ig.Cholesky(), solves=3),
-        lambda r: r / 2,
-    ],
-)
-@pytest.mark.parametrize("scale", [None, 0.4, "elements"])
-def test_invariants_after_negative_curvature(preconditioner, scale):
-    if scale == "elements":
-        scale = torch.linspace(0.2, 3.0, 60, dtype=F64)
-    for seed in range(40):
-        matrix, rhs = indefinite(seed)
-        known = operator(matrix, scale=scale)
-        solution = ig.CG(preconditioner=preconditioner).solve(known, rhs)
-        assert solution.status == Status.NEGATIVE_CURVATURE and solution.iterations <= 60
-        assert solution.curvature[0] <= 0 and float(solution.x @ rhs) > 0
-        first_order = known.over_scale(rhs)
-        assert known.scaled_norm(solution.x) <= known.scaled_norm(first_order) * (1 + 1e-12)
-        assert solution.substitute is None
-
-
-def test_on_request_negative_curvature_raises():
-    matrix, rhs = indefinite(0)
-    with pytest.raises(ig.LinearSolveError, match="CG met negative curvature"):
-        ig.CG(on_negative_curvature="raise").solve(operator(matrix), rhs)
-
-
-@pytest.mark.parametrize("damping", [0.0, 0.03])
-def test_on_request_minres_solves_the_same_system(damping):
-    for seed in range(20):
-        matrix, rhs = indefinite(seed)
-        counting = Counting(matrix)
-        solver = ig.CG(rtol=1e-10, maxiter=400, on_negative_curvature="minres", damping=damping)
-        solution = solver.solve(counting.operator, rhs)
-        shifted = matrix + damping * torch.eye(60, dtype=F64)
-        assert solution.status == Status.CONVERGED and solution.substitute == "minres"
-        assert float((shifted @ solution.x - rhs).norm() / rhs.norm()) <= 2e-10
-        assert solution.curvature[0] < 0 < solution.curvature[1]
-        assert counting.products == solution.iterations + 2  # and two residuals
-    short = ig.CG(maxiter=5, on_negative_curvature="minres").solve(operator(matrix), rhs)
-    assert short.status == Status.TRUNCATED
-
-
-@pytest.mark.parametrize("damping", [0.0, 0.5])
-def test_on_request_gauss_newton_takes_the_convex_matrix(damping):
-    for seed in range(20):
-        matrix, rhs = indefinite(seed)
-        values, vectors = torch.linalg.eigh(matrix)
-        convex = vectors @ torch.diag(values.clamp(min=0.1)) @ vectors.T
-        known = operator(matrix, convex=lambda x, m=convex: m @ x)
-        solver = ig.CG(rtol=1e-10, on_negative_curvature="gauss_newton", damping=damping)
-        solution = solver.solve(known, rhs)
-        if damping and solution.substitute is None:
-            continue  # the damped matrix may be definite
-        exact = torch.linalg.solve(convex + damping * torch.eye(60, dtype=F64), rhs)
-        assert solution.status == Status.CONVERGED and solution.substitute == "gauss_newton"
-        assert float((solution.x - exact).norm() / exact.norm()) < 1e-7
-        assert solution.curvature[0] < 0
-    fixed = ig.CG(maxiter=8, on_negative_curvature="gauss_newton")
-    solution = fixed.solve(operator(matrix, convex=lambda x: convex @ x), rhs)
-    assert solution.status == Status.TRUNCATED and 8 < solution.iterations <= 16
-    plain = ig.CG(maxiter=8).solve(operator(convex), rhs)
-    assert torch.equal(solution.x, plain.x)
-
-
-@pytest.mark.parametrize("policy", ["minres", "gauss_newton"])
-def test_what_is_solved_instead_keeps_the_options(policy):
-    matrix, rhs = indefinite(0)
-    convex = symmetric(
-        torch.linspace(100.0, 120.0, 60, dtype=F64), torch.Generator().manual_seed(0)
-    )
-    coarse = ig.CG(on_negative_curvature=policy, atol=0.1 * float(rhs.norm()))
-    known = operator(matrix, convex=lambda x: convex @ x)
-    fine = dataclasses.replace(coarse, atol=0.0).solve(known, rhs)
-    found = coarse.solve(known, rhs)
-    assert found.status == fine.status == Status.CONVERGED
-    assert 1e-3 < found.residual <= 0.1 and fine.residual < 1e-9
-    if policy == "gauss_newton":  # the curvature of both matrices
-        assert found.curvature[0] < 0 and found.curvature[1] >= 100
-
-
-def test_what_is_solved_instead_starts_from_zero():
-    """A store holds solutions of A, and the last one may have been of the matrix in its place."""
-    matrix, rhs = indefinite(0)
-    convex = symmetric(torch.linspace(1.0, 9.0, 60, dtype=F64), torch.Generator().manual_seed(0))
-    known = operator(matrix, convex=lambda x: convex @ x)
-    solver = ig.CG(on_negative_curvature="gauss_newton", warm_start=ig.WarmStart())
-    once, again = (solver.solve(known, rhs) for _ in range(2))
-    assert torch.equal(once.x, again.x) and again.iterations >= once.iterations
-
-
-@pytest.mark.parametrize(
-    ("value", "status"),
-    [(0.0, Status.NEGATIVE_CURVATURE), (math.nan, Status.NONFINITE_OPERATOR)],
-)
-def test_a_matrix_in_as_place_may_fail_too(value, status):
-    matrix, rhs = indefinite(0)
-    found = ig.CG(on_negative_curvature="gauss_newton").solve(
-        operator(matrix, convex=lambda x: value * x), rhs
-    )
-    assert found.status == status and found.curvature[0] < 0
-
-
-def test_a_preconditioner_lasts_when_a_warm_start_is_given_up():
-    matrix, rhs = indefinite(0)
-    solver = ig.CG(preconditioner=lambda r: r / 2, warm_start=ig.WarmStart())
-    solver.warm_start.slot().put(rhs / 10)
-    seen = []
-    cold = ig.CG(preconditioner=lambda r: seen.append(1) or r / 2).solve(operator(matrix), rhs)
-    calls = len(seen)
-    counted = dataclasses.replace(solver, preconditioner=lambda r: seen.append(1) or r / 2)
-    found = counted.solve(operator(matrix), rhs)
-    assert torch.equal(found.x, cold.x) and found.iterations > cold.iterations
-    assert len(seen) > 2 * calls
-
-
-@pytest.mark.parametrize("damping", [0.0, 0.01])
-def test_gauss_newton_without_a_convex_matrix_says_what_to_do(damping):
-    matrix, rhs = indefinite(0)
-    solver = ig.CG(on_negative_curvature="gauss_newton", damping=damping)
-    with pytest.raises(ig.LinearSolveError, match=r'model=.*curvature="gauss_newton"'):
-        solver.solve(operator(matrix), rhs)
-    definite = symmetric(torch.linspace(1.0, 2.0, 60, dtype=F64), torch.Generator())
-    assert solver.solve(operator(definite), rhs).status == Status.CONVERGED
 
 
 # ---------------------------------------------------------------- Neumann, MINRES, Exact
