@@ -6,11 +6,12 @@ import contextlib
 import gc
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import optree
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, softplus
@@ -251,6 +252,17 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.decode(torch.tanh(self.encode(x)))
+
+
+@contextlib.contextmanager
+def errors_of_torch() -> Iterator[None]:
+    """An exception that is torch's own, in whatever words, and none of this library's."""
+    try:
+        yield
+    except RuntimeError as error:  # pytest.raises would keep its frames alive, and all in them
+        assert not isinstance(error, ig.ImplicitGradError), error
+    else:
+        pytest.fail("torch raised nothing")
 
 
 def in_threads(work: Callable[[int], Any], count: int = 8) -> list[Any]:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from problems import minimize, normal, prox
+from problems import errors_of_torch, minimize, normal, prox
 
 import implicit_grad as ig
 
@@ -421,9 +421,8 @@ def test_a_minimisers_own_type_error_comes_through(bounds):
 def test_torchs_own_error_at_a_second_backward_comes_through():
     phi = ig.implicit(good, CONDITION)(normal(3, seed=1), normal(4, 3, seed=2))
     phi.sum().backward()
-    with pytest.raises(RuntimeError, match="backward through the graph a second time") as caught:
+    with errors_of_torch():
         phi.sum().backward()
-    assert not isinstance(caught.value, ig.ImplicitGradError)
 
 
 def test_an_interrupt_within_a_module_gives_its_buffers_back():
@@ -449,7 +448,7 @@ def test_the_objectives_own_exception_comes_through_and_buffers_go_back():
         norm(X)
         return norm(X[:, :2]).sum()
 
-    with pytest.raises(RuntimeError, match="running_mean should contain 2 elements"):
+    with errors_of_torch():
         ig.implicit(good, ig.proximal(broken, LAM))(normal(3), normal(4, 3))
     assert [id(b) for b in norm.buffers()] == buffers
     assert int(norm.num_batches_tracked) == 0 and not hooks

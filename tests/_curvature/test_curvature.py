@@ -215,8 +215,6 @@ LADDER = {
     ),
     "LSTM": (lambda: Then(nn.LSTM(4, 2, batch_first=True)), SEQUENCE, "hessian"),
 }
-# torch's own words, or ours where torch is silent and wrong
-NO_SECOND = "not implemented|double backward|marked as once_differentiable"
 SECOND_RUNG = [name for name, (*_, rung) in LADDER.items() if rung == FINITE]
 LAM, LR = 3.0, 0.1
 DESCENT = ig.solvers.GradientDescent(lr=LR, tol=1e-13)
@@ -317,7 +315,7 @@ def test_a_pinned_rung_is_not_left(name, kind):
         return functional_call(model, phi, (x,))
 
     solve = ig.implicit(here, ig.proximal(error, LAM, model=output), curvature=kind, **QUIET)
-    with pytest.raises((RuntimeError, NotImplementedError), match=NO_SECOND):
+    with pytest.raises(RuntimeError):
         gradients(solve(theta), list(theta.values()))
 
 
@@ -357,7 +355,7 @@ def test_no_second_derivatives_off_the_first_rung(name):
     theta = dict(model.named_parameters())
     condition = ig.proximal(lambda phi: error(functional_call(model, phi, (x,))), LAM)
     phi = ig.implicit(here, condition, **QUIET)(theta)
-    with pytest.raises((RuntimeError, NotImplementedError), match=NO_SECOND):
+    with pytest.raises(RuntimeError):
         gradients(gradients(phi, list(theta.values()), create_graph=True), list(theta.values()))
 
 

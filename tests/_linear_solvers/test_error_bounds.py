@@ -162,7 +162,7 @@ def test_the_bound_holds_and_is_tight(dtype, count):
     assert len(ratios) > 1_000 and len(early) > 0.7 * len(ratios)
     assert statistics.median(ratios) <= 2.0
     assert sum(ratio <= 30 for ratio in ratios) >= 0.96 * len(ratios)
-    assert sum(ratio <= 30 for ratio in early) >= 0.995 * len(early)
+    assert sum(ratio <= 30 for ratio in early) >= 0.99 * len(early)
 
 
 def test_the_bound_holds_for_products_in_bfloat16():
@@ -312,7 +312,7 @@ def test_an_estimated_mu_is_called_an_estimate(rtol_error):
         total += 1
         limit = rtol_error * problem.norm(solution.x.double().numpy())
         within += problem.error(solution.x) <= limit
-    assert total > 90 and within >= 0.85 * total
+    assert total > 75 and within >= 0.85 * total
 
 
 @pytest.mark.parametrize("known_mu", [True, False])

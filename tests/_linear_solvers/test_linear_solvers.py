@@ -425,7 +425,7 @@ def test_the_residual_is_recomputed_where_something_was_promised(solver, rtol_er
 
 @pytest.mark.parametrize("solver", [ig.CG, ig.MINRES, ig.NormalCG, ig.Neumann, ig.Exact])
 def test_options_go_by_name(solver):
-    with pytest.raises(TypeError, match="positional argument"):
+    with pytest.raises(TypeError):
         solver(1)
 
 

@@ -5,7 +5,7 @@ import itertools
 import optree
 import pytest
 import torch
-from problems import PROBLEMS, Instance, tensors
+from problems import PROBLEMS, Instance, errors_of_torch, tensors
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -223,7 +223,7 @@ def test_captured_tensors_are_refused_under_transforms():
     for transformed in (grad(through_capture), jacfwd(through_capture)):
         with pytest.raises(ig.GraphError, match="captured a tensor"):
             transformed(torch.tensor(0.5))
-    with pytest.raises(RuntimeError, match="escaped from inside a function being vmapped"):
+    with errors_of_torch():
         vmap(through_capture)(torch.tensor([0.5, 0.6]))
 
 

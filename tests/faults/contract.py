@@ -14,7 +14,7 @@ from typing import Any
 import learn2learn as l2l
 import pytest
 import torch
-from problems import in_threads, normal, prox
+from problems import errors_of_torch, in_threads, normal, prox
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.functional import mse_loss
@@ -82,7 +82,7 @@ def overwritten_batch(user: User) -> None:
     X = problem()[1]
     phi = ig.implicit(lambda t: good(t, X), ig.proximal(lambda p: loss(p, X), LAM))(theta)
     X.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with errors_of_torch():
         grad(phi.sum(), theta)
     model = network()
     user.owns(model)
@@ -91,7 +91,7 @@ def overwritten_batch(user: User) -> None:
         adapt(learner, lambda: mse_loss(learner(x), y), style)  # noqa: B023
         outer = sum(p.square().sum() for p in learner.parameters())
         x.zero_()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with errors_of_torch():
             grad(outer, list(model.parameters()))
 
 
@@ -289,7 +289,7 @@ def backward_twice_without(user: User) -> None:
         node = weakref.ref(phi.grad_fn.problem)
         outer = phi.square().sum()
         grad(outer, theta)
-        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        with errors_of_torch():
             grad(outer, theta)
         del phi, outer
         assert node() is None  # without the garbage collector
@@ -382,7 +382,7 @@ def anomaly(user: User) -> None:
         warnings.simplefilter("ignore", UserWarning)  # that anomaly mode is on
         with torch.autograd.detect_anomaly():
             phi = solve(theta, X)
-            with pytest.raises(RuntimeError, match=r"Function '\w+' returned nan values"):
+            with errors_of_torch():
                 grad(phi, theta, torch.full((3,), float("nan")))
 
 
