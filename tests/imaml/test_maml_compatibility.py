@@ -132,7 +132,7 @@ def test_one_first_order_step_is_learn2learns():
         learner = maml.clone()
         learner.adapt(error(learner, support))
         outcomes.append(gradients(error(learner, query), maml.parameters()))
-    close(*outcomes, 1e-15)
+    close(*outcomes)
 
 
 def test_gradients_reach_the_original_through_a_clone():
