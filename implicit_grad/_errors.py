@@ -62,6 +62,7 @@ class Status(enum.IntEnum):
     DEGENERATE = -8
     DIVERGED = -9
     BAD_PRECONDITIONER = -10
+    DEPENDENT_CONSTRAINTS = -11
 
     @property
     def ok(self) -> bool:
@@ -125,6 +126,11 @@ _SENTENCES = {
     Status.DEGENERATE: (
         "a constraint of the inner problem is active by chance (its multiplier is zero), so phi "
         "has a kink there and no derivative; the gradient is that of one side"
+    ),
+    Status.DEPENDENT_CONSTRAINTS: (
+        "active constraints depend on each other at phi, but part ways as an argument changes or "
+        "phi moves along them, so phi may have a kink there; the gradient is that for some of them "
+        "as equations. Remove those that others imply, or let one argument move them together"
     ),
 }
 

@@ -41,16 +41,19 @@ class argmin(Condition):
             coefficients into a bound on its error (`Report.solve_error_bound`).
         model: if given, the objective is `objective(model(phi, *args), *args)`; this form allows
             Gauss-Newton products. What penalises phi itself has to be among the model's outputs.
-        bounds: `(lower, upper)`, each None, a number, a tensor or a container in the form of φ; or
-            a function of the solver's arguments that returns such a pair.
+        bounds: `(lower, upper)`, each None, a number, a tensor or a container in the form of φ, of
+            numbers, tensors and None; or a function of the solver's arguments that returns such a
+            pair.
         equality: `equality(phi, *args)` returns tensors that are 0 at a solution.
         inequality: `inequality(phi, *args)` returns tensors that are at most 0 at a solution.
         tasks: φ is a batch of solutions of separate problems, along the first dimension of each
             of its tensors; `objective` then returns one value for each, and CG solves for each.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
-    are found from φ; where one holds by chance (a multiplier of 0), φ has no derivative, and the
-    status says so (Fiacco, 1976, Sensitivity analysis for nonlinear programming).
+    are found from φ. They may depend on each other, as copies do or an equation written as two
+    inequalities. Where one holds by chance (its multiplier is 0 in all that are right), or where
+    some that depend on each other part ways as an argument changes, φ has a kink, and the status
+    says so (Fiacco, 1976, Sensitivity analysis for nonlinear programming).
     """
 
     objective: Callable[..., Tensor]
@@ -105,6 +108,9 @@ class argmin(Condition):
             return total("argmin: objective", function(phi)[0], tasks_of(self, phi))
 
         return objective, self.constraints.for_minimizer(call.args, call.kwargs)
+
+    def check_call(self, call: Call) -> None:
+        self.constraints.check(call.args, call.kwargs)
 
     def for_tasks(self) -> Condition | None:
         if self.constraints or self.tasks:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.bounds import spread
+from implicit_grad._conditions.active_set import ActiveSet, Bounds, active_set, split
+from implicit_grad._conditions.bounds import check_pair, spread
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._errors import InvalidArgumentError, Status, describe
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.products import gradient, vjp
-from implicit_grad._torch.pytree import Flat, Tensors
-
-# A constraint counts as active when it is this close to its limit, relative to the size of what it
-# limits, and its multiplier as zero when it is this small, relative to the objective's gradient.
-_CLOSE = 0.4  # as a power of the dtype's eps: 5e-7 in float64, 2e-3 in float32
-
-
-# Closer than this without a multiplier, it is active by chance: 1e-8 in float64, 3e-4 in float32.
-_TOUCHING = 0.5
+from implicit_grad._torch.pytree import Tensors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,12 +35,8 @@ class Constraints:
     inequality: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
-        pair = isinstance(self.bounds, tuple) and len(self.bounds) == 2
-        if self.bounds is not None and not pair and not callable(self.bounds):
-            raise InvalidArgumentError(
-                "argmin: bounds must be a pair (lower, upper), either of which may be None, or a "
-                f"function of the solver's arguments that returns one; got {describe(self.bounds)}"
-            )
+        if not callable(self.bounds):
+            check_pair("argmin", self.bounds)
         for name in ("equality", "inequality"):
             function = getattr(self, name)
             if function is not None and not callable(function):
@@ -82,122 +71,45 @@ class Constraints:
         self, objective: Objective, phi: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Tensors, Callable[[], Linearization]]:
         """All that was evaluated at φ, and F from it."""
-        pair = self._pair(args, kwargs) if self.bounds is not None else (None, None)
-        lower, upper = (spread(bound, phi) for bound in pair)
+        lower, upper = spread("argmin", self._pair(args, kwargs), phi)
         equality, inequality = (
             [] if function is None else _elements(name, function(phi, *args, **kwargs))
             for name, function in (("equality", self.equality), ("inequality", self.inequality))
         )
         outputs = [t for t in (*lower, *upper, *equality, *inequality) if t is not None]
         return (objective.value, *outputs), lambda: _linearize(
-            objective, _Bounds(lower, upper), equality, inequality
+            objective, Bounds(lower, upper), equality, inequality
         )
 
-    def _pair(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        lower, upper = self.bounds(*args, **kwargs) if callable(self.bounds) else self.bounds
-        return lower, upper
+    def check(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Raise if bounds are wrong for these arguments, whatever φ will be."""
+        if self.bounds is not None:
+            with torch.no_grad():
+                check_pair("argmin", self._pair(args, kwargs))
 
-
-class _Bounds(NamedTuple):
-    """For each tensor of φ its lower and its upper bound."""
-
-    lower: list[Tensor | None]
-    upper: list[Tensor | None]
-
-    def at(self, phi: Tensors, close: float) -> tuple[Tensor, Tensor]:
-        """Which elements of the flat φ lie at their lower, and which at their upper bound."""
-
-        def near(bound: Tensor | None, p: Tensor, sign: int) -> Tensor:
-            if bound is None:
-                return torch.zeros_like(p, dtype=torch.bool)
-            return sign * (p - bound) <= close * p.abs().clamp_min(1.0)
-
-        return tuple(  # type: ignore[return-value]
-            torch.cat([near(b, p, s).flatten() for b, p in zip(bounds, phi, strict=True)])
-            for bounds, s in ((self.lower, 1), (self.upper, -1))
-        )
-
-    def values(self, phi: Tensors, at_lower: Tensors) -> Tensors:
-        """For elements at a bound, the bound."""
-        return tuple(
-            torch.where(down, p if lo is None else lo, p if up is None else up)
-            for p, down, lo, up in zip(phi, at_lower, self.lower, self.upper, strict=True)
-        )
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether a bound requires grad."""
-        return any(b is not None and b.requires_grad for b in (*self.lower, *self.upper))
+    def _pair(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return self.bounds(*args, **kwargs) if callable(self.bounds) else self.bounds
 
 
 def _linearize(
-    objective: Objective, bounds: _Bounds, equality: list[Tensor], inequality: list[Tensor]
+    objective: Objective, bounds: Bounds, equality: list[Tensor], inequality: list[Tensor]
 ) -> Linearization:
     """F around φ for the active set there."""
-    phi = objective.phi
-    flat = Flat(phi)
-    close = flat.eps**_CLOSE
-    with torch.no_grad():
-        slope = flat.ravel(gradient(objective.value, phi))
-        size = close * float(slope.abs().max()) if slope.numel() else 0.0
-        near_lower, near_upper = bounds.at(phi, close)
-        beyond_lower, beyond_upper = bounds.at(phi, -close)
-        # what is violated has to be felt in F, whatever its multiplier
-        values = torch.stack(inequality).tolist() if inequality else []
-        near = [g for g, value in zip(inequality, values, strict=True) if abs(value) <= close]
-        equality = [*equality, *(g for g, v in zip(inequality, values, strict=True) if v > close)]
-        free = ~(near_lower | near_upper)
-        jacobian = _jacobian([*equality, *near], phi, flat)
-        mu, kept = _multipliers(slope, jacobian, len(equality), free, size)
-        rows = [g for g, stays in zip([*equality, *near], kept.tolist(), strict=True) if stays]
-        force = slope + mu @ jacobian[kept]
-        if _rank(jacobian[kept] * free) < _rank(jacobian[kept]):
-            # a corner: there are too few free elements to tell the multipliers of the rows from
-            # those of the bounds, but enough constraints to hold all elements where they are
-            at_lower, at_upper = near_lower, near_upper
-        else:
-            # at a bound the force pushes outwards; where there is none, the bound does not act
-            at_lower = (near_lower & (force > size)) | beyond_lower
-            at_upper = (near_upper & (force < -size)) | beyond_upper
-        touching = flat.eps**_TOUCHING
-        resting = torch.logical_or(*bounds.at(phi, touching)) & ~(at_lower | at_upper)
-        acting = kept[len(equality) :].tolist()
-        idle = [g for g, acts in zip(near, acting, strict=True) if not acts]
-        degenerate = any(bool(g.abs() <= touching) for g in idle)
-        degenerate = degenerate or bool((resting & (force.abs() <= size)).any())
-    return KKTSystem(objective, bounds, rows, mu, at_lower, at_upper, degenerate)
-
-
-def _multipliers(
-    slope: Tensor, jacobian: Tensor, equations: int, free: Tensor, size: float
-) -> tuple[Tensor, Tensor]:
-    """μ by least squares on the free elements, and which rows act: the first ones always do."""
-    kept = torch.ones(len(jacobian), dtype=torch.bool, device=jacobian.device)
-    always = torch.arange(len(jacobian), device=jacobian.device) < equations
-    while True:
-        acting = jacobian[kept] * free
-        mu = torch.linalg.pinv(acting.T) @ -slope
-        idle = (mu * acting.norm(dim=1) <= size) & ~always[kept]
-        if not bool(idle.any()):
-            return mu, kept
-        kept[kept.clone()] = ~idle
-
-
-def _jacobian(rows: list[Tensor], phi: Tensors, flat: Flat) -> Tensor:
-    """The gradients of constraints, one a row."""
-    if not rows:
-        return flat.ravel(phi).detach().new_zeros(0, sum(p.numel() for p in phi))
-    return torch.stack([flat.ravel(vjp([c], phi, [torch.ones_like(c)])) for c in rows])
-
-
-def _rank(matrix: Tensor) -> int:
-    return int(torch.linalg.matrix_rank(matrix)) if matrix.numel() else 0
+    with torch.enable_grad():
+        slope = gradient(objective.value, objective.phi)
+    with torch.no_grad(), objective.guard():
+        active = active_set(slope, objective.phi, bounds, equality, inequality)
+        kink = active.kink(objective.phi, bounds)
+    return KKTSystem(objective, slope, bounds, active, kink)
 
 
 class KKTSystem(Linearization):
     """F of φ and the multipliers μ: [∂ℒ/∂φ; c], with elements of φ at their bounds held there.
 
     A = [[∂²ℒ, Jᵀ], [J, 0]] is symmetric, on the free elements; for the others it is the identity.
+    Of rows that depend on each other an independent set is in c, so that A is as regular as φ is
+    determined; the others are in ℒ, with multipliers that are held fixed. All rows of A are of one
+    size: those of c, and the identity, are multiplied by what makes them as large as ∂²ℒ.
     """
 
     curvature = "lagrangian"
@@ -205,34 +117,32 @@ class KKTSystem(Linearization):
     def __init__(
         self,
         objective: Objective,
-        bounds: _Bounds,
-        rows: list[Tensor],
-        mu: Tensor,
-        at_lower: Tensor,
-        at_upper: Tensor,
-        degenerate: bool,
+        slope: Tensors,
+        bounds: Bounds,
+        active: ActiveSet,
+        kink: Status | None,
     ) -> None:
         phi = objective.phi
         self._bounds, self._size = bounds, len(phi)
-        self._fixed = _split(at_lower | at_upper, phi)
+        self._fixed, self._unit = split(active.held, phi), active.stiffness
+        kept, scale = active.kept, active.stiffness / active.lengths
         with torch.enable_grad():
-            mu = mu.detach().to(phi[0].dtype).requires_grad_()
-            unknowns: Tensors = (*phi, mu) if rows else phi
-            value, constraint = objective.value, torch.stack(rows) if rows else mu
-            if rows:
-                value = value + (mu * constraint).sum()
-            stationarity = gradient(value, phi)
-            limits = bounds.values(phi, _split(at_lower, phi))
+            mu = (active.nu / scale)[kept].to(phi[0].dtype).requires_grad_()
+            nu = torch.cat([mu * scale[kept], active.nu[~kept]]).to(phi[0].dtype)
+            rows, others = active.divided()
+            pull = vjp([*rows, *others], phi, nu.unbind())
+            limits = bounds.values(phi, split(active.at_lower, phi))
+            stationarity = tuple(s + p for s, p in zip(slope, pull, strict=True))
             held = tuple(
-                torch.where(fixed, p - limit, s)
+                torch.where(fixed, self._unit * (p - limit), s)
                 for fixed, p, limit, s in zip(self._fixed, phi, limits, stationarity, strict=True)
             )
-        tail = (constraint,) if rows else ()
+            tail = (torch.stack(rows) * scale[kept].to(phi[0].dtype),) if rows else ()
         super().__init__(
             (*held, *tail),
-            unknowns,
+            (*phi, mu) if rows else phi,
             (*stationarity, *tail),
-            degenerate=degenerate,
+            degenerate=kink,
             guard=objective.guard,
         )
 
@@ -250,7 +160,7 @@ class KKTSystem(Linearization):
             return u
         moved = super().smooth_transposed((*self._free(u), *u[self._size :]))
         at_bounds = tuple(
-            torch.where(fixed, w - m, x)
+            torch.where(fixed, (w - m) / self._unit, x)
             for fixed, w, m, x in zip(self._fixed, v, moved, u, strict=False)
         )
         return (*at_bounds, *u[self._size :])
@@ -259,7 +169,8 @@ class KKTSystem(Linearization):
         """Aᵀu."""
         product = super().smooth_transposed((*self._free(u), *u[self._size :]))
         head = (
-            torch.where(fixed, x, p) for fixed, x, p in zip(self._fixed, u, product, strict=False)
+            torch.where(fixed, self._unit * x, p)
+            for fixed, x, p in zip(self._fixed, u, product, strict=False)
         )
         return (*head, *product[self._size :])
 
@@ -269,11 +180,6 @@ class KKTSystem(Linearization):
 
     def _free(self, v: Tensors) -> Tensors:
         return tuple(x.masked_fill(fixed, 0.0) for fixed, x in zip(self._fixed, v, strict=False))
-
-
-def _split(mask: Tensor, phi: Tensors) -> Tensors:
-    parts = torch.split(mask, [p.numel() for p in phi])
-    return tuple(part.view(p.shape) for part, p in zip(parts, phi, strict=True))
 
 
 def _elements(name: str, values: Any) -> list[Tensor]:

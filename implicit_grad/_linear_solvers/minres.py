@@ -46,11 +46,15 @@ class MINRES(Iterative):
         budget = self.budget(operator, rhs, unit)
         run = _MinimalResidual(operator.damped(self.damping), rhs, budget)
         run.iterate()
-        return run.solution(run.refine() if verify or not budget.fixed else None)
+        found = run.solution(run.refine() if verify or not budget.fixed else None)
+        # curvatures are 0 where M only links two groups of unknowns, such as φ and multipliers
+        return dataclasses.replace(found, norm=None if operator.scale is not None else run.size)
 
 
 class _MinimalResidual(Run):
     """Lanczos tridiagonalisation, and its QR factorisation by one rotation an iteration."""
+
+    size = 0.0  # of the tridiagonal matrix, and so of M, from below
 
     def iterate(self) -> None:
         """MINRES on operator · d = residual, adding d to x.
@@ -81,7 +85,7 @@ class _MinimalResidual(Run):
                 return self.fail(Status.NONFINITE_OPERATOR)
             self.meet(alpha / dot(v, v))
             beta_before, beta = beta, math.sqrt(square)
-            size = max(size, math.hypot(alpha, beta))
+            self.size = size = max(size, math.hypot(alpha, beta))
             # the last rotation, on the new column; then a new one, to make beta disappear
             delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
             epsilon_before, epsilon, delta_bar = epsilon, s * beta, -c * beta

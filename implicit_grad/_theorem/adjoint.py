@@ -51,7 +51,7 @@ def judged(solution: LinearSolution, around: Linearization) -> Status:
         return solution.status
     if around.is_hessian and not solution.substitute and least < 0:
         return Status.NEGATIVE_CURVATURE  # whatever the system's solution is, φ is no minimum
-    return Status.DEGENERATE if around.degenerate else solution.status
+    return around.degenerate or solution.status
 
 
 def solve_adjoint(

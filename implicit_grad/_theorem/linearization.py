@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import GraphError
+from implicit_grad._errors import GraphError, Status
 from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.products import vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
@@ -50,7 +50,7 @@ class Linearization:
         tasks: how many tasks there are along φ's first dimension; None if φ is one solution.
         convex: makes the same problem with an operator that is never indefinite, where it can.
         is_adjoint: whether F is itself the residual of an adjoint problem.
-        degenerate: whether φ lies at a kink, where F has no derivative.
+        degenerate: why φ has no derivative here, if it lies at a kink.
         guard: entered for the one product that goes past φ in the graph.
     """
 
@@ -70,7 +70,7 @@ class Linearization:
         tasks: int | None = None,
         convex: Callable[[], Linearization] | None = None,
         is_adjoint: bool = False,
-        degenerate: bool = False,
+        degenerate: Status | None = None,
         guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.make_residual = residual if callable(residual) else lambda: residual

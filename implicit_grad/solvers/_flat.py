@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import optree
 import torch
 from torch import Tensor
 
+from implicit_grad._conditions.bounds import Limits, spread
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._torch import pytree
 from implicit_grad._torch.products import gradient, vjp
@@ -43,43 +43,15 @@ class FlatBounds:
 
 def flat_bounds(bounds: Any, variables: Variables, coordinates: Coordinates) -> FlatBounds:
     """`(lower, upper)`, each None, a number, a tensor, or a container in the form of φ."""
-    name = variables.name
-    if bounds is not None and not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
-        raise InvalidArgumentError(
-            f"{name}: bounds must be a pair (lower, upper), got {describe(bounds)}"
-        )
-    lower, upper = (
-        coordinates.vector(tuple(_spread(bound, side, infinity, variables)))
-        for bound, side, infinity in zip(
-            bounds or (None, None), ("lower", "upper"), (-np.inf, np.inf), strict=True
-        )
-    )
-    if not (lower <= upper).all():
-        raise InvalidArgumentError(
-            f"{name}: bounds must not be NaN, and no lower bound greater than the upper; they are "
-            f"for {int((~(lower <= upper)).sum())} of {len(lower)} elements"
-        )
-    return FlatBounds(lower, upper)
 
-
-def _spread(bound: Any, side: str, infinity: float, variables: Variables) -> list[Tensor]:
-    """One tensor of bounds for each variable."""
-    like = optree.tree_leaves(variables.container, none_is_leaf=True, namespace=pytree.NAMESPACE)
-    try:
-        spread = optree.broadcast_prefix(
-            bound, variables.container, none_is_leaf=True, namespace=pytree.NAMESPACE
+    def vector(limits: Limits, infinity: float) -> Vector:
+        pairs = zip(limits, variables.start, strict=True)
+        return coordinates.vector(
+            tuple(torch.full_like(t, infinity) if b is None else b for b, t in pairs)
         )
-        found = {
-            id(t): torch.as_tensor(infinity if b is None else b).to(t.device, t.dtype).expand_as(t)
-            for b, t in zip(spread, like, strict=True)
-            if torch.is_tensor(t)
-        }
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InvalidArgumentError(
-            f"{variables.name}: the {side} bound must be None, a number, a tensor, or a container "
-            f"in the form of phi: {error}"
-        ) from None
-    return list(found.values())
+
+    lower, upper = spread(variables.name, bounds, variables.container)
+    return FlatBounds(vector(lower, -np.inf), vector(upper, np.inf))
 
 
 Vector = npt.NDArray[np.float64]
