@@ -186,6 +186,34 @@ def test_the_verdict_knows_no_units(seed, of_objective, of_phi, of_a_row):
         torch.testing.assert_close((by_y, by_x), J, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("of_a_row", [1e-9, 1.0, 1e9])
+def test_near_is_relative(unit, of_a_row):
+    """To the size of φ and of a row's gradient: what is far in their units is never near."""
+    y = torch.tensor([1.0, -2.0, 0.5]) * unit
+    condition = ig.argmin(
+        lambda z, y: (z - y).square().sum(),
+        bounds=(-1.5 * unit, None),
+        inequality=lambda z, y: of_a_row * (z.sum() - unit),
+    )
+    (J,), status = jacobian_and_status(condition, lambda y: y.clamp_min(-1.5 * unit), y)
+    assert status in RIGHT
+    torch.testing.assert_close(J, torch.diag(torch.tensor([1.0, 0.0, 1.0])))
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-10, 1e-7, 1e-3])
+@pytest.mark.parametrize("kind", ["bounds", "inequality"])
+def test_a_constraint_beside_an_accurate_solution(kind, distance):
+    """Within the accuracy of φ it is touched by chance; farther away there is nothing to say."""
+    limit = 1.0 + distance
+    given = (None, limit) if kind == "bounds" else (lambda z, y: z - limit)
+    y = torch.tensor([1.0, 0.3])
+    condition = ig.argmin(half_distance, **{kind: given})
+    (J,), status = jacobian_and_status(condition, torch.clone, y)
+    assert (status == "DEGENERATE") == (distance < 1e-8)
+    torch.testing.assert_close(J, torch.eye(2))
+
+
 # ---------------------------------------------------------------- problems that people have
 
 
