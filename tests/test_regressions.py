@@ -157,7 +157,7 @@ def test_a_cotangent_with_a_history_does_not_count_twice(double_precision):
 )
 @pytest.mark.parametrize("size", [1.0, 0.003])
 def test_a_corner_of_bounds_and_a_budget_does_not_move(double_precision, phi, upper, size):
-    returns = torch.tensor([4.0, 3.0, 1.0, 0.5]) * size
+    returns = torch.tensor([4.5, 3.0, 1.0, 0.5]) * size
 
     def objective(w, returns):
         return w.square().sum() / 2 * size - returns @ w

@@ -334,6 +334,18 @@ def test_right_and_silent(name, dense, dtype):
     )
 
 
+def test_a_tie_in_a_corner_is_a_kink():
+    """Marginal returns of 3 in the first and in the second: a little more, and the second is in."""
+    returns = torch.tensor([4.0, 3.0, 1.0, 0.5])
+    condition = ig.argmin(
+        lambda w, r: w.square().sum() / 2 - r @ w,
+        bounds=(0, 1),
+        equality=lambda w, r: w.sum() - 1,
+    )
+    _, status = jacobian_and_status(condition, lambda r: torch.tensor([1.0, 0, 0, 0]), returns)
+    assert status == "DEGENERATE"
+
+
 # ---------------------------------------------------------------- constraints that part ways
 
 PARTING = {
