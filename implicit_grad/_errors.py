@@ -63,6 +63,7 @@ class Status(enum.IntEnum):
     DIVERGED = -9
     BAD_PRECONDITIONER = -10
     DEPENDENT_CONSTRAINTS = -11
+    WRONG_PRODUCT = -12
 
     @property
     def ok(self) -> bool:
@@ -122,6 +123,13 @@ _SENTENCES = {
         "the preconditioner is not positive definite: for a residual r it gave a z that is not "
         "finite or has r·z <= 0. It has to approximate the inverse of a positive definite matrix "
         "and to be symmetric itself"
+    ),
+    Status.WRONG_PRODUCT: (
+        "the implicit gradient is wrong, because torch's derivatives of the condition's function "
+        "are not those of its values (a custom Function whose backward detaches, uses .data or "
+        "NumPy, or keeps an argument as a constant?). Write that backward in operations of torch "
+        'on what ctx.saved_tensors holds, or mark it once_differentiable; curvature="auto" or '
+        '"finite_difference" takes differences of gradients where they are right'
     ),
     Status.DEGENERATE: (
         "a constraint of the inner problem is active by chance (its multiplier is zero), so phi "

@@ -9,6 +9,7 @@ from typing import Any, overload
 from implicit_grad._conditions.argmin import argmin
 from implicit_grad._conditions.base import Condition
 from implicit_grad._curvature.auto import check_curvature
+from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.linearization import Curvature
@@ -33,6 +34,7 @@ def implicit(
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
     polish: int = 0,
+    check: Check = "once",
     rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
@@ -48,6 +50,7 @@ def implicit(
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
     polish: int = 0,
+    check: Check = "once",
     rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
@@ -62,6 +65,7 @@ def implicit(
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
     polish: int = 0,
+    check: Check = "once",
     rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
@@ -92,6 +96,12 @@ def implicit(
         polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller; with
             Hessian products and a linear solver run to a tolerance, the gradient's error is then
             second order in what the solver left unsolved.
+        check: whether products with A, and how F changes with the arguments, are held against
+            differences, at φ: "once" for this solver and each kind of graph, "always" or "never".
+            The condition's function is then evaluated a few times more. If torch's derivatives are
+            wrong (custom Functions whose backward detaches or uses NumPy), differences take over
+            with curvature="auto"; else, or where they are wrong too, the status is WRONG_PRODUCT.
+            Where rounding or kinks leave it open, and in half precision, nothing is said.
         rtol_gradient: stop the linear solve as soon as the relative error of u is below this, by
             a bound where the strong convexity is known, else by an estimate (the report says
             which); and a minimiser of `implicit_grad.solvers` without a tolerance of its own when
@@ -165,7 +175,8 @@ def implicit(
         strong_convexity=condition.strong_convexity_with(curvature),
         rtol_gradient=rtol_gradient,
     )
-    setup = Setup(condition, linear_solver, reporting, curvature, polish)
+    check_option(check, "implicit")
+    setup = Setup(condition, linear_solver, reporting, curvature, polish, Checks(check))
 
     def wrap(solver: Solver) -> ImplicitSolver:
         return _wrapped(solver, setup, init)

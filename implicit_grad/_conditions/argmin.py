@@ -124,7 +124,7 @@ class argmin(Condition):
         value = total("argmin: objective", returned, tasks)
         objective = Objective(value, variables, outputs=outputs, again=again, tasks=tasks)
         if not self.constraints:
-            return Snapshot((value,), functools.partial(linearize, objective))
+            return Snapshot((value,), functools.partial(linearize, objective), objective)
         check_distinct("argmin", phi, variables)
         evaluated, at_constraints = self.constraints.at(objective, phi, call.args, call.kwargs)
-        return Snapshot(evaluated, lambda _: at_constraints())
+        return Snapshot(evaluated, lambda _: at_constraints(), objective)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._theorem.linearization import Curvature, Linearization
 from implicit_grad._torch import pytree
@@ -24,6 +25,7 @@ class Snapshot:
 
     outputs: Tensors
     linearize: Callable[[Curvature], Linearization]
+    objective: Objective | None = None  # whose gradient F is made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Condition(abc.ABC):
     def for_tasks(self) -> Condition | None:
         """The condition for a batch of such problems, if there is a batched linear solve for it."""
         return None
+
+    def apart(self, call: Call) -> Any:
+        """Arguments that the user's function is not handed."""
+        return ()
 
     def check_call(self, call: Call) -> None:  # noqa: B027  (most conditions accept any call)
         """Raise if the arguments cannot work, before the solver runs."""

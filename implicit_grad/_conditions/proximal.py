@@ -79,6 +79,9 @@ class proximal(Condition):
     def strong_convexity_with(self, curvature: Curvature) -> float | None:
         return 1.0 if self.convex else None
 
+    def apart(self, call: Call) -> Any:
+        return call.args[0], call.parameters
+
     def check_call(self, call: Call) -> None:
         if not call.args:
             raise InvalidArgumentError(
@@ -126,7 +129,7 @@ class proximal(Condition):
             return pull.stationarity(slope, variables, pytree.leaves(theta), slots)
 
         objective = Objective(value, variables, stationarity, outputs, again, tasks=tasks)
-        return Snapshot((value,), functools.partial(linearize, objective))
+        return Snapshot((value,), functools.partial(linearize, objective), objective)
 
 
 class _Stacked(proximal):

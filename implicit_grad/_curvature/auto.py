@@ -35,10 +35,55 @@ def linearize(objective: Objective, curvature: Curvature) -> Linearization:
     if once_differentiable([objective.value], objective.phi):
         raise GraphError(
             f'curvature="{curvature}": between phi and the objective, a custom Function is '
-            "marked as once_differentiable, or a function is compiled (torch.compile), and has "
-            'no second derivative; use "auto"'
+            "marked as once_differentiable, or a function is compiled (torch.compile), or "
+            'F.linear_cross_entropy works in chunks, and has no second derivative; use "auto"'
         )
-    return GaussNewton(objective) if curvature == "gauss_newton" else Hessian(objective)
+    try:
+        make = _GaussNewton if curvature == "gauss_newton" else _WithAdvice
+        return make(objective)
+    except (RuntimeError, NotImplementedError) as error:
+        raise_if_missing(error, curvature)
+        raise
+
+
+def lacks_second_derivative(error: Exception) -> bool:
+    """Whether torch says that an operation has no second derivative."""
+    return not isinstance(error, GraphError) and bool(_NO_DOUBLE_BACKWARD.search(str(error)))
+
+
+def raise_if_missing(error: Exception, curvature: str) -> None:
+    """What torch says of an operation without second derivative, with advice."""
+    if lacks_second_derivative(error):
+        raise GraphError(
+            f'curvature="{curvature}": an operation of the inner objective has no second '
+            f'derivative in torch ({error}); use "auto" or "finite_difference", which take '
+            "differences of gradients (with imaml: learner.adapt(lambda: loss(...))), or another "
+            "form of the operation"
+        ) from error
+
+
+class _WithAdvice(Hessian):
+    """Where torch says that a second derivative is missing, so do we, and what to do."""
+
+    def smooth_transposed(self, u: Tensors) -> Tensors:
+        """∇²value u."""
+        try:
+            return super().smooth_transposed(u)
+        except (RuntimeError, NotImplementedError) as error:
+            raise_if_missing(error, self.curvature)
+            raise
+
+    def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        """(∂F/∂inputs)ᵀu."""
+        try:
+            return super().pullback(u, inputs)
+        except (RuntimeError, NotImplementedError) as error:
+            raise_if_missing(error, self.curvature)
+            raise
+
+
+class _GaussNewton(_WithAdvice, GaussNewton):
+    """With that advice."""
 
 
 class AutoCurvature(Linearization):
@@ -52,7 +97,7 @@ class AutoCurvature(Linearization):
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
         once = once_differentiable([objective.value], objective.phi)
-        self._rung = parts = self._differences(None) if once else Hessian(objective)
+        self._rung = parts = self._differences(None) if once else self._first_rung()
         super().__init__(
             parts.make_residual,
             parts.phi,
@@ -64,6 +109,14 @@ class AutoCurvature(Linearization):
             convex=parts.convex,
             guard=objective.guard,
         )
+
+    def _first_rung(self) -> Linearization:
+        try:
+            return Hessian(self._objective)
+        except (RuntimeError, NotImplementedError) as error:
+            if not lacks_second_derivative(error):
+                raise
+            return self._differences(error)
 
     @property
     def curvature(self) -> str:  # type: ignore[override]
@@ -102,7 +155,7 @@ class AutoCurvature(Linearization):
         try:
             return product()
         except (RuntimeError, NotImplementedError) as error:
-            if not _NO_DOUBLE_BACKWARD.search(str(error)):
+            if not lacks_second_derivative(error):
                 raise
             self._rung = self._differences(error)
         return product()

@@ -61,7 +61,11 @@ class FiniteDifference(Hessian):
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu: what λ(φ − θ) adds, and differences of the gradients by the inputs."""
         exact = super().pullback(u, inputs)
-        return tuple(map(torch.add, exact, self._differences(u, inputs)[len(u) :]))
+        return tuple(map(torch.add, exact, self.smooth_pullback(u, inputs)))
+
+    def smooth_pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        """The same of ∇value alone."""
+        return self._differences(u, inputs)[len(u) :]
 
     def _differences(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """The derivatives of ∇value along u in φ, with respect to φ and to the inputs."""

@@ -9,7 +9,7 @@ import torch
 
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._theorem.linearization import Linearization
-from implicit_grad._torch.batch_norm import lean_batch_norms
+from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import gradient, vjp
 from implicit_grad._torch.pytree import Tensors
 
@@ -47,7 +47,7 @@ class Hessian(Linearization):
 
     def _slope(self) -> Tensors:
         """∇value."""
-        with lean_batch_norms([self.objective.value], self.objective.phi, self.objective.own):
+        with own_backwards([self.objective.value], self.objective.phi, self.objective.own):
             return gradient(self.objective.value, self.objective.phi)
 
 
@@ -78,3 +78,24 @@ class GaussNewton(Hessian):
         in_outputs = vjp(self._to_phi, self._dummy, u)
         curved = vjp(self._loss_gradient, self._outputs, in_outputs)
         return vjp(self._outputs, self.phi, curved)
+
+    def jacobian_is_inconsistent(self, x: Tensors) -> bool:
+        """Whether J x, by the derivative of a backward pass, is not what that pass says of it."""
+        random = torch.Generator().manual_seed(1)
+        w = tuple(
+            torch.randn(o.shape, generator=random).to(o.device, o.dtype) for o in self._outputs
+        )
+        with torch.no_grad():
+            pairs = (
+                (vjp(self._to_phi, self._dummy, x), w),
+                (vjp(self._outputs, self.phi, w), x),
+            )
+        (forwards, size), (backwards, size_too) = map(_dot_and_sizes, pairs)
+        return abs(forwards - backwards) > 1e-3 * max(size, size_too)
+
+
+def _dot_and_sizes(pair: tuple[Tensors, Tensors]) -> tuple[float, float]:
+    """xᵀy, and its usual size if x and y have nothing to do with each other."""
+    products = [(x * y).flatten().double().cpu() for x, y in zip(*pair, strict=True)]
+    flat = torch.cat(products)
+    return float(flat.sum()), float(flat.norm())

@@ -163,6 +163,7 @@ class LinearSolver(abc.ABC):
         tells_error: whether it can stop by `Operator.rtol_error`.
         takes_tasks: whether it has `solve_tasks`, with its present options.
         needs_convex: whether it may ask for `Operator.convex`.
+        takes_both_products: whether it needs products with Mᵀ as well as with M.
         damping: what it adds to M's diagonal.
     """
 
@@ -171,6 +172,7 @@ class LinearSolver(abc.ABC):
     tells_error: ClassVar[bool] = False
     takes_tasks: bool = False
     needs_convex: bool = False
+    takes_both_products: ClassVar[bool] = False
     damping: float = 0.0
 
     def for_call(self) -> LinearSolver:

@@ -35,6 +35,7 @@ class NormalCG(Iterative):
     """
 
     symmetric_only: ClassVar[bool] = False
+    takes_both_products: ClassVar[bool] = True
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         """CGLS: the residual s of the system is carried, that of the normal equations is Mᵀs."""

@@ -28,6 +28,16 @@ class Stationarity(NamedTuple):
     anchors: Mapping[int, tuple[int, Tensor]] = MappingProxyType({})
 
 
+class Finding(NamedTuple):
+    """What a check of products found to be wrong, and whether differences of gradients are right.
+
+    Only with curvature="auto" may they take over.
+    """
+
+    sentence: str
+    differences_take_over: bool
+
+
 class SwitchedToDifferences(Exception):
     """Products are of another kind, and precision, from now on: solve again."""
 
@@ -50,6 +60,7 @@ class Linearization:
         tasks: how many tasks there are along φ's first dimension; None if φ is one solution.
         convex: makes the same problem with an operator that is never indefinite, where it can.
         is_adjoint: whether F is itself the residual of an adjoint problem.
+        finding: what a check of its products found, if they are wrong or were replaced.
         degenerate: why φ has no derivative here, if it lies at a kink.
         guard: entered for the one product that goes past φ in the graph.
     """
@@ -57,6 +68,7 @@ class Linearization:
     curvature = "jacobian"  # of what A is made, for reports
     is_hessian = False  # A is the second derivative of an objective, or stands for it
     precision: float | None = None  # relative, of the products; None: that of the tensors
+    finding: Finding | None = None
 
     def __init__(
         self,
@@ -81,6 +93,11 @@ class Linearization:
         self.is_adjoint, self.degenerate = is_adjoint, degenerate
         self._guard = guard
         self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether products are known to be wrong."""
+        return self.finding is not None and not self.finding.differences_take_over
 
     @property
     def residual(self) -> Tensors:

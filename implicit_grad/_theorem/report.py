@@ -56,6 +56,8 @@ class Report:
         substitute: what CG solved instead, once it had met negative curvature and was told to:
             "minres" or "gauss_newton"; None if nothing.
         damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
+        check: what the check of products found (see `implicit`), None if nothing: why they are
+            differences of gradients, or why the status is WRONG_PRODUCT.
     """
 
     status: Status
@@ -72,6 +74,7 @@ class Report:
     curvature: str
     substitute: str | None
     damping: float
+    check: str | None = None
 
 
 class Monitor:
@@ -139,7 +142,7 @@ class Reporting:
 
     def record(self, solved: Solved, around: Linearization) -> None:
         """Keep a report of each solve for the monitor, and warn or raise if one failed."""
-        fine = all(s.status.ok for s in solved.solutions) and not around.degenerate
+        fine = all(judged(s, around).ok for s in solved.solutions)
         if self.monitor is None and (
             (fine and not self.inner_solved) or self.on_failure == "ignore"
         ):
@@ -153,9 +156,9 @@ class Reporting:
             if report.status.ok:
                 continue
             if self.on_failure == "raise":
-                raise LinearSolveError(f"{report.status.sentence} ({_figures(report)})", report)
+                raise LinearSolveError(f"{_sentence(report)} ({_figures(report)})", report)
             # no figures here: Python shows a warning once only if its text does not change
-            warnings.warn(report.status.sentence, ImplicitGradWarning, stacklevel=2)
+            warnings.warn(_sentence(report), ImplicitGradWarning, stacklevel=2)
 
     def _reports(self, solved: Solved, around: Linearization) -> list[Report]:
         """One for each task, or for the only one."""
@@ -204,6 +207,7 @@ class Reporting:
             curvature=around.curvature,
             substitute=solution.substitute,
             damping=solved.damping,
+            check=None if around.finding is None else around.finding.sentence,
         )
 
     def _mu(self, around: Linearization) -> float | None:
@@ -231,6 +235,12 @@ def solve_and_record(
     solved = solve_adjoint(solver, around, v, verify, reporting.accuracy(around))
     reporting.record(solved, around)
     return solved.x
+
+
+def _sentence(report: Report) -> str:
+    if report.status is Status.WRONG_PRODUCT:
+        return f"{report.check}. So {report.status.sentence}"
+    return report.status.sentence
 
 
 def _figures(report: Report) -> str:

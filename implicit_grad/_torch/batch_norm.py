@@ -22,21 +22,16 @@ torch's own kernel for dx computes r P and the sums, so that two calls and nine 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit_grad._torch.graph import between
 from implicit_grad._torch.products import vjp
 from implicit_grad._torch.pytree import Tensors
 
-_NODE = "NativeBatchNormBackward0"  # cuDNN's is another, and stays as it is
-
-
-_MARK = "implicit_grad"  # of nodes that have been seen to
+NODE = "NativeBatchNormBackward0"  # cuDNN's is another, and stays as it is
 
 
 _TWICE = "NativeBatchNormBackwardBackward0"
@@ -45,37 +40,10 @@ _TWICE = "NativeBatchNormBackwardBackward0"
 _backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-@contextlib.contextmanager
-def lean_batch_norms(
-    values: Sequence[Tensor], phi: Sequence[Tensor], lasting: bool = False
-) -> Iterator[None]:
-    """Gradients with graphs, taken inside, go through batch norms between φ and values as above.
-
-    That concerns training mode in float32 and float64. Derivatives beyond the second need it to be
-    `lasting`, for they take the gradient of the first graph again.
-    """
-    handles = []
-    for node in between(values, phi):
-        if node.name() != _NODE or not node._saved_training or _MARK in node.metadata:
-            continue
-        if getattr(node._raw_saved_input, "unpack_hook", None) is not None:
-            continue  # inside of a checkpoint, what is saved can be read once only
-        if node._saved_input.dtype not in (torch.float32, torch.float64):
-            continue
-        handle = node.register_hook(_replacing(node))
-        if lasting:
-            node.metadata[_MARK] = True
-        else:
-            handles.append(handle)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _replacing(node: Any) -> Callable[..., tuple[Tensor | None, ...] | None]:
-    """A hook that gives the results of the node another graph."""
+def replacement(node: Any) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
+    """A hook that gives the results of the node another graph; in training, at full precision."""
+    if not node._saved_training or node._saved_input.dtype not in (torch.float32, torch.float64):
+        return None
     # not the node itself, which would keep itself alive
     x, w, eps = node._saved_input, node._saved_weight, node._saved_eps
     mean, invstd = node._saved_result1, node._saved_result2

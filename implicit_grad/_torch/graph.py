@@ -15,6 +15,14 @@ from implicit_grad._torch.pytree import Tensors
 _COMPILED = "torch._functorch._aot_autograd"
 
 
+# F.linear_cross_entropy in chunks: its backward hands on gradients that forward has computed.
+_CHUNKED = "GeneratedBackwardFor_torch_nn__linear_cross_entropy"
+
+
+# As benchmarks/census.py found; layer norm has a graph of our own.
+_WRONG_THIRD = {"LogcumsumexpBackward0", "PdistBackward0"}
+
+
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
@@ -70,16 +78,35 @@ def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
                 yield node
 
 
+def kind_of_graph(values: Sequence[Tensor]) -> frozenset[str]:
+    """Which operations are behind the values."""
+    return frozenset(node.name() for node in walk(values))
+
+
+def custom_functions(values: Sequence[Tensor], phi: Sequence[Tensor]) -> tuple[str, ...]:
+    """The names of custom Functions through which the values depend on φ."""
+    functions = {_below_vmap(getattr(n, "_forward_cls", None)) for n in between(values, phi)}
+    return tuple(sorted(f.__name__ for f in functions if f is not None))
+
+
+def wrong_third(values: Sequence[Tensor], phi: Sequence[Tensor]) -> tuple[str, ...]:
+    """The operations through which values depend on φ whose third derivatives torch gets wrong."""
+    return tuple(sorted({node.name() for node in between(values, phi)} & _WRONG_THIRD))
+
+
 def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool:
     """Whether a custom Function between φ and the values is marked as differentiable once.
 
-    Or is compiled. torch may take it, without a word, for a function without curvature.
+    Or is compiled, or one of torch's own that should be marked. torch may take it, without a word,
+    for a function without curvature.
     """
 
     def is_marked(node: Any) -> bool:
         function = _below_vmap(getattr(node, "_forward_cls", None))
         code = getattr(getattr(function, "backward", None), "__code__", None)
-        return code is _ONCE or getattr(function, "__module__", "").startswith(_COMPILED)
+        if code is _ONCE or getattr(function, "__name__", "").startswith(_CHUNKED):
+            return True
+        return getattr(function, "__module__", "").startswith(_COMPILED)
 
     return any(map(is_marked, between(values, phi)))
 

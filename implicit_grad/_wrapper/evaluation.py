@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import Again, Call, Condition, Snapshot
+from implicit_grad._curvature import check
+from implicit_grad._curvature.check import Checks
 from implicit_grad._errors import (
     GraphError,
     InvalidArgumentError,
@@ -20,9 +22,10 @@ from implicit_grad._errors import (
 from implicit_grad._linear_solvers.base import LinearSolver, norm
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.implicit_function import Problem
-from implicit_grad._theorem.linearization import Curvature, Linearization
+from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._theorem.reattached import reattached
 from implicit_grad._theorem.report import Reporting, solve_and_record
+from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, once_differentiable
 from implicit_grad._torch.isolation import RandomState, isolated
 from implicit_grad._torch.products import own_precision, stand_ins, variables
@@ -72,6 +75,7 @@ class Setup:
     reporting: Reporting
     curvature: Curvature = "auto"
     polish: int = 0
+    checks: Checks = dataclasses.field(default_factory=Checks)
 
 
 class Evaluation:
@@ -92,6 +96,7 @@ class Evaluation:
         self._phi: Tensors | None = None
         self._at_phi: Tensors = ()
         self._record: tuple[Snapshot, Tensors] | None = None
+        self._finding: Finding | None = None
         self._random: RandomState  # of when F was first evaluated
 
     def problem(self) -> Problem:
@@ -147,13 +152,54 @@ class Evaluation:
             self._check_dependence(leaves, at_phi)
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
+            self._finding = self.setup.checks.finding(snapshot.outputs, at_phi, self._checked)
         return tuple(t.detach() for t in self._phi)
 
     def recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
         """F around φ from the record, and the tensors that stand for the arguments in it."""
         assert self._record is not None
         snapshot, a = self._record
-        return snapshot.linearize(curvature or self.setup.curvature), (*a, *self.captured)
+        around = snapshot.linearize(curvature or self.curvature)
+        around.finding = self._finding
+        return around, (*a, *self.captured)
+
+    @property
+    def curvature(self) -> Curvature:
+        """The kind of products: that asked for, or differences if it was found to be wrong."""
+        found = self._finding
+        if found is not None and found.differences_take_over:
+            return "finite_difference"
+        return self.setup.curvature
+
+    def _checked(self) -> Finding | None:
+        """What is wrong with products around φ and with how F changes with the arguments."""
+        assert self._record is not None
+        (snapshot, _), setup, problem = self._record, self.setup, self._to_check()
+        if snapshot.objective is None:
+            around = snapshot.linearize(setup.curvature)
+            return check.check_residual(around, problem, self.linear_solver.takes_both_products)
+        if setup.curvature == "finite_difference":
+            return None
+        return check.check_objective(snapshot.objective, problem, setup.curvature)
+
+    def _checked_third(self) -> Finding | None:
+        """What is wrong with derivatives of products."""
+        assert self._record is not None
+        objective = self._record[0].objective
+        return None if objective is None else check.check_third(objective, self._to_check())
+
+    def _to_check(self) -> check.Problem:
+        assert self._record is not None
+        snapshot, a = self._record
+        apart = {id(t) for t in pytree.leaves(self.condition.apart(self._call(a)))}
+
+        def elsewhere(phi: Tensors, inputs: Tensors) -> Tensors:
+            return self._evaluate(phi, inputs[: len(a)] or a).outputs
+
+        movable = [i for i, t in enumerate(a) if id(t) not in apart]
+        return check.Problem(
+            snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable
+        )
 
     def around(self, phi: Tensors, curvature: Curvature) -> Linearization:
         """F around another φ, on the recorded arguments."""
@@ -185,6 +231,11 @@ class Evaluation:
         """F around φ as recorded, differentiable with respect to φ and the arguments."""
         if not self.condition.differentiable_twice:
             raise GraphError("second derivatives of a minimum under constraints are not available")
+        assert self._record is not None
+        outputs, at_phi = self._record[0].outputs, self._at_phi
+        third = self.setup.checks.finding(outputs, at_phi, self._checked_third, order=3)
+        for finding in filter(None, (self._finding, third)):
+            raise GraphError(f"second derivatives are not available: {finding.sentence}")
         return reattached(self.recorded, self.setup.curvature, phi, inputs)
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
+from implicit_grad._curvature import check
 from implicit_grad._curvature.auto import has_second_derivative, linearize
+from implicit_grad._curvature.check import Checks
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
-from implicit_grad._theorem.linearization import Curvature, Linearization
+from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._theorem.reattached import reattached
 from implicit_grad._theorem.report import Reporting, solve_and_record
-from implicit_grad._torch.graph import leaves_behind
+from implicit_grad._torch.graph import leaves_behind, wrong_third
 from implicit_grad._torch.isolation import RandomState, isolated
 from implicit_grad._torch.products import plain_gradient, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree
@@ -45,12 +47,15 @@ class Method:
     allow_unused: bool
     # whether the learners' loss has second derivatives, once that is known; shared by all clones
     verdict: list[bool]
+    checks: Checks  # shared too
 
-    def takes_differences(self, loss: Tensor, phi: Tensors) -> bool:
+    def takes_differences(self, loss: Tensor, phi: Tensors, finding: Finding | None) -> bool:
         """Whether finite differences are asked for, or are the first kind of product that works.
 
         They need the learner, which then is freed by the garbage collector only: hence the trial.
         """
+        if finding is not None and finding.differences_take_over:
+            return True
         if self.curvature == "auto" and not self.verdict:
             self.verdict.append(has_second_derivative(Objective(loss, phi)))
         return self.curvature == "finite_difference" or self.verdict == [False]
@@ -106,12 +111,30 @@ class Step:
     minimised: bool
     tasks: int | None
     replay: weakref.ref[Replay] | None = None
+    finding: Finding | None = None
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
         problem = Problem(self._values, self._linearize, self._solve, self._recorded)
         attached: Tensors = ImplicitFunction.apply(problem, *self.inputs, *self.captured)
         return attached
+
+    def checked(self, replay: Replay) -> Finding | None:
+        """What is wrong with products around φ, where the loss can be computed again."""
+        if self.method.curvature == "finite_difference":
+            return None
+
+        def look() -> Finding | None:
+            again = replay.loss_elsewhere
+            objective = Objective(
+                self.loss, self.phi, outputs=self.outputs, again=again, tasks=self.tasks
+            )
+            problem = check.Problem(
+                (self.loss,), self.phi, self.captured, lambda phi, _: (again(phi),)
+            )
+            return check.check_objective(objective, problem, self.method.curvature)
+
+        return self.method.checks.finding((self.loss,), self.phi, look)
 
     def drop(self) -> None:
         """Forget the loss and its graph, so that memory does not grow with the steps."""
@@ -129,6 +152,10 @@ class Step:
                 "was called with create_graph=True): its loss has derivatives before the step, and "
                 "not where it led. Pass a function: learner.adapt(lambda: loss(...))"
             )
+        wrong = wrong_third([self.loss], self.phi)
+        if self.finding is not None or wrong:
+            found = self.finding.sentence if self.finding else f"torch's of {wrong} are wrong"
+            raise GraphError(f"second derivatives are not available: {found}")
         return reattached(self._recorded, self.method.curvature, phi, inputs)
 
     def _recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
@@ -144,7 +171,16 @@ class Step:
             tasks=self.tasks,
             own=self.minimised,
         )
-        return linearize(objective, curvature or self.method.curvature), (*inputs, *self.captured)
+        around = linearize(objective, curvature or self.curvature)
+        around.finding = self.finding
+        return around, (*inputs, *self.captured)
+
+    @property
+    def curvature(self) -> Curvature:
+        """The kind of products: that asked for, or differences if it was found to be wrong."""
+        if self.finding is not None and self.finding.differences_take_over:
+            return "finite_difference"
+        return self.method.curvature
 
     def _place(self, pull: ProximalTerm) -> Tensors:
         """The adapted weights; where F's linear part is taken from its graph, in terms of φ."""
@@ -176,7 +212,6 @@ def _step(
     gate_of_phi: Gate,
     method: Method,
     minimised: bool = False,
-    replay: Replay | None = None,
 ) -> Step:
     return Step(
         loss=loss,
@@ -190,7 +225,6 @@ def _step(
         gate_of_phi=gate_of_phi,
         minimised=minimised,
         tasks=weights.tasks,
-        replay=None if replay is None else weakref.ref(replay),
     )
 
 
@@ -255,9 +289,11 @@ def minimise_closure(
         loss = replay.loss(phi)
         behind = {id(t) for t in leaves_behind([loss])}
         weights.check_used(tuple(p if id(p) in behind else None for p in phi), method.allow_unused)
-        differences = method.takes_differences(loss, phi)
-        needed = replay if differences else None
-        step = _step(weights, loss, phi, values, Gate(), method, True, needed)
+        step = _step(weights, loss, phi, values, Gate(), method, True)
+        finding = step.checked(replay)
+        needed = replay if method.takes_differences(loss, phi, finding) else None
+        again = None if needed is None else weakref.ref(needed)
+        step = dataclasses.replace(step, finding=finding, replay=again)
         weights.attach(values, step.sources(), keeping=needed)
         before = weights.current
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from implicit_grad._conditions.lam import LowRank, evaluated, proximal_term
 from implicit_grad._curvature.auto import check_curvature
+from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG
@@ -88,6 +89,7 @@ def imaml(
     linear_solver: LinearSolver | None = None,
     solver: Any = None,
     curvature: Curvature = "auto",
+    check: Check = "once",
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
 ) -> ImplicitMAML:
@@ -119,6 +121,10 @@ def imaml(
             default gradient descent with MAML's lr.
         curvature: "hessian" (the paper's), or "gauss_newton": leaves out the model's own
             curvature, never indefinite for the usual losses; recommended for few steps.
+        check: whether the products of `adapt(closure)` are held against differences of gradients:
+            "once" for all clones and each kind of graph, "always" or "never"; see `implicit`. The
+            closure is then called a few times more. `adapt(loss)` of a tensor cannot be checked,
+            for there is nothing to call again.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn", "raise" or "ignore".
 
@@ -128,6 +134,7 @@ def imaml(
     if linear_solver is None:
         linear_solver = CG(maxiter=5)
     _check(maml, linear_solver, solver, curvature)
+    check_option(check, "imaml")
     options: Any = maml  # learn2learn has no types
     return ImplicitMAML(
         options.module,
@@ -144,6 +151,7 @@ def imaml(
             inner_solved=means_to_solve(solver),
         ),
         curvature=curvature,
+        checks=Checks(check),
     )
 
 
@@ -163,6 +171,7 @@ class ImplicitMAML(nn.Module):
         solver: Any,
         reporting: Reporting,
         curvature: Curvature,
+        checks: Checks,
     ) -> None:
         super().__init__()
         self.module = module
@@ -174,6 +183,7 @@ class ImplicitMAML(nn.Module):
         self.tasks: int | None = None
         self._weights: Weights | None = None
         self._verdict: list[bool] = []
+        self._checks = checks
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -231,6 +241,7 @@ class ImplicitMAML(nn.Module):
             solver=self.solver,
             reporting=self.reporting,
             curvature=self.curvature,
+            checks=self._checks,
         )
         learner.training, learner._verdict = self.training, self._verdict
         learner.tasks = self.tasks if tasks is None else tasks
@@ -293,6 +304,7 @@ class ImplicitMAML(nn.Module):
             first_order=first_order,
             allow_unused=allow_unused,
             verdict=self._verdict,
+            checks=self._checks,
         )
 
     def _weights_of(self, module: nn.Module, tasks: int | None) -> Weights:

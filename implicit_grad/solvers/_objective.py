@@ -15,7 +15,7 @@ from implicit_grad._conditions.proximal_term import ProximalObjective
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
-from implicit_grad._torch.batch_norm import lean_batch_norms
+from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import gradient
 from implicit_grad._torch.pytree import Tensors
 
@@ -125,7 +125,7 @@ class Objective(Variables):
     def curved_at(self, phi: Tensors) -> tuple[Point, Linearization]:
         """Value and gradient, and the gradient's graph for products with the Hessian."""
         here, value = self._recorded(self._objective, phi)
-        with torch.enable_grad(), lean_batch_norms([value], here):
+        with torch.enable_grad(), own_backwards([value], here):
             around = Linearization(gradient(value, here), here)
         return Point(phi, value, tuple(g.detach() for g in around.residual)), around
 

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import implicit_grad as ig
 from implicit_grad._torch import batch_norm as second_batch_norm
-from implicit_grad._torch.batch_norm import lean_batch_norms
+from implicit_grad._torch import own_backward
 from implicit_grad._torch.graph import walk
+from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad.testing import peak_memory
 
 EPS = 0.1  # large enough to be noticed when it is forgotten
@@ -50,7 +51,7 @@ def problem(shape: tuple[int, ...], affine: bool, norm: Norm) -> tuple[Tensor, l
 
 
 def lean_slope(loss: Tensor, phi: list[Tensor]) -> tuple[Tensor, ...]:
-    with lean_batch_norms([loss], phi, lasting=True):
+    with own_backwards([loss], phi, lasting=True):
         return grad(loss, phi, create_graph=True)
 
 
@@ -165,7 +166,7 @@ def test_other_ways_to_call_it(kind: str):
 def test_gradients_without_a_graph_stay_as_they_are():
     loss, phi = problem((4, 3), True, torch_norm)
     expected = grad(loss, phi, retain_graph=True)
-    with lean_batch_norms([loss], phi):
+    with own_backwards([loss], phi):
         found = grad(loss, phi, retain_graph=True)
     assert not any(g.requires_grad for g in found)
     assert_close(found, expected, 0.0)
@@ -174,10 +175,10 @@ def test_gradients_without_a_graph_stay_as_they_are():
 def test_what_does_not_last_ends():
     loss, phi = problem((4, 3), True, torch_norm)
     before = kinds(grad(loss, phi, create_graph=True))
-    with lean_batch_norms([loss], phi):
+    with own_backwards([loss], phi):
         inside = kinds(grad(loss, phi, create_graph=True))
     assert inside != before == kinds(grad(loss, phi, create_graph=True))
-    with pytest.raises(ZeroDivisionError), lean_batch_norms([loss], phi):
+    with pytest.raises(ZeroDivisionError), own_backwards([loss], phi):
         raise ZeroDivisionError
     assert kinds(grad(loss, phi, create_graph=True)) == before
 
@@ -223,8 +224,9 @@ def test_hooks_of_the_users_on_the_same_node(when: str):
 
 def test_a_graph_is_seen_to_once(monkeypatch: pytest.MonkeyPatch):
     loss, phi = problem((4, 3), True, torch_norm)
-    counts, hooks, replacing = [], [], second_batch_norm._replacing
-    monkeypatch.setattr(second_batch_norm, "_replacing", lambda n: hooks.append(n) or replacing(n))
+    counts, hooks, replacing = [], [], second_batch_norm.replacement
+    replacements = own_backward._REPLACEMENTS
+    monkeypatch.setitem(replacements, NODE, lambda n: hooks.append(n) or replacing(n))
     for _ in range(3):
         slope = lean_slope(loss, phi)
         counts.append(sum(node.name() == "_BackwardBackward" for node in walk(slope)))

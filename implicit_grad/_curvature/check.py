@@ -1,0 +1,385 @@
+"""A check of the first product: whether torch's second derivative is the derivative of the first.
+
+Of some operations it silently is not: of custom Functions whose backward detaches, uses `.data` or
+runs in NumPy, and of a few of torch's own. What is found has a sentence that names the suspects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_grad._curvature.comparison import is_wrong, norm, size
+from implicit_grad._curvature.finite_difference import FiniteDifference
+from implicit_grad._curvature.hessian import GaussNewton, Hessian
+from implicit_grad._curvature.objective import Objective
+from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
+from implicit_grad._torch.graph import (
+    custom_functions,
+    kind_of_graph,
+    once_differentiable,
+    wrong_third,
+)
+from implicit_grad._torch.kinks import take_pieces
+from implicit_grad._torch.products import gradient, vjp, without_hooks
+from implicit_grad._torch.pytree import Tensors
+
+Check = Literal["once", "always", "never"]
+_COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
+
+
+Elsewhere = Callable[[Tensors, Tensors], Tensors]
+
+
+def check_option(check: object, where: str) -> None:
+    """Raise unless this says when to check."""
+    if check not in ("once", "always", "never"):
+        raise InvalidArgumentError(
+            f'{where}: check={check!r}: expected "once", "always" or "never"'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """When products are checked, and what came of it for each kind of graph so far."""
+
+    when: Check = "once"
+    found: dict[Hashable, Finding | None] = dataclasses.field(default_factory=dict, compare=False)
+
+    def finding(
+        self,
+        outputs: Tensors,
+        phi: Tensors,
+        look: Callable[[], Finding | None],
+        order: int = 2,
+    ) -> Finding | None:
+        """What `look` finds, or found the last time that a graph was of this kind."""
+        if self.when == "never":
+            return None
+        kind = order, kind_of_graph(outputs), tuple(p.dtype for p in phi)
+        if self.when == "always" or kind not in self.found:
+            self.found[kind] = look()
+        return self.found[kind]
+
+
+class Problem(NamedTuple):
+    """What is evaluated again for a check.
+
+    Attributes:
+        outputs: those of the user's function, at φ.
+        phi: the tensors that stand for φ in their graph.
+        inputs: those that stand for arguments, and what the function captured.
+        elsewhere: the outputs for other φ and other arguments; None changes nothing of them.
+        movable: how many of the inputs, the first ones, `elsewhere` takes.
+    """
+
+    outputs: Tensors
+    phi: Tensors
+    inputs: Tensors
+    elsewhere: Elsewhere
+    movable: Sequence[int] = ()
+
+    @property
+    def eps(self) -> float:
+        """The relative precision of the coarsest tensor."""
+        return max((torch.finfo(p.dtype).eps for p in self.phi), default=1.0)
+
+    @property
+    def moving(self) -> list[int]:
+        """The inputs along which there is something to check."""
+        return [i for i in self.movable if self.inputs[i].requires_grad]
+
+    def moved_inputs(self, away: Tensors, t: float) -> Tensors:
+        """All inputs, those that are moving at t·away from where they are."""
+        inputs = list(self.inputs)
+        for i, d in zip(self.moving, away, strict=True):
+            inputs[i] = torch.add(inputs[i].detach(), d, alpha=t)
+        return tuple(inputs)
+
+    @property
+    def suspects(self) -> str:
+        """Who may be to blame."""
+        names = custom_functions(self.outputs, (*self.phi, *self.inputs))
+        if names:
+            return f"of what the value goes through, suspect {', '.join(names)}"
+        return "suspect an operation of torch's own or a hook on a tensor"
+
+
+def check_objective(objective: Objective, problem: Problem, curvature: Curvature) -> Finding | None:
+    """What is wrong with products around φ, if anything is."""
+    if problem.eps > _COARSE or not problem.phi:
+        return None
+    if once_differentiable(problem.outputs, problem.phi):
+        return None  # which `linearize` knows how to deal with
+    try:
+        return _Objective(objective, problem).finding(curvature)
+    except Exception:  # a check must not end what works without it: what is wrong comes again
+        return None
+
+
+def check_third(objective: Objective, problem: Problem) -> Finding | None:
+    """What is wrong with third derivatives by φ, where there is something to suspect."""
+    wrong = wrong_third(problem.outputs, problem.phi)
+    if wrong:
+        return Finding(f"torch's third derivative of {', '.join(wrong)} is wrong", False)
+    if problem.eps > _COARSE or not custom_functions(problem.outputs, problem.phi):
+        return None
+    try:
+        return _Objective(objective, problem).third()
+    except Exception:  # as above
+        return None
+
+
+def check_residual(around: Linearization, problem: Problem, both_products: bool) -> Finding | None:
+    """The same where F is given, and not the gradient of anything."""
+    if problem.eps > _COARSE or not problem.phi:
+        return None
+    try:
+        return _Residual(around, problem, both_products).finding()
+    except Exception:  # as above
+        return None
+
+
+class _Objective:
+    """∇value along lines through φ and through the arguments."""
+
+    def __init__(self, objective: Objective, problem: Problem) -> None:
+        self._objective, self._problem = objective, problem
+        self._inputs = tuple(t for t in problem.inputs if t.requires_grad)
+        self._phi, self._guard = objective.phi, objective.guard
+        self._units = _units(self._phi) + _units(self._inputs)
+        self._along = _direction(self._phi)
+        hessian = Hessian(objective)
+        self._slope = hessian.smooth
+        with torch.no_grad():
+            self._product = hessian.smooth_transposed(self._along)
+            self._cross = self._crossed(self._along)
+
+    def finding(self, curvature: Curvature) -> Finding | None:
+        wrong = is_wrong(
+            self._moved_phi,
+            self._scaled(gradient_at(self._objective.value, self._all, self._guard)),
+            self._scaled((*self._product, *self._cross)),
+            self._problem.eps,
+        )
+        in_phi = any(wrong[: len(self._phi)])
+        in_inputs = any(wrong[len(self._phi) :])
+        if curvature == "gauss_newton":
+            in_phi = in_phi and self._gauss_newton_is_wrong()
+        held = not in_inputs and self._inputs_are_held(self._crossed)
+        if not (in_phi or in_inputs or held):
+            return None
+        return Finding(self._sentence(in_phi), curvature == "auto" and self._differences_hold())
+
+    def third(self) -> Finding | None:
+        """Whether products with the second derivative have a wrong derivative of their own."""
+
+        def product(t: float) -> Tensors:
+            phi = _moved(self._phi, self._along, t)
+            with torch.enable_grad():
+                slope = gradient(self._value(phi, ()), phi)
+            with torch.no_grad(), self._guard():
+                return self._scaled(vjp(slope, phi, self._along))
+
+        with torch.enable_grad():
+            here = vjp(self._slope, self._phi, self._along)
+        with torch.no_grad():
+            claimed = self._scaled(vjp(here, self._phi, self._along))
+        if not any(is_wrong(product, self._scaled(here), claimed, self._problem.eps)):
+            return None
+        what = "the third derivative of the objective is not the difference of its second"
+        return Finding(f"{what}: {self._problem.suspects}", False)
+
+    @property
+    def _all(self) -> Tensors:
+        return (*self._phi, *self._inputs)
+
+    def _scaled(self, blocks: Tensors) -> Tensors:
+        """In units that are comparable; inputs come after φ, if at all."""
+        return tuple(b.detach() * u for b, u in zip(blocks, self._units, strict=False))
+
+    def _moved_phi(self, t: float) -> Tensors:
+        """∇value by φ and by the inputs, at φ + t·along."""
+        phi = _moved(self._phi, self._along, t)
+        value = self._value(phi, ())
+        return self._scaled(gradient_at(value, (*phi, *self._inputs), self._guard))
+
+    def _value(self, phi: Tensors, inputs: Tensors) -> Tensor:
+        with torch.enable_grad():
+            value, *_ = self._problem.elsewhere(phi, inputs)
+        take_pieces(value, self._objective.value)
+        return value
+
+    def _crossed(self, u: Tensors) -> Tensors:
+        """(∂∇value/∂inputs)ᵀu."""
+        with torch.no_grad(), self._guard(), without_hooks(self._inputs):
+            return vjp(self._slope, self._inputs, u)
+
+    def _inputs_are_held(self, crossed: Callable[[Tensors], Tensors]) -> bool:
+        """Whether ∇value moves with the arguments, and (∂∇value/∂inputs)ᵀ does not know it."""
+        problem = self._problem
+        targets = tuple(problem.inputs[i] for i in problem.moving)
+        if not targets:
+            return False
+        away = _direction(targets)
+        own = {id(t): i for i, t in enumerate(self._inputs)}
+
+        def slope(t: float) -> Tensors:
+            phi = _moved(self._phi, self._along, 0.0)
+            value = self._value(phi, problem.moved_inputs(away, t))
+            return gradient_at(value, phi, self._guard)
+
+        def claimed(u: Tensors) -> Tensor:
+            found = crossed(u)
+            return _dot([found[own[id(t)]] for t in targets], away)
+
+        return _changes_unseen(slope, self._slope, claimed, problem.eps)
+
+    def _gauss_newton_is_wrong(self) -> bool:
+        """Whether it is the loss that has a wrong second derivative, or the model's Jacobian."""
+        outputs = self._objective.outputs
+        assert outputs is not None
+        in_loss = custom_functions([self._objective.value], outputs)
+        if in_loss or not custom_functions(outputs, self._phi):
+            return True
+        return GaussNewton(self._objective).jacobian_is_inconsistent(self._along)
+
+    def _differences_hold(self) -> bool:
+        """Whether differences of gradients can take over."""
+        try:
+            differences = FiniteDifference(self._objective)
+        except GraphError:
+            return False
+
+        def crossed(u: Tensors) -> Tensors:
+            return differences.smooth_pullback(u, self._inputs)
+
+        return not self._inputs_are_held(crossed)
+
+    def _sentence(self, in_phi: bool) -> str:
+        what = (
+            "a product with the second derivative of the objective is not the difference of its "
+            "gradients"
+            if in_phi
+            else "how the objective's gradient changes with an argument is not what differences say"
+        )
+        return f"{what}: {self._problem.suspects}"
+
+
+class _Residual:
+    """F along lines through φ and through the arguments."""
+
+    def __init__(self, around: Linearization, problem: Problem, both_products: bool) -> None:
+        self._around, self._problem, self._both = around, problem, both_products
+        self._along = _direction(problem.phi)
+        self._here = tuple(f.detach() for f in problem.outputs)
+
+    def finding(self) -> Finding | None:
+        if self._is_wrong_in_phi():
+            what = "a product with the residual's Jacobian is not the difference of residuals"
+        elif self._is_wrong_in_inputs():
+            what = "how the residual changes with an argument is not what differences say"
+        else:
+            return None
+        return Finding(f"{what}: {self._problem.suspects}", False)
+
+    def _is_wrong_in_phi(self) -> bool:
+        phi, eps = self._problem.phi, self._problem.eps
+
+        def moved(t: float) -> Tensors:
+            return self._residual(_moved(phi, self._along, t), ())
+
+        def transposed(u: Tensors) -> Tensor:
+            with torch.no_grad():
+                return _dot(self._around.transposed(u), self._along)
+
+        if _changes_unseen(moved, self._here, transposed, eps):
+            return True
+        if not self._both:
+            return False
+        with torch.no_grad():
+            product = self._around.smooth_product(self._along)
+        return any(is_wrong(moved, self._here, product, eps))
+
+    def _is_wrong_in_inputs(self) -> bool:
+        problem = self._problem
+        targets = tuple(problem.inputs[i] for i in problem.moving)
+        if not targets:
+            return False
+        away = _direction(targets)
+
+        def moved(t: float) -> Tensors:
+            return self._residual(problem.phi, problem.moved_inputs(away, t))
+
+        def claimed(u: Tensors) -> Tensor:
+            with torch.no_grad():
+                return _dot(self._around.pullback(u, targets), away)
+
+        return _changes_unseen(moved, self._here, claimed, problem.eps)
+
+    def _residual(self, phi: Tensors, inputs: Tensors) -> Tensors:
+        with torch.enable_grad():
+            outputs = self._problem.elsewhere(phi, inputs)
+        return tuple(f.detach() for f in outputs)
+
+
+def _changes_unseen(
+    at: Callable[[float], Tensors],
+    here: Tensors,
+    claimed: Callable[[Tensors], Tensor],
+    eps: float,
+) -> bool:
+    """Whether uᵀ(derivative of `at`) is certainly not claimed(u), for one u near that derivative.
+
+    A random part keeps u from being blind to what is claimed beyond the derivative.
+    """
+    step = eps ** (1 / 3)
+    change = tuple((a - b) / (2 * step) for a, b in zip(at(step), at(-step), strict=True))
+    u = tuple(map(torch.add, change, _direction(change)))
+    length = norm(u)
+    u = tuple(x / length for x in u)
+
+    def along(t: float) -> Tensors:
+        return (_dot(at(t), u),)
+
+    return any(is_wrong(along, (_dot(here, u),), (claimed(u),), eps))
+
+
+def gradient_at(value: Tensor, inputs: Tensors, guard: Callable[[], Any]) -> Tensors:
+    """∇value, without a graph."""
+    with torch.no_grad(), guard(), without_hooks(inputs):
+        return gradient(value, inputs)
+
+
+def _units(tensors: Tensors) -> list[float]:
+    """The root mean square of each; of all, where it is zero."""
+    count = max(1, sum(t.numel() for t in tensors))
+    all_of_them = norm(tensors) / count**0.5
+    return [size(t) / max(1, t.numel()) ** 0.5 or all_of_them or 1.0 for t in tensors]
+
+
+def _direction(tensors: Tensors) -> Tensors:
+    """A fixed random direction, as large as the tensors are."""
+    random = torch.Generator().manual_seed(0)
+    return tuple(
+        (torch.randn(t.shape, generator=random) * unit).to(t.device, t.dtype)
+        for t, unit in zip(tensors, _units(tensors), strict=True)
+    )
+
+
+def _moved(tensors: Tensors, along: Tensors, t: float) -> Tensors:
+    return tuple(
+        torch.add(p.detach(), d, alpha=t).requires_grad_()
+        for p, d in zip(tensors, along, strict=True)
+    )
+
+
+def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    pairs = zip(xs, ys, strict=True)
+    parts = [(x.detach().double() * y.detach().double()).sum().cpu() for x, y in pairs]
+    return torch.stack(parts).sum()

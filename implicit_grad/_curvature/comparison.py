@@ -1,0 +1,104 @@
+"""Whether a derivative is what differences say, by a test that knows its own errors.
+
+With f⁺ and f⁻ the values at ±t along a line, (f⁺ − f⁻)/2t is off by rounding, as 1/t, by
+truncation, as t², and by kinks in between, which no two steps meet alike. So a derivative is
+believed as soon as one step confirms it. It is taken for wrong only where three steps, a factor of
+4 apart, agree with each other ten times better than with it, and where f⁺ + f⁻ − 2f, which is what
+a kink or a function that has changed would leave, is as small. Between the two, nothing is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from implicit_grad._torch.pytree import Tensors
+
+_FACTOR = 4.0
+
+
+_POWERS = (0, 1, -1, 2, -2)  # of it, for steps in the order in which they are tried
+
+
+_TIMES = 10.0  # how much better steps have to agree with each other
+
+
+_ROUNDINGS = 30.0  # a gradient may be off by so many roundings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Difference:
+    """(f⁺ − f⁻)/2t, (f⁺ + f⁻ − 2f)/2t, and how far rounding may take the first, for each block."""
+
+    slope: Tensors
+    bend: list[float]
+    rounding: list[float]
+
+
+def is_wrong(
+    at: Callable[[float], Tensors], here: Tensors, claimed: Tensors, eps: float
+) -> list[bool]:
+    """Of which blocks of `at` the derivative at 0 is certainly not the claimed one.
+
+    All blocks are in comparable units; `here` is at(0) as it was when the derivative was recorded.
+    """
+    found: dict[int, _Difference] = {}
+    for power in _POWERS:
+        found[power] = _difference(at, here, eps ** (1 / 3) * _FACTOR**power, eps)
+        off = _off(found[power], claimed, eps)
+        if not any(off):
+            return off
+    wrong = [False] * len(claimed)
+    for middle in (0, 1, -1):
+        three = [found[middle + k] for k in (-1, 0, 1)]
+        off = _off(three[1], claimed, eps)
+        wrong = [
+            w or (o and s) for w, o, s in zip(wrong, off, _steady(three, claimed), strict=True)
+        ]
+    return wrong
+
+
+def _difference(
+    at: Callable[[float], Tensors], here: Tensors, step: float, eps: float
+) -> _Difference:
+    ahead, behind = at(step), at(-step)
+    triples = list(zip(ahead, behind, here, strict=True))
+    return _Difference(
+        tuple((a - b) / (2 * step) for a, b, _ in triples),
+        [size(a + b - 2 * f) / (2 * step) for a, b, f in triples],
+        [_ROUNDINGS * eps * size(a) / step for a, _, _ in triples],
+    )
+
+
+def _off(found: _Difference, claimed: Tensors, eps: float) -> list[bool]:
+    """Which blocks are farther from what is claimed than precision alone explains."""
+    relative, absolute = 2 * eps ** (1 / 3), 3 * eps**0.5
+    total = max(norm(found.slope), norm(claimed))
+    return [
+        not size(d - c) <= relative * max(size(d), size(c)) + absolute * total + rounding
+        for d, c, rounding in zip(found.slope, claimed, found.rounding, strict=True)
+    ]
+
+
+def _steady(three: Sequence[_Difference], claimed: Tensors) -> Iterator[bool]:
+    """In which blocks the steps agree with each other, and not with what is claimed."""
+    for i, c in enumerate(claimed):
+        slopes = [found.slope[i] for found in three]
+        errors = [size(d - c) for d in slopes]
+        spread = [size(slopes[j] - slopes[k]) for j, k in ((0, 1), (1, 2), (0, 2))]
+        noise = [*spread, *(found.bend[i] for found in three)]
+        yield all(_TIMES * n < e for n in noise for e in errors)  # never so where one is NaN
+
+
+def size(tensor: Tensor) -> float:
+    """‖tensor‖₂, in double precision."""
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+
+
+def norm(tensors: Tensors) -> float:
+    """That of all together."""
+    return math.hypot(*map(size, tensors))

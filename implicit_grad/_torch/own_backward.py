@@ -1,0 +1,51 @@
+"""Operations that are given other graphs than torch's when a gradient is taken with its graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from implicit_grad._torch import batch_norm, layer_norm, weight_norm
+from implicit_grad._torch.graph import between
+
+_MARK = "implicit_grad"  # of nodes that have been seen to
+
+
+_REPLACEMENTS = {m.NODE: m.replacement for m in (batch_norm, layer_norm, weight_norm)}
+
+
+@contextlib.contextmanager
+def own_backwards(
+    values: Sequence[Tensor], phi: Sequence[Tensor], lasting: bool = False
+) -> Iterator[None]:
+    """Gradients with graphs, taken inside, have our own graphs of the operations listed above.
+
+    That concerns those between φ and the values. Derivatives beyond the second need it to be
+    `lasting`, for they take the gradient of the first graph again.
+    """
+    handles = []
+    for node in between(values, phi):
+        make = _REPLACEMENTS.get(node.name())
+        if make is None or _MARK in node.metadata or _inside_checkpoint(node):
+            continue
+        hook = make(node)
+        if hook is None:
+            continue
+        handle = node.register_hook(hook)
+        if lasting:
+            node.metadata[_MARK] = True
+        else:
+            handles.append(handle)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inside_checkpoint(node: object) -> bool:
+    """Whether what the node has saved can be read once only."""
+    names = (name for name in dir(node) if name.startswith("_raw_saved_"))
+    return any(getattr(getattr(node, n), "unpack_hook", None) is not None for n in names)

@@ -1,0 +1,438 @@
+"""Products that torch gets wrong are found, named and replaced; right ones raise no alarm."""
+
+import warnings
+
+import learn2learn as l2l
+import pytest
+import torch
+from problems import PROBLEMS, normal, wavy
+from torch import nn
+from torch.autograd import grad
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import implicit_grad as ig
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+class Detached(torch.autograd.Function):
+    """x³, whose backward holds x constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3 * ctx.saved_tensors[0].detach() ** 2
+
+
+class InNumPy(torch.autograd.Function):
+    """x³, whose backward is no operation of torch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        x = ctx.saved_tensors[0].detach().numpy()
+        return torch.as_tensor(g.detach().numpy() * 3 * x**2)
+
+
+class WhereNegative(torch.autograd.Function):
+    """x³, whose backward is right for positive x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * 3 * torch.where(x > 0, x, x.detach()) ** 2
+
+
+class Once(torch.autograd.Function):
+    """x³, with a right second derivative and a wrong third one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return OnceSlope.apply(g, *ctx.saved_tensors)
+
+
+class OnceSlope(torch.autograd.Function):
+    """3 g x²."""
+
+    @staticmethod
+    def forward(ctx, g, x):
+        ctx.save_for_backward(g, x)
+        return 3 * g * x**2
+
+    @staticmethod
+    def backward(ctx, v):
+        g, x = ctx.saved_tensors
+        return v * 3 * x**2, v * 6 * (g * x).detach()
+
+
+class Weighted(torch.autograd.Function):
+    """a·x², which takes a for a constant."""
+
+    @staticmethod
+    def forward(ctx, x, a):
+        ctx.save_for_backward(x)
+        ctx.a = a
+        return a * x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2 * ctx.a * ctx.saved_tensors[0], None
+
+
+class WeightedByData(torch.autograd.Function):
+    """a·x², whose derivative by x does not know a."""
+
+    @staticmethod
+    def forward(ctx, x, a):
+        ctx.save_for_backward(x, a)
+        return a * x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        x, a = ctx.saved_tensors
+        return g * 2 * a.data * x, g * x.detach() ** 2
+
+
+def hooked(x):
+    """x³, with a hook that cuts the gradient's graph."""
+    y = x**3
+    if y.requires_grad:
+        y.register_hook(lambda g: g.detach().clone())
+    return y
+
+
+WRONG = {
+    "Detached": Detached.apply,
+    "InNumPy": InNumPy.apply,
+    "WhereNegative": WhereNegative.apply,
+    "hook": hooked,
+}
+
+
+def cube(x):
+    return x**3
+
+
+def problem(special):
+    """A regression through the special function."""
+    X, y = normal(20, 4, seed=1, grad=False), normal(20, seed=2, grad=False)
+
+    def objective(w, theta):
+        X_, y_ = X.to(w.dtype), y.to(w.dtype)
+        fit = (special(torch.tanh(X_ @ w)) - y_).square().mean()
+        return fit + (w - theta).square().sum()
+
+    return objective
+
+
+def hypergradient(special, dtype=torch.float64, **options):
+    theta = normal(4, seed=3, dtype=dtype)
+    monitor = ig.Monitor()
+    solver = ig.solvers.GradientDescent(lr=0.1, steps=300)
+    solve = ig.implicit(solver, ig.argmin(problem(special)), monitor=monitor, **options)
+    return grad(wavy(solve(theta)), theta)[0], monitor.last
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", WRONG)
+def test_differences_take_over(name, dtype):
+    expected, _ = hypergradient(cube, dtype)
+    found, report = hypergradient(WRONG[name], dtype)
+    assert (report.curvature, report.status.ok) == ("finite_difference", True)
+    assert name in report.check and "not the difference" in report.check
+    tolerance = 1e-7 if dtype == torch.float64 else 2e-3
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_pinned_curvature_is_told(name):
+    with pytest.warns(ig.ImplicitGradWarning, match=f"(?s){name}.*implicit gradient is wrong"):
+        _, report = hypergradient(WRONG[name], curvature="hessian")
+    assert report.status is ig.Status.WRONG_PRODUCT
+    with pytest.raises(ig.LinearSolveError, match="WRONG_PRODUCT"):
+        hypergradient(WRONG[name], curvature="hessian", on_failure="raise")
+
+
+def test_when_products_are_checked():
+    calls = []
+
+    def counting(x):
+        calls.append(x)
+        return cube(x)
+
+    counts = {}
+    for check in ("never", "once", "always"):
+        condition = ig.argmin(problem(counting))
+        solve = ig.implicit(lambda theta: theta.detach().clone(), condition, check=check)
+        counts[check] = []
+        for _ in range(2):
+            calls.clear()
+            solve(normal(4, seed=3))
+            counts[check].append(len(calls))
+    assert counts["never"] == [1, 1]
+    assert counts["once"][1] == 1 < counts["once"][0] == counts["always"][0] == counts["always"][1]
+    assert counts["once"][0] <= 1 + 2 + 4  # two gradients by φ, four by θ
+    _, report = hypergradient(Detached.apply, check="never")
+    assert (report.curvature, report.check) == ("hessian", None)
+    with pytest.raises(ig.InvalidArgumentError, match='check=True: expected "once", "always"'):
+        ig.implicit(lambda theta: theta, ig.argmin(problem(cube)), check=True)
+
+
+def test_another_kind_of_graph_is_checked_too():
+    kinds = iter([cube, Detached.apply])
+    condition = ig.argmin(lambda w, theta, special: problem(special)(w, theta))
+    monitor = ig.Monitor()
+    solve = ig.implicit(ig.solvers.NewtonCG(), condition, monitor=monitor, on_failure="ignore")
+    for special in kinds:
+        wavy(solve(normal(4, seed=3), special)).backward()
+    assert [r.curvature for r in monitor.reports] == ["hessian", "finite_difference"]
+
+
+@pytest.mark.parametrize("function", [Weighted, WeightedByData])
+def test_cross_derivatives(function):
+    a, monitor = torch.tensor([1.0, 2.0, 3.0], requires_grad=True), ig.Monitor()
+
+    def objective(w, a):
+        return function.apply(w, a).sum() / 2 + (w**4).sum() / 4 - w.sum()
+
+    solve = ig.implicit(
+        ig.solvers.NewtonCG(), ig.argmin(objective), monitor=monitor, on_failure="ignore"
+    )
+    w = solve(a)
+    (found,) = grad(w.sum(), a)
+    if function is Weighted:  # its derivative by a is not there at all
+        assert monitor.last.status is ig.Status.WRONG_PRODUCT
+        assert "with an argument" in monitor.last.check and "Weighted" in monitor.last.check
+    else:
+        expected = -w.detach() / (a + 3 * w.detach() ** 2)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+        assert monitor.last.curvature == "finite_difference"
+
+
+@pytest.mark.parametrize(
+    ("linear_solver", "flagged"), [(ig.NormalCG(), True), (ig.Exact(), False)], ids=str
+)
+def test_roots(linear_solver, flagged):
+    """Aᵀu is a first derivative, and right; A x needs the second, and only NormalCG takes it."""
+    b, monitor = normal(3, seed=1), ig.Monitor()
+    condition = ig.root(lambda w, b: InNumPy.apply(w) + w - b)
+    options = {"monitor": monitor, "on_failure": "ignore", "linear_solver": linear_solver}
+    w = ig.implicit(ig.solvers.SciPyRoot(), condition, init=torch.zeros_like, **options)(b)
+    (found,) = grad(w.sum(), b)
+    assert (monitor.last.status is ig.Status.WRONG_PRODUCT) == flagged
+    if not flagged:
+        torch.testing.assert_close(found, 1 / (3 * w.detach() ** 2 + 1))
+
+
+class HalfTheSlope(torch.autograd.Function):
+    """x³ with half its derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 1.5 * ctx.saved_tensors[0] ** 2
+
+
+@pytest.mark.parametrize("wrong", ["phi", "argument"])
+def test_a_residual_with_a_wrong_derivative(wrong):
+    b, monitor = normal(3, seed=1), ig.Monitor()
+
+    def residual(w, b):
+        first, second = (HalfTheSlope.apply, cube)[:: 1 if wrong == "phi" else -1]
+        return first(w) + w - second(b)
+
+    options = {"monitor": monitor, "on_failure": "ignore", "linear_solver": ig.Exact()}
+    solve = ig.implicit(ig.solvers.SciPyRoot(), ig.root(residual), init=torch.zeros_like, **options)
+    solve(b).sum().backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+    assert ("with an argument" in monitor.last.check) == (wrong == "argument")
+
+
+@pytest.mark.parametrize("special", [Once.apply, lambda x: x.logcumsumexp(0)])
+def test_third_derivatives_that_are_wrong_are_refused(special):
+    theta = normal(4, seed=3)
+    solver = ig.solvers.NewtonCG(tol=1e-12)
+    solve = ig.implicit(solver, ig.argmin(problem(special)))
+    (slope,) = grad(wavy(solve(theta)), theta)
+    torch.testing.assert_close(slope, slope)
+    with pytest.raises(ig.GraphError, match="second derivatives are not available"):
+        grad(wavy(solve(theta)), theta, create_graph=True)[0].sum().backward()
+
+
+# ---------------------------------------------------------------- imaml
+
+
+class Cubed(nn.Module):
+    """A network through the special function."""
+
+    def __init__(self, special):
+        super().__init__()
+        torch.manual_seed(0)
+        self.special, self.inner, self.outer = special, nn.Linear(4, 3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.outer(self.special(torch.tanh(self.inner(x))))
+
+
+def meta_gradient(special, in_loss=False, **options):
+    X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
+    model, monitor = Cubed(cube if in_loss else special), ig.Monitor()
+    maml = l2l.algorithms.MAML(model, lr=0.05)
+    solver = ig.CG(maxiter=100, rtol=1e-10)
+    learner = ig.imaml(maml, linear_solver=solver, monitor=monitor, **options).clone()
+    outer = special if in_loss else cube
+    learner.adapt(lambda: (outer(learner(X)) - y).square().mean(), steps=50)
+    (learner(X.flip(0)) - y).square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), monitor.last
+
+
+@pytest.mark.parametrize("in_loss", [False, True])
+@pytest.mark.parametrize("name", WRONG)
+def test_learners(name, in_loss):
+    expected, _ = meta_gradient(cube, in_loss)
+    found, report = meta_gradient(WRONG[name], in_loss)
+    assert report.curvature == "finite_difference" and report.check
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    _, report = meta_gradient(WRONG[name], in_loss, curvature="hessian", on_failure="ignore")
+    assert report.status is ig.Status.WRONG_PRODUCT
+
+
+@pytest.mark.parametrize("in_loss", [False, True])
+@pytest.mark.parametrize("name", WRONG)
+def test_gauss_newton_does_without_the_models_second_derivative(name, in_loss):
+    """A backward that is linear in its cotangent is enough, where the loss has a Hessian."""
+    options = {"curvature": "gauss_newton", "on_failure": "ignore"}
+    expected, _ = meta_gradient(cube, in_loss, **options)
+    found, report = meta_gradient(WRONG[name], in_loss, **options)
+    right = torch.allclose(found, expected, rtol=1e-6, atol=1e-8)
+    assert right == (report.status is not ig.Status.WRONG_PRODUCT)
+    assert right == (not in_loss and name in ("Detached", "WhereNegative"))
+
+
+def test_the_check_option_of_imaml():
+    _, report = meta_gradient(Detached.apply, check="never")
+    assert report.curvature == "hessian"
+    with pytest.raises(ig.InvalidArgumentError, match="imaml: check='often': expected"):
+        meta_gradient(cube, check="often")
+
+
+CTC = {"input_lengths": torch.full((4,), 12), "target_lengths": torch.full((4,), 3)}
+
+
+@pytest.mark.parametrize("curvature", ["auto", "hessian", "gauss_newton"])
+def test_a_missing_second_derivative_is_said_with_advice(curvature):
+    X, targets = normal(4, 12, 5, seed=1, grad=False), torch.randint(1, 6, (4, 3))
+    learner = ig.imaml(l2l.algorithms.MAML(nn.Linear(5, 6), lr=0.05), curvature=curvature).clone()
+
+    def loss():
+        return F.ctc_loss(learner(X).log_softmax(-1).transpose(0, 1), targets, **CTC)
+
+    learner.adapt(loss())
+    with pytest.raises(ig.GraphError, match=r"no second derivative.*adapt\(lambda: loss"):
+        loss().backward()
+
+
+# ---------------------------------------------------------------- no false alarms
+
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.PReLU, nn.SELU, nn.Tanh)
+NORMS = (nn.Identity, lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4))
+LOSSES = (F.cross_entropy, lambda o, y: F.l1_loss(o, F.one_hot(y, 3).to(o)))
+
+
+def right_problem(seed):
+    """A random convolutional network and a loss, with kinks."""
+    torch.manual_seed(seed)
+    act, norm, loss = (
+        options[seed // step % len(options)]
+        for options, step in ((ACTIVATIONS, 1), (NORMS, 6), (LOSSES, 2))
+    )
+    layers = (nn.Conv2d(1, 4, 3), norm(), act(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), act())
+    head = (nn.Dropout(0.3), nn.Flatten(), nn.Linear(4 * 3 * 3, 3))
+    return nn.Sequential(*layers, *head), torch.randn(8, 1, 12, 12), torch.arange(8) % 3, loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_right_networks_raise_no_alarm(dtype):
+    for seed in range(36):
+        model, x, y, loss = right_problem(seed)
+        model, x = model.to(dtype), x.to(dtype).requires_grad_()
+        theta = dict(model.named_parameters())
+
+        def inner(w, x, model=model, loss=loss, y=y):
+            return loss(functional_call(model, w, (x,)), y)
+
+        monitor = ig.Monitor()
+        solve = ig.implicit(
+            lambda theta, x: {n: t.detach().clone() for n, t in theta.items()},
+            ig.proximal(inner, 1.0),
+            linear_solver=ig.CG(maxiter=1),
+            on_failure="ignore",
+            monitor=monitor,
+        )
+        wavy(solve(theta, x)).backward()
+        assert monitor.last.check is None, (seed, monitor.last.check)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_is_said_in_half_precision(dtype):
+    _, report = hypergradient(cube, dtype, on_failure="ignore")
+    assert report.check is None
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_the_zoo_raises_no_alarm(make):
+    problem, monitor = make(), ig.Monitor()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem.gradients(ig.implicit(problem.solver, problem.condition, monitor=monitor))
+    assert monitor.last.check is None
+
+
+def test_a_wrong_layer_shows_among_many_kinks():
+    """In float32, where differences cross thousands of kinks, which are held where they were."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    head, x = nn.Linear(16 * 13 * 13, 5), torch.randn(20, 1, 28, 28, dtype=torch.float32)
+    model, head, reports = model.float(), head.float(), []
+    theta = {**dict(model.named_parameters()), "w": head.weight}
+    for special in (cube, Detached.apply):
+
+        def loss(w, special=special):
+            w = dict(w)
+            out = special(functional_call(model, w, (x,)) @ w.pop("w").T)
+            return F.cross_entropy(out, torch.arange(20) % 5)
+
+        monitor = ig.Monitor()
+        solve = ig.implicit(
+            lambda theta: {n: t.detach().clone() for n, t in theta.items()},
+            ig.proximal(loss, 1.0),
+            linear_solver=ig.CG(maxiter=1),
+            on_failure="ignore",
+            monitor=monitor,
+        )
+        wavy(solve(theta)).backward()
+        reports.append(monitor.last)
+    assert reports[0].check is None and "Detached" in reports[1].check
