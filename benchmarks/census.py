@@ -87,7 +87,14 @@ def modules() -> Iterator[Sample]:
                 given = dict(zip(names, parameters, strict=True))
                 return torch.func.functional_call(module, given, inputs, kwargs)
 
-            yield from sampled(f"nn.{info.name}", call, (run.args, weights), run.kwargs)
+            yield from sampled(info.name, call, (run.args, weights), run.kwargs)
+
+
+def others() -> Iterator[Sample]:
+    """What neither list has, and people use."""
+    v, g = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True).unbind()
+    args = (v.detach().requires_grad_(), g[:, :1].detach().requires_grad_(), 0)
+    yield from sampled("_weight_norm", lambda args, _: torch._weight_norm(*args), args, {})
 
 
 def sampled(name: str, call: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Iterator[Sample]:
@@ -199,7 +206,7 @@ def worst(verdicts: Sequence[str]) -> str:
 def census() -> dict[str, tuple[str, str]]:
     """Second and third derivative of each operation and module."""
     found: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
-    for samples in (operations(), modules()):
+    for samples in (operations(), modules(), others()):
         for sample in samples:
             if len(found[sample.name]) < SAMPLES:
                 found[sample.name].append(orders(sample))
