@@ -88,6 +88,8 @@ def _steady(three: Sequence[_Difference], claimed: Tensors) -> Iterator[bool]:
     """In which blocks the steps agree with each other, and not with what is claimed."""
     for i, c in enumerate(claimed):
         slopes = [found.slope[i] for found in three]
+        if not bool(torch.isfinite(c).all()):
+            c = torch.zeros_like(c)  # where differences are steady, there is a derivative
         errors = [size(d - c) for d in slopes]
         spread = [size(slopes[j] - slopes[k]) for j, k in ((0, 1), (1, 2), (0, 2))]
         noise = [*spread, *(found.bend[i] for found in three)]
