@@ -28,6 +28,8 @@ from implicit_grad.testing.check_report import (
 )
 from implicit_grad.testing.memory import peak_memory
 
+ImplicitGradientError = GradientCheckError  # its name before, kept for those who catch it
+
 __all__ = [
     "ArgumentCheck",
     "Cause",
