@@ -48,6 +48,13 @@ def require_tolerance(owner: object, name: str) -> None:
     require(owner, name, good, "None or a number of at least 0")
 
 
+def require_fraction(owner: object, name: str) -> None:
+    """The option is None or a number between 0 and 1."""
+    value = getattr(owner, name)
+    good = value is None or (is_number(value) and 0 < value < 1)
+    require(owner, name, good, "None or a number between 0 and 1")
+
+
 def require_options(owner: object, name: str) -> None:
     """The option is None or a dict of another package's own options."""
     value = getattr(owner, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from implicit_grad._curvature.hessian import Hessian
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError
 from implicit_grad._torch.products import gradient, without_hooks
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, length
 
 _CHANGED = (
     "the condition's function has other derivatives when it is evaluated again: it refers to a "
@@ -43,7 +42,7 @@ class FiniteDifference(Hessian):
         self._again = objective.again
         self._eps = max(torch.finfo(p.dtype).eps for p in objective.phi)
         self.precision = self._eps ** (2 / 3)
-        self._size = _norm(objective.phi)
+        self._size = length(objective.phi)
         self._check_unchanged()
 
     @staticmethod
@@ -69,10 +68,10 @@ class FiniteDifference(Hessian):
 
     def _differences(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """The derivatives of ∇value along u in φ, with respect to φ and to the inputs."""
-        length = _norm(u)
-        if not 0 < length < float("inf"):  # 0: the products are too; Inf: let it be seen
-            return tuple(torch.zeros_like(x) * length for x in (*u, *inputs))
-        step = self._eps ** (1 / 3) * max(1.0, self._size) / length
+        size = length(u)
+        if not 0 < size < float("inf"):  # 0: the products are too; Inf: let it be seen
+            return tuple(torch.zeros_like(x) * size for x in (*u, *inputs))
+        step = self._eps ** (1 / 3) * max(1.0, self._size) / size
         ahead, behind = (self._slope_at(sign * step, u, inputs) for sign in (1, -1))
         return tuple((a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True))
 
@@ -91,9 +90,5 @@ class FiniteDifference(Hessian):
         difference = [
             a - b for a, b in zip(self._slope_at(0.0, zero, ()), self.smooth, strict=True)
         ]
-        if not _norm(difference) <= self._eps**0.5 * _norm(self.smooth):
+        if not length(difference) <= self._eps**0.5 * length(self.smooth):
             raise GraphError(_CHANGED)
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import InvalidArgumentError, Status
+from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, drift, norm
-from implicit_grad._options import is_integer
+from implicit_grad._options import is_integer, is_number, require, require_fraction
 
 # Energy gained over this many iterations decides whether CG still makes progress.
 PATIENCE = 5
@@ -41,19 +41,12 @@ class Iterative(LinearSolver):
     least_maxiter: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        name, maxiter, least = type(self).__name__, self.maxiter, self.least_maxiter
-        if maxiter is not None and not is_integer(maxiter, least):
-            raise InvalidArgumentError(
-                f"{name}(maxiter={maxiter!r}): expected None or an integer of at least {least}"
-            )
-        if self.rtol is not None and not 0 < self.rtol < 1:
-            raise InvalidArgumentError(
-                f"{name}(rtol={self.rtol!r}): expected None or a number between 0 and 1"
-            )
-        if not 0 <= self.atol < math.inf:
-            raise InvalidArgumentError(
-                f"{name}(atol={self.atol!r}): expected a number of at least 0"
-            )
+        least = self.least_maxiter
+        good = self.maxiter is None or is_integer(self.maxiter, least)
+        require(self, "maxiter", good, f"None or an integer of at least {least}")
+        require_fraction(self, "rtol")
+        good = is_number(self.atol) and 0 <= self.atol < math.inf
+        require(self, "atol", good, "a number of at least 0")
 
     def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
         """These rules for a right-hand side that was divided by `unit`."""

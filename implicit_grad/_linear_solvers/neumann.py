@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import InvalidArgumentError, Status
+from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, norm
-from implicit_grad._options import is_integer
+from implicit_grad._options import is_number, require, require_count
 
 # Products taken to estimate the largest eigenvalue.
 _POWER_ITERATIONS = 8
@@ -41,14 +41,10 @@ class Neumann(LinearSolver):
     definite_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not is_integer(self.terms, 1):
-            raise InvalidArgumentError(
-                f"Neumann(terms={self.terms!r}): expected an integer of at least 1"
-            )
-        if self.scale is not None and not 0 < abs(self.scale) < math.inf:
-            raise InvalidArgumentError(
-                f"Neumann(scale={self.scale!r}): expected None or a finite number other than 0"
-            )
+        require_count(self, "terms", 1)
+        scale = self.scale
+        good = scale is None or (is_number(scale) and 0 < abs(scale) < math.inf)
+        require(self, "scale", good, "None or a finite number other than 0")
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         eps, size, products, scale = operator.precision(rhs), norm(rhs), 0, self.scale

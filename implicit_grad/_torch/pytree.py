@@ -25,6 +25,11 @@ class Tree:
     def __init__(self, leaves: list[Any], slots: list[int | None], structure: Any) -> None:
         self._leaves, self.slots, self.structure = leaves, slots, structure
 
+    @property
+    def has_others(self) -> bool:
+        """Whether there are leaves that are not variables."""
+        return None in self.slots
+
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """The container again, with `tensors` in the places of the distinct tensors."""
         leaves = [
@@ -82,6 +87,26 @@ def finite(tensors: Sequence[Tensor]) -> bool:
         return True
     # a norm may overflow where no element does
     return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """‖·‖₂ over all tensors, in float64 and still on their device."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    parts = torch._foreach_norm(list(tensors))
+    together = torch.stack([p.to(parts[0].device).double() for p in parts])
+    length: Tensor = torch.linalg.vector_norm(together)
+    return length
+
+
+def length(tensors: Sequence[Tensor]) -> float:
+    """‖·‖₂ over all tensors, as a number."""
+    tensors = [t.detach() for t in tensors]
+    found = float(norm(tensors))
+    if 0 < found < math.inf:
+        return found
+    # squares may overflow, or vanish, where what they are summed for does not
+    return float(norm([t.double() for t in tensors]))
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._options import is_number, require, require_count, require_tolerance
+from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError
+from implicit_grad._options import require_count, require_fraction, require_tolerance
 from implicit_grad._theorem.linearization import Linearization
-from implicit_grad._torch.pytree import Tensors
-from implicit_grad.solvers._objective import Objective, Point
+from implicit_grad._torch.pytree import Tensors, length, norm
+from implicit_grad.solvers._objective import Objective, Point, moved
+
+# A gradient this many times eps·‖∇²objective‖·‖φ‖ is what rounding leaves of one that is zero.
+_ROUNDING = 50.0
 
 
 class _Reached(Exception):
@@ -30,21 +34,64 @@ class Watch:
     def __init__(self, objective: Objective, tol: float | None, rtol: float | None) -> None:
         self.objective, self._tol, self._rtol = objective, tol, rtol
         self._target: float | None = None
+        # without a tolerance not even a zero gradient ends the run: momentum may go on
+        self._watched = tol is not None or rtol is not None
+        self._start = norm(objective.start) if self._watched else 0.0  # it may be overwritten
+        self._seen_at = -1  # the steps that were taken when it last looked
+        self._why: str | None = None
 
     def at(self, phi: Tensors, step: int) -> Point:
         """Value and gradient before a step."""
         return self._seen(self.objective.at(phi), step)
 
     def curved_at(self, phi: Tensors, step: int) -> tuple[Point, Linearization]:
-        """The same, with the means for products with the Hessian."""
+        """Value and gradient before a step, and the means for products with the Hessian."""
         here, around = self.objective.curved_at(phi)
         return self._seen(here, step), around
 
+    def stuck(self, why: str) -> None:
+        """The run ends before its tolerance, and not for want of steps."""
+        self._why = why
+
+    def missed(self, phi: Tensors, more: str) -> str | None:
+        """A sentence on the tolerance, if the last iterate does not meet it; `more` is a remedy.
+
+        A gradient at rounding level meets any tolerance: no step makes it smaller.
+        """
+        taken = self._seen_at + (self._why is None)
+        try:
+            here = self.at(phi, taken)
+        except _Reached:
+            return None
+        if here.norm <= self._rounding(here):
+            return None
+        steps = f"{taken} step{'s' * (taken != 1)}"
+        return (
+            f"{self.objective.name}: {self._asked()} was asked for and is not reached: after "
+            f"{steps} the gradient's norm is {here.norm:.2g}. What phi lacks to a solution, "
+            f"its implicit gradient lacks as well. {self._why or more}"
+        )
+
+    def _asked(self) -> str:
+        options = (("tol", self._tol), ("rtol", self._rtol))
+        given = " or ".join(f"{name}={value:g}" for name, value in options if value is not None)
+        return given if self._rtol is None else f"{given} (a norm of {self._target:.2g})"
+
+    def _rounding(self, here: Point) -> float:
+        """The norm that rounding may leave of a gradient which is zero, by its change nearby."""
+        size = length(here.phi) + float(self._start)
+        eps = max((torch.finfo(p.dtype).eps for p in here.phi), default=0.0)
+        step = eps ** (1 / 3) * size / here.norm
+        if not step:
+            return 0.0
+        ahead = self.objective.at(moved(here.phi, here.slope, step)).slope
+        change = length(moved(ahead, here.slope, -1.0)) / (step * here.norm)
+        return float(_ROUNDING * eps * size * change)
+
     def _seen(self, here: Point, step: int) -> Point:
-        # without a tolerance not even a zero gradient ends the run: momentum may go on
-        watched = self._tol is not None or self._rtol is not None
-        self.objective.check(here, step, watched)
-        if not watched:
+        self.objective.check(here, step, self._watched)
+        self._seen_at = step
+        if not self._watched:
             return here
         if self._target is None:
             absolute = -1.0 if self._tol is None else self._tol
@@ -61,11 +108,11 @@ class Descent(abc.ABC):
 
     tol: float | None = None
     rtol: float | None = None
+    more: ClassVar[str] = "Allow more steps (maxiter)"  # what to do if they do not suffice
 
     def __post_init__(self) -> None:
         require_tolerance(self, "tol")
-        good = self.rtol is None or (is_number(self.rtol) and 0 < self.rtol < 1)
-        require(self, "rtol", good, "None or a number between 0 and 1")
+        require_fraction(self, "rtol")
 
     @property
     def has_tolerance(self) -> bool:
@@ -76,11 +123,15 @@ class Descent(abc.ABC):
         """Descend from init; phi has the form of init."""
         with torch.inference_mode(False), torch.no_grad():
             seen = Objective(self, objective, init)
+            watch = Watch(seen, self.tol, self.rtol)
             try:
-                phi = self._descend(Watch(seen, self.tol, self.rtol), seen.start)
+                phi = self._descend(watch, seen.start)
             except _Reached as reached:
-                phi = reached.phi
-            return seen.result(phi)
+                return seen.result(reached.phi)
+            found = seen.result(phi)
+            if self.has_tolerance and (missed := watch.missed(phi, self.more)):
+                warnings.warn(missed, ImplicitGradWarning, stacklevel=2)
+            return found
 
     @abc.abstractmethod
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
@@ -92,6 +143,7 @@ class Stepwise(Descent):
     """A descent whose steps cost about one gradient each."""
 
     steps: int | None = None
+    more: ClassVar[str] = "Allow more steps, or choose a longer lr or a faster minimiser"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -130,7 +130,7 @@ class FlatFunction:
         return np.stack([product(row) for row in np.eye(len(x))])
 
     def hessian_product(self, x: Vector, p: Vector) -> Vector:
-        """The same matrix times p."""
+        """The matrix of second derivatives of f, times p."""
         return self._curved(x, None)(p)
 
     def _curved(self, x: Vector, weights: Vector | None) -> Callable[[Vector], Vector]:

@@ -53,11 +53,8 @@ class Point:
         """‖slope‖₂ over all tensors."""
         value = self._value().reshape(()).double()
         # both numbers at once: a step waits for the device a single time
-        self.value, size = torch.stack([value, _norm(self.slope).to(value)]).tolist()
-        if math.isfinite(size):
-            return float(size)
-        # squares may overflow where what they are summed for does not
-        return float(_norm(tuple(g.double() for g in self.slope)))
+        self.value, size = torch.stack([value, pytree.norm(self.slope).to(value)]).tolist()
+        return float(size) if math.isfinite(size) else pytree.length(self.slope)
 
     def step(self, lr: float) -> Tensors:
         """φ − lr slope."""
@@ -152,16 +149,6 @@ _WHY = (
     "a step was too long for this objective (lower lr, or choose a minimiser with a line search), "
     "or it is not defined everywhere on the way (start elsewhere)"
 )
-
-
-def _norm(tensors: Tensors) -> Tensor:
-    """‖·‖₂ over all of them."""
-    if not tensors:
-        return torch.zeros(())
-    parts = torch._foreach_norm(tensors)
-    together = torch.stack([p.to(parts[0].device).double() for p in parts])
-    norm: Tensor = torch.linalg.vector_norm(together)
-    return norm
 
 
 def moved(phi: Tensors, direction: Tensors, length: float) -> Tensors:

@@ -24,6 +24,13 @@ _FLATTER = 0.9
 _HALVINGS = 40
 
 
+_NO_LENGTH = (
+    "No step length makes the objective smaller: it has a kink there (ReLU, abs, max), it is "
+    "random, or its gradient is not that of its value. Smooth it, or loosen the tolerance and "
+    "do not trust derivatives at a kink"
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewtonCG(Descent):
     """φ ← φ + t d with ∇²objective · d ≈ −∇objective, d by a few steps of conjugate gradients.
@@ -65,6 +72,7 @@ class NewtonCG(Descent):
                 direction = downhill
             found = _line_search(watch.objective, here, direction)
             if found is None:
+                watch.stuck(_NO_LENGTH)
                 break
             phi = found
         return phi

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class TorchOptim(Stepwise):
     >>> sgd.minimize(lambda phi: (phi * phi).sum() / 2, torch.tensor([8.0]))
     tensor([1.])
     """
+
+    more: ClassVar[str] = (
+        "Allow more steps; if that does not help, the optimizer is at the end of its own rules or "
+        "of its line search (values that differ by rounding only): loosen tol, or take NewtonCG"
+    )
 
     factory: Callable[[list[Tensor]], torch.optim.Optimizer]
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None

@@ -36,7 +36,7 @@ EVERY = {
         for name, make in DESCENTS.items()
         if name != "LBFGS"
     },
-    "LBFGS": lambda: lbfgs(RIDGE, tol=1e-8, steps=20),
+    "LBFGS": lambda: lbfgs(RIDGE, tol=1e-7, steps=20),
     "SciPy": lambda: pytest.importorskip("scipy") and SciPyMinimize(tol=1e-11),
     "SciPy trust-exact": lambda: (
         pytest.importorskip("scipy") and SciPyMinimize(method="trust-exact", tol=1e-11)
