@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._options import is_integer, is_number
 from implicit_grad._torch import pytree
+from implicit_grad._torch.modules import named_weights
 from implicit_grad._torch.transforms import is_wrapped
 
 
@@ -124,7 +126,7 @@ def check_lam(lam: Any, where: str) -> None:
     if torch.is_tensor(lam) and lam.is_floating_point():
         good = bool((lam > 0).all()) and bool(torch.isfinite(lam).all())
         shown = "a tensor with other values" if lam.numel() != 1 else f"{lam.item():g}"
-    elif isinstance(lam, (int, float)) and not isinstance(lam, bool):
+    elif is_number(lam):
         good, shown = 0 < lam < math.inf, f"{lam:g}"
     else:
         good, shown = False, describe(lam)
@@ -179,7 +181,7 @@ class LearnedLam(nn.Module):
             raise InvalidArgumentError(
                 f'LearnedLam(per={per!r}): expected "model", "tensor" or "element"'
             )
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        if not is_integer(rank, 0):
             raise InvalidArgumentError(f"LearnedLam(rank={rank!r}): expected an integer >= 0")
         leaves, self._tree = pytree.flatten(_container(theta), _is_variable)
         if not leaves:
@@ -207,7 +209,7 @@ class LearnedLam(nn.Module):
 
 def _container(theta: Any) -> Any:
     if isinstance(theta, nn.Module):
-        return tuple(theta.parameters())
+        return tuple(t for _, t in named_weights(theta))
     return tuple(theta) if isinstance(theta, Iterator) else theta  # such as module.parameters()
 
 

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
 from implicit_grad._torch.pytree import Tensors
+
+
+def named_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters, but for integers (a quantised base), which cannot be adapted."""
+    return [
+        (name, p)
+        for name, p in module.named_parameters()
+        if p.is_floating_point() or p.is_complex()
+    ]
+
+
+def with_module(learner: nn.Module, module: nn.Module) -> nn.Module:
+    """A shallow copy of a learner around another `module`."""
+    other = copy.copy(learner)
+    other._modules = {**learner._modules, "module": module}
+    return other
 
 
 class Places:

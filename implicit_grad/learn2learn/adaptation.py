@@ -81,7 +81,7 @@ class Replay:
             return self._weights.total("adapt: the function's loss", self._closure())
 
     def loss_elsewhere(self, phi: Tensors) -> Tensor:
-        """The same, but the learner stays as it is."""
+        """The loss at φ; afterwards the learner has the weights that it had."""
         before = self._weights.current
         try:
             return self.loss(phi)

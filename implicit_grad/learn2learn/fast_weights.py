@@ -17,7 +17,7 @@ from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, walk
 from implicit_grad._torch.handed_on import HandedOn
-from implicit_grad._torch.modules import Places
+from implicit_grad._torch.modules import Places, named_weights
 from implicit_grad._torch.pytree import Tensors
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
@@ -92,9 +92,10 @@ class Weights:
     ) -> None:
         """With `tasks`, the tensors of θ are stacks with a first dimension of that many."""
         self.trainable, self.tasks = trainable, tasks
-        named = list(module.named_parameters())
+        named = named_weights(module)
         kept = [i for i, trains in enumerate(trainable) if trains]
-        self.frozen = [n for (n, _), t in zip(named, trainable, strict=True) if not t]
+        adapted = {named[i][0] for i in kept}
+        self.frozen = [n for n, _ in module.named_parameters() if n not in adapted]
         self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
         self.pull = pull.of(kept)

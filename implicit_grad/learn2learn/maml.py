@@ -24,7 +24,15 @@ from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch import pytree
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
+from implicit_grad._torch.modules import named_weights, with_module
 from implicit_grad._torch.pytree import Tensors
+from implicit_grad.learn2learn.accepted import (
+    check_lr,
+    check_maml,
+    check_subclass,
+    extended,
+    has_own_forward,
+)
 from implicit_grad.learn2learn.adaptation import (
     Method,
     means_to_solve,
@@ -43,6 +51,7 @@ from implicit_grad.learn2learn.fast_weights import Weights
 
 def registrable(lam: Any, module: nn.Module) -> Any:
     """λ, checked against the model, in a form that nn.Module registers if it is to be learned."""
+    names, theta = zip(*named_weights(module), strict=True) if named_weights(module) else ((), ())
     if callable(lam) or isinstance(lam, LowRank):
         held = [] if callable(lam) else pytree.leaves(lam)
         if any(torch.is_tensor(t) and t.requires_grad for t in held):
@@ -50,13 +59,12 @@ def registrable(lam: Any, module: nn.Module) -> Any:
                 "imaml: a LowRank lam that is to be learned must be a LearnedLam(model, rank=...), "
                 "so that its tensors appear in parameters()"
             )
-        proximal_term(evaluated(lam), tuple(module.parameters()), "imaml")
+        proximal_term(evaluated(lam), theta, "imaml")
         return lam
-    names = [name for name, _ in module.named_parameters()]
     if isinstance(lam, Mapping):
         if set(lam) != set(names):
             raise InvalidArgumentError(
-                f"imaml: lam must have one entry for each parameter, {names}; got {list(lam)}"
+                f"imaml: lam must have one entry for each parameter, {list(names)}; got {list(lam)}"
             )
         lam = [lam[name] for name in names]
     several = isinstance(lam, (Sequence, nn.ParameterList))
@@ -72,7 +80,7 @@ def registrable(lam: Any, module: nn.Module) -> Any:
                 "imaml: a lam that is to be learned must be a torch.nn.Parameter, so that it "
                 "appears in parameters()"
             )
-    proximal_term(values if several else lam, tuple(module.parameters()), "imaml")
+    proximal_term(values if several else lam, theta, "imaml")
     if several and any(isinstance(value, nn.Parameter) for value in values):
         fixed = [torch.is_tensor(v) and not isinstance(v, nn.Parameter) for v in values]
         return nn.ParameterList(  # it would make a parameter to be learned of any tensor
@@ -110,17 +118,23 @@ def imaml(
     (`monitor`), lower it if adaptation gets nowhere.
 
     Args:
-        maml: a `learn2learn.algorithms.MAML`; its lr, first_order, allow_unused and allow_nograd
-            apply here too. `first_order=True` asks for first-order MAML's gradient, dθ = v.
+        maml: a `learn2learn.algorithms.MAML`, or a subclass without an adaptation or parameters
+            of its own; its lr, first_order, allow_unused and allow_nograd apply here too.
+            `first_order=True` asks for first-order MAML's gradient, dθ = v.
         lam: λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor,
             a `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
-            by parameter name of these, one for each parameter of the model.
+            by parameter name of these, one for each floating-point parameter of the model;
+            `LearnedLam(model)`, learned and positive, for each tensor or element; or `LowRank`,
+            a matrix.
         linear_solver: by default `CG(maxiter=5)`, the paper's.
         solver: minimises the inner objective in `adapt(closure)`: an object with
             `minimize(objective, init)` (see `implicit_grad.solvers`), or such a function. By
             default gradient descent with MAML's lr.
-        curvature: "hessian" (the paper's), or "gauss_newton": leaves out the model's own
-            curvature, never indefinite for the usual losses; recommended for few steps.
+        curvature: "auto" (the default) takes the Hessian, as the paper does, and differences of
+            gradients in `adapt(closure)` where an operation has no second derivative in torch.
+            "hessian" and "finite_difference" insist on one of them; "gauss_newton" leaves out the
+            model's own curvature, is never indefinite for the usual losses and recommended for
+            few steps.
         check: whether the products of `adapt(closure)` are held against differences of gradients:
             "once" for all clones and each kind of graph, "always" or "never"; see `implicit`. The
             closure is then called a few times more. `adapt(loss)` of a tensor cannot be checked,
@@ -152,6 +166,7 @@ def imaml(
         ),
         curvature=curvature,
         checks=Checks(check),
+        wrapped=extended(maml),
     )
 
 
@@ -172,6 +187,7 @@ class ImplicitMAML(nn.Module):
         reporting: Reporting,
         curvature: Curvature,
         checks: Checks,
+        wrapped: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -184,26 +200,39 @@ class ImplicitMAML(nn.Module):
         self._weights: Weights | None = None
         self._verdict: list[bool] = []
         self._checks = checks
+        self._wrapped: tuple[nn.Module, ...] = (
+            () if wrapped is None else (wrapped,)
+        )  # a subclass of MAML
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_modules"]["module"], name)
+            module = self.__dict__["_modules"]["module"]
+            for wrapped in self.__dict__.get("_wrapped", ()):  # what a subclass adds
+                return getattr(with_module(wrapped, module), name)
+            return getattr(module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's output."""
         if self._weights is None:
-            return self.module(*args, **kwargs)
+            return self._called(args, kwargs)
         with differentiable_twice(self._weights.recurrent):
             if self.tasks is None:
-                output = self.module(*args, **kwargs)
+                output = self._called(args, kwargs)
             else:
                 stacked = self._weights.current
                 output = stacked_call(self.module, stacked, self.tasks, args, kwargs)
         if self._method(False, False).needs_outputs:
             output = self._weights.remembered(output)
         return output
+
+    def _called(self, args: Any, kwargs: Any) -> Any:
+        for wrapped in self._wrapped:
+            learner = with_module(wrapped, self.module)
+            learner.training = self.training
+            return learner(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
     def clone(
         self,
@@ -226,6 +255,11 @@ class ImplicitMAML(nn.Module):
         Raises:
             InvalidArgumentError: tasks is not a number of tasks, or an option does not go with it.
         """
+        if tasks is not None and any(map(has_own_forward, self._wrapped)):
+            raise InvalidArgumentError(
+                f"clone(tasks={tasks}): {describe(self._wrapped[0])} has a forward of its own, "
+                "which knows one task at a time; put it into the model"
+            )
         if tasks is not None:
             check_tasks(tasks, self.tasks, self.linear_solver, self.curvature, self.module)
         from learn2learn import clone_module  # an optional neighbour, there if a MAML is
@@ -242,6 +276,7 @@ class ImplicitMAML(nn.Module):
             reporting=self.reporting,
             curvature=self.curvature,
             checks=self._checks,
+            wrapped=next(iter(self._wrapped), None),
         )
         learner.training, learner._verdict = self.training, self._verdict
         learner.tasks = self.tasks if tasks is None else tasks
@@ -283,6 +318,7 @@ class ImplicitMAML(nn.Module):
         if self._weights is None:  # adapting the original itself, as MAML allows
             self._weights = self._weights_of(self.module, None)
         self._weights.check_trainable(allow_nograd)
+        check_lr("adapt", self.lr)
         method = self._method(first_order, allow_unused)
         if torch.is_tensor(loss):
             if steps is not None:
@@ -309,7 +345,7 @@ class ImplicitMAML(nn.Module):
 
     def _weights_of(self, module: nn.Module, tasks: int | None) -> Weights:
         """The weights of `module`, which come from this module's, as often as there are tasks."""
-        theta: Tensors = tuple(self.module.parameters())
+        theta: Tensors = tuple(t for _, t in named_weights(self.module))
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
         with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
             pull = proximal_term(evaluated(lam), theta, "imaml")
@@ -327,20 +363,10 @@ def _either(given: bool | None, default: bool) -> bool:
 
 def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:
     """Raise unless `imaml` can work with its arguments."""
-    fields = ("module", "lr", "first_order", "allow_unused", "allow_nograd", "clone", "adapt")
-    if not isinstance(maml, nn.Module) or not all(hasattr(maml, name) for name in fields):
-        raise InvalidArgumentError(
-            "imaml: the first argument must be a learn2learn.algorithms.MAML, got "
-            f"{describe(maml)}. Wrap your model first: imaml(l2l.algorithms.MAML(model, lr=0.5)); "
-            'learn2learn comes with pip install "implicit-grad[learn2learn]"'
-        )
-    if not isinstance(maml.lr, (int, float)):
-        raise InvalidArgumentError(
-            f"imaml: MAML's lr must be a number, got {describe(maml.lr)}; a learned step length "
-            "has no implicit gradient, because the solution does not depend on it"
-        )
+    check_maml(maml)
     if isinstance(maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
+    check_subclass(maml)
     if not isinstance(linear_solver, LinearSolver):
         raise InvalidArgumentError(
             "imaml: linear_solver must be CG(), MINRES(), Neumann() or Exact(), got "

@@ -146,7 +146,7 @@ BAD_CALLS = {
         lambda: ig.imaml(SimpleNamespace(**dict.fromkeys(dir(plain())))),
         MAML_WANTED.format("a SimpleNamespace"),
     ),
-    "MAML itself": (lambda: ig.imaml(l2l.algorithms.MAML), MAML_WANTED.format("a type")),
+    "MAML itself": (lambda: ig.imaml(l2l.algorithms.MAML), MAML_WANTED.format("the class MAML")),
     "wrapped": (lambda: ig.imaml(ig.imaml(plain())), "is wrapped by imaml already"),
     "lam 0": (lambda: ig.imaml(plain(), 0.0), NOT_POSITIVE + "0$"),
     "lam < 0": (lambda: ig.imaml(plain(), -1), NOT_POSITIVE + "-1$"),
