@@ -12,6 +12,7 @@ from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._options import is_integer, is_number
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._wrapper.evaluation import Setup
@@ -33,6 +34,7 @@ def implicit(
     linear_solver: LinearSolver | None = None,
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
+    has_aux: bool = False,
     polish: int = 0,
     check: Check = "once",
     rtol_gradient: float | None = None,
@@ -49,6 +51,7 @@ def implicit(
     linear_solver: LinearSolver | None = None,
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
+    has_aux: bool = False,
     polish: int = 0,
     check: Check = "once",
     rtol_gradient: float | None = None,
@@ -64,6 +67,7 @@ def implicit(
     linear_solver: LinearSolver | None = None,
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
+    has_aux: bool = False,
     polish: int = 0,
     check: Check = "once",
     rtol_gradient: float | None = None,
@@ -93,6 +97,9 @@ def implicit(
             operation has no second derivative in torch; the report says which.
         init: `init(*args)` is where a solver of `implicit_grad.solvers` starts; by default the
             first argument.
+        has_aux: the solver is a function that returns (phi, aux), and so does the wrapped one: aux
+            (a count of steps, a residual, a trained model) is anything, comes back as it is but
+            for the graphs of its tensors, and no condition sees it.
         polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller; with
             Hessian products and a linear solver run to a tolerance, the gradient's error is then
             second order in what the solver left unsolved.
@@ -134,7 +141,7 @@ def implicit(
     if not isinstance(condition, Condition):
         raise InvalidArgumentError(
             "implicit: condition must be argmin(...), proximal(...), root(...) or "
-            f"fixed_point(...), got {describe(condition)}"
+            f"fixed_point(...), got {_described(condition)}"
         )
     if linear_solver is None:
         linear_solver = default_linear_solver(condition)
@@ -154,11 +161,13 @@ def implicit(
             "multipliers of constraints make it indefinite: use MINRES() or Exact()"
         )
     _check_curvature(curvature, condition, linear_solver)
-    if not isinstance(polish, int) or isinstance(polish, bool) or polish < 0:
+    if not is_integer(polish, 0):
         raise InvalidArgumentError(
             f"implicit: polish={polish!r}: expected a number of Newton steps of at least 0"
         )
-    if rtol_gradient is not None and not 0 < rtol_gradient < 1:
+    if not isinstance(has_aux, bool):
+        raise InvalidArgumentError(f"implicit: has_aux={has_aux!r}: expected True or False")
+    if rtol_gradient is not None and not (is_number(rtol_gradient) and 0 < rtol_gradient < 1):
         raise InvalidArgumentError(
             f"implicit: rtol_gradient={rtol_gradient!r}: expected None or a number between 0 and 1"
         )
@@ -176,12 +185,19 @@ def implicit(
         rtol_gradient=rtol_gradient,
     )
     check_option(check, "implicit")
-    setup = Setup(condition, linear_solver, reporting, curvature, polish, Checks(check))
+    checks = Checks(check)
+    setup = Setup(condition, linear_solver, reporting, curvature, polish, checks, has_aux)
 
     def wrap(solver: Solver) -> ImplicitSolver:
         return _wrapped(solver, setup, init)
 
     return wrap if solver is None else wrap(solver)
+
+
+def _described(condition: object) -> str:
+    if isinstance(condition, type) and issubclass(condition, Condition):
+        return f"{describe(condition)}: call it with your function, {condition.__name__}(...)"
+    return describe(condition)
 
 
 def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> ImplicitSolver:
@@ -191,6 +207,11 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
         raise InvalidArgumentError(
             "implicit: solver must be callable or have a method minimize or find_root, got "
             f"{describe(solver)}"
+        )
+    if setup.has_aux and handed:
+        raise InvalidArgumentError(
+            "implicit: has_aux=True is for solver functions that return (phi, aux); "
+            f"{describe(solver)} with a method minimize or find_root returns phi alone"
         )
     if init is not None and not handed:
         raise InvalidArgumentError(

@@ -40,7 +40,11 @@ class argmin(Condition):
         strong_convexity: a known μ > 0 with ∂²objective ⪰ μ·I, which turns the linear solver's
             coefficients into a bound on its error (`Report.solve_error_bound`).
         model: if given, the objective is `objective(model(phi, *args), *args)`; this form allows
-            Gauss-Newton products. What penalises phi itself has to be among the model's outputs.
+            Gauss-Newton products, which keep the curvature of `objective` in the model's outputs
+            and drop the model's own. So for a penalty on phi, phi itself has to be an output, and
+            the penalty a part of `objective`: `model=lambda phi, X: (X @ phi, phi)` with
+            `objective=lambda out, X: misfit(out[0]) + out[1].square().sum()`. A penalty that the
+            model computes would lose its curvature.
         bounds: `(lower, upper)`, each None, a number, a tensor or a container in the form of φ, of
             numbers, tensors and None; or a function of the solver's arguments that returns such a
             pair.
@@ -111,6 +115,9 @@ class argmin(Condition):
 
     def check_call(self, call: Call) -> None:
         self.constraints.check(call.args, call.kwargs)
+
+    def held(self, call: Call) -> Any:
+        return (call.args, call.kwargs) if self.constraints else ()  # bounds that are not active
 
     def for_tasks(self) -> Condition | None:
         if self.constraints or self.tasks:

@@ -74,6 +74,10 @@ class Condition(abc.ABC):
     def check_call(self, call: Call) -> None:  # noqa: B027  (most conditions accept any call)
         """Raise if the arguments cannot work, before the solver runs."""
 
+    def held(self, call: Call) -> Any:
+        """What enters F in another way than through the user's function."""
+        return call.parameters
+
     def template(self, call: Call) -> Any:
         """What φ has to look like, if the arguments tell; else None."""
         return None
@@ -119,16 +123,25 @@ def like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
             f"{name} must return the form of phi, {pytree.structure(phi)}, "
             f"got {pytree.structure(value)}"
         )
-    for label, f, p in zip(pytree.names(phi, "phi"), value_leaves, phi_leaves, strict=True):
-        if not torch.is_tensor(f) or f.shape != p.shape or f.dtype != p.dtype:
+    places = zip(pytree.names(phi, "phi"), value_leaves, phi_leaves, strict=True)
+    found = [(label, f, p) for label, f, p in places if torch.is_tensor(p)]
+    for label, f, p in found:
+        if not torch.is_tensor(f) or f.shape != p.shape:
             raise InvalidArgumentError(
                 f"{name}: for {label}, {describe(p)}, it returned {describe(f)}"
             )
-    return tuple(value_leaves)
+        if f.dtype != p.dtype:
+            wider = torch.promote_types(f.dtype, p.dtype)
+            owner = "the solver" if wider == f.dtype else name.split(": ")[-1]
+            raise InvalidArgumentError(
+                f"{name}: the solver returned {label} as {describe(p)}, and {name.split(': ')[-1]} "
+                f"there is {describe(f)}: {owner} has to return it as {wider}, the dtype of all"
+            )
+    return tuple(f for _, f, _ in found)
 
 
 def check_distinct(name: str, phi: Any, variables: Tensors) -> None:
-    if len(pytree.leaves(phi)) != len(variables):
+    if sum(map(torch.is_tensor, pytree.leaves(phi))) != len(variables):
         raise InvalidSolutionError(
             f"{name}: phi holds one tensor more than once; return distinct tensors"
         )

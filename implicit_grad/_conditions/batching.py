@@ -20,7 +20,8 @@ def tasks_of(condition: Condition, phi: Any) -> int | None:
     """How many problems there are, if φ is a batch."""
     if not condition.tasks:
         return None
-    return number_of_tasks(type(condition).__name__, tuple(pytree.leaves(phi)))
+    tensors = tuple(filter(torch.is_tensor, pytree.leaves(phi)))
+    return number_of_tasks(type(condition).__name__, tensors)
 
 
 def batched_model(model: Callable[..., Any] | None) -> Callable[..., Any] | None:

@@ -175,7 +175,7 @@ class KKTSystem(Linearization):
         return (*head, *product[self._size :])
 
     def smooth_product(self, x: Tensors) -> Tensors:
-        """The same: the matrix is symmetric."""
+        """A x, which is Aᵀx, as the matrix is symmetric."""
         return self.smooth_transposed(x)
 
     def _free(self, v: Tensors) -> Tensors:

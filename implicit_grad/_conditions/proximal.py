@@ -103,6 +103,9 @@ class proximal(Condition):
     def _pull(self, call: Call) -> ProximalTerm:
         return proximal_term(call.parameters, call.args[0], "proximal")
 
+    def held(self, call: Call) -> Any:
+        return call.args[0], call.parameters
+
     def template(self, call: Call) -> Any:
         return call.args[0]
 

@@ -30,7 +30,7 @@ class ProximalTerm(NamedTuple):
         )
 
     def detached(self) -> ProximalTerm:
-        """The same without its graph."""
+        """This term with weights and factors cut off from their graph."""
         own = {id(t): t.detach() for part in self for t in part}  # what was one tensor stays one
         return ProximalTerm(*(tuple(own[id(t)] for t in part) for part in self))
 

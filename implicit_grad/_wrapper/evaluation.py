@@ -19,7 +19,7 @@ from implicit_grad._errors import (
     InvalidSolutionError,
     describe,
 )
-from implicit_grad._linear_solvers.base import LinearSolver, norm
+from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.implicit_function import Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
@@ -29,9 +29,9 @@ from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, once_differentiable
 from implicit_grad._torch.isolation import RandomState, isolated
 from implicit_grad._torch.products import own_precision, stand_ins, variables
-from implicit_grad._torch.pytree import Flat, Tensors, Tree, versions
+from implicit_grad._torch.pytree import Tensors, Tree, length, versions
 from implicit_grad._torch.transforms import has_derivatives, is_batched, is_transformed
-from implicit_grad._wrapper.solver_output import checked
+from implicit_grad._wrapper.solver_output import check_determined, checked, naming_phi
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
@@ -48,10 +48,10 @@ def newton_candidates(
     if not (status := solved.status(around)).ok:
         reporting.say(f"phi was not polished: {status.sentence}")
         return
-    for length in _LENGTHS:
+    for share in _LENGTHS:
         with torch.no_grad():
             yield tuple(
-                torch.add(p, d, alpha=length).detach()
+                torch.add(p, d, alpha=share).detach()
                 for p, d in zip(around.phi, solved.x, strict=False)
             )
 
@@ -59,11 +59,7 @@ def newton_candidates(
 def is_better(there: Linearization, here: Linearization) -> bool:
     """Whether ‖F‖ is smaller there."""
     with torch.no_grad():
-        return _size(there) < _size(here)
-
-
-def _size(around: Linearization) -> float:
-    return norm(Flat(around.residual).ravel(around.residual))
+        return length(there.residual) < length(here.residual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +72,7 @@ class Setup:
     curvature: Curvature = "auto"
     polish: int = 0
     checks: Checks = dataclasses.field(default_factory=Checks)
+    has_aux: bool = False
 
 
 class Evaluation:
@@ -92,6 +89,7 @@ class Evaluation:
         self.wanted = [t.requires_grad for t in inputs]
         self.devices = {t.device for t in inputs}
         self.captured: Tensors = ()
+        self.unread: list[int] = []  # places of arguments that the condition's function ignores
         self.phi_tree: Tree
         self._phi: Tensors | None = None
         self._at_phi: Tensors = ()
@@ -138,7 +136,8 @@ class Evaluation:
             phi = self.solve(inputs)
             self._random = RandomState(self.devices)
             a = stand_ins(inputs, self.wanted)
-            snapshot, at_phi = self._snapshot(phi, a)
+            with naming_phi(self.phi_tree, phi):
+                snapshot, at_phi = self._snapshot(phi, a)
             for _ in range(self.setup.polish):
                 with own_precision(self.devices):
                     phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
@@ -150,6 +149,11 @@ class Evaluation:
                 )
             leaves = leaves_behind(snapshot.outputs)
             self._check_dependence(leaves, at_phi)
+            if self.condition.must_depend_on_phi:
+                check_determined(self.phi_tree.rebuild(at_phi), leaves)
+            behind = {id(t) for t in leaves}
+            wanted = enumerate(zip(a, self.wanted, strict=True))
+            self.unread = [i for i, (t, wants) in wanted if wants and id(t) not in behind]
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
             self._finding = self.setup.checks.finding(snapshot.outputs, at_phi, self._checked)

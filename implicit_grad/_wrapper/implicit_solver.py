@@ -20,7 +20,13 @@ from implicit_grad._theorem.implicit_function import ImplicitFunction
 from implicit_grad._torch import pytree
 from implicit_grad._torch.isolation import uncompiled
 from implicit_grad._torch.pytree import Tensors, Tree
-from implicit_grad._torch.transforms import CannotBatch, in_forward_mode, is_transformed
+from implicit_grad._torch.transforms import (
+    CannotBatch,
+    in_forward_mode,
+    is_transformed,
+)
+from implicit_grad._wrapper.arguments import tell_unread
+from implicit_grad._wrapper.auxiliary import WithAux, check_not_batched
 from implicit_grad._wrapper.evaluation import Evaluation, Setup
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad._wrapper.under_transforms import CAPTURED, Transformed
@@ -40,7 +46,7 @@ class Minimizer(Protocol):
 
 @runtime_checkable
 class RootFinder(Protocol):
-    """The same for root and fixed-point problems."""
+    """A solver of root and fixed-point problems that is handed the residual and where to start."""
 
     def find_root(self, residual: Callable[[Any], Any], init: Any) -> Any:
         """Return phi, in the form of init, with residual(phi) = 0."""
@@ -73,15 +79,22 @@ class ImplicitSolver:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the solver; the phi it returns has gradients with respect to all its arguments."""
         inputs, tree = self._inputs(args, kwargs)
+        if not self.setup.has_aux:
+            return self._phi(inputs, tree, self.run)
+        run = WithAux(self.run)
+        return self._phi(inputs, tree, run), run.taken()
+
+    def _phi(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Any:
         if is_transformed(inputs):
-            return self._under_transforms(inputs, tree)
-        evaluation = self._evaluation(inputs, tree)
+            return self._under_transforms(inputs, tree, run)
+        evaluation = self._evaluation(inputs, tree, run)
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             with torch.inference_mode(False):
                 phi = evaluation.values(inputs)
                 return evaluation.phi_tree.rebuild(phi)
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
+        self._tell_unread(evaluation, inputs, tree)
         # a Function's forward does not see the tangents of what the user's function captured
         if in_forward_mode() and evaluation.captured_transformed():
             raise GraphError(CAPTURED)
@@ -93,7 +106,8 @@ class ImplicitSolver:
     def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
         """One call, checked but not yet run, and the tensors that it depends on."""
         inputs, tree = self._inputs(args, kwargs)
-        return self._evaluation(inputs, tree), inputs
+        run = WithAux(self.run) if self.setup.has_aux else self.run
+        return self._evaluation(inputs, tree, run), inputs
 
     def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
         """The tensors of a call, none of which autograd refuses to save."""
@@ -101,17 +115,25 @@ class ImplicitSolver:
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
-    def _evaluation(self, inputs: Tensors, tree: Tree) -> Evaluation:
+    def _evaluation(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Evaluation:
         self.setup.condition.check_call(Call(*tree.rebuild(inputs)))
-        return Evaluation(self.run, self.setup, tree, inputs)
+        return Evaluation(run, self.setup, tree, inputs)
 
-    def _under_transforms(self, inputs: Tensors, tree: Tree) -> Any:
+    def _under_transforms(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Any:
         """A call with tensors that torch.func or forward mode look at."""
+        if self.setup.has_aux:
+            check_not_batched(inputs)
         condition, for_tasks = self.setup.condition.for_tasks(), None
         if condition is not None and self._takes_tasks():
             setup = dataclasses.replace(self.setup, condition=condition)
             for_tasks = setup, functools.partial(self._run_for_tasks, condition)
-        return Transformed(self.setup, self.run, tree).phi(inputs, for_tasks)
+        return Transformed(self.setup, run, tree).phi(inputs, for_tasks)
+
+    def _tell_unread(self, evaluation: Evaluation, inputs: Tensors, tree: Tree) -> None:
+        """Warn of arguments whose gradient is asked for and is 0 whatever their values."""
+        unread = [inputs[i] for i in evaluation.unread]
+        if unread and self.setup.reporting.on_failure != "ignore":
+            tell_unread(self.setup.condition, Call(*tree.rebuild(inputs)), unread)
 
     def _takes_tasks(self) -> bool:
         """Whether a batch of such problems can be linearised, and its systems solved, at once."""

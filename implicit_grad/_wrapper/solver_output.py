@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_grad._errors import InvalidSolutionError, describe
 from implicit_grad._torch import pytree
@@ -17,7 +18,9 @@ from implicit_grad._torch.pytree import Tensors, Tree
 def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tensors, Tree]:
     """φ as distinct detached tensors and their tree, or an error that names the wrong part.
 
-    NumPy arrays and Python numbers become tensors of the dtype and device of the arguments.
+    NumPy arrays and Python floats become tensors of the dtype and device of the arguments. Integers
+    beside them (a count of steps) are no unknowns and stay in the tree as they are; a float beside
+    tensors in a tuple may be one or not, and is refused.
     `template` is what φ has to look like, where the condition knows (θ of a proximal term).
     """
     if not pytree.leaves(returned):
@@ -25,52 +28,150 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
             f"the solver returned {describe(returned)}; it must return phi: a tensor, or a "
             "container of tensors"
         )
+    if isinstance(returned, (nn.Module, Iterator)):
+        raise InvalidSolutionError(f"the solver returned {describe(returned)}. {_PARAMETERS}")
     if template is not None and pytree.structure(returned) != pytree.structure(template):
         raise InvalidSolutionError(
             f"the solver returned phi of the form {pytree.structure(returned)}; theta has the form "
             f"{pytree.structure(template)}, and phi must have the same"
         )
-    leaves, tree = pytree.flatten(returned, is_variable=lambda _: True)
+    counts = template is None and not all(map(_is_count, pytree.leaves(returned)))
+    leaves, tree = pytree.flatten(returned, lambda leaf: not (counts and _is_count(leaf)))
     dtype, device = _common(inputs)
-    slots = [slot for slot in tree.slots if slot is not None]
-    likes = [None] * len(slots) if template is None else pytree.leaves(template)
+    names = pytree.names(returned, "phi")
+    likes = [None] * len(names) if template is None else pytree.leaves(template)
     found: dict[int, Tensor] = {}
-    for index, (slot, like) in enumerate(zip(slots, likes, strict=True)):
+    for name, slot, like in zip(names, tree.slots, likes, strict=True):
+        if slot is None:
+            continue
         leaf = leaves[slot]
-        if isinstance(leaf, (np.ndarray, np.generic, float, int)) and not isinstance(leaf, bool):
+        fault = _fault(leaf, like, returned)
+        if fault is None and not torch.is_tensor(leaf):
             place = (device, dtype) if like is None else (like.device, like.dtype)
             leaf = torch.as_tensor(leaf).to(*place)
-        fault = _fault(leaf, like)
+        fault = fault or _unlike(leaf, like)
         if fault is not None:
-            raise InvalidSolutionError(f"{pytree.names(returned, 'phi')[index]} {fault}")
+            raise InvalidSolutionError(f"{name} {fault}")
         found.setdefault(slot, leaf)
     if not pytree.finite(list(found.values())):
-        wrong = (i for i, slot in enumerate(slots) if not pytree.finite([found[slot]]))
+        places = ((n, s) for n, s in zip(names, tree.slots, strict=True) if s is not None)
+        wrong = (name for name, slot in places if not pytree.finite([found[slot]]))
         raise InvalidSolutionError(
-            f"{pytree.names(returned, 'phi')[next(wrong)]} holds NaN or Inf: the solver diverged, "
-            "and there is no gradient to take"
+            f"{next(wrong)} holds NaN or Inf: the solver diverged, and there is no gradient to take"
         )
     # copies: a solver may return its own buffer and write to it again, or one of its arguments
     return tuple(found[slot].detach().clone() for slot in range(len(leaves))), tree
 
 
-def _fault(leaf: Any, like: Tensor | None) -> str | None:
-    """What keeps a leaf from being a tensor of φ."""
-    if not torch.is_tensor(leaf) or not leaf.is_floating_point() or leaf.layout != torch.strided:
+def _fault(leaf: Any, like: Tensor | None, returned: Any) -> str | None:
+    """What keeps a leaf from being a part of φ, and what to do about it."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        real, is_complex = leaf.dtype.kind == "f", leaf.dtype.kind == "c"
+    elif torch.is_tensor(leaf):
+        real = leaf.is_floating_point() and leaf.layout == torch.strided
+        is_complex = leaf.is_complex()
+    else:
+        real, is_complex = isinstance(leaf, float), isinstance(leaf, complex)
+    if not real:
+        advice = _COMPLEX if is_complex else _AUX
+        if _is_of_module(leaf, returned):
+            advice = _PARAMETERS
         return (
             "must be a dense floating-point tensor (or a NumPy array), the solver returned "
-            f"{describe(leaf)}"
+            f"{describe(leaf)}. {advice}"
         )
-    if like is not None and (leaf.shape, leaf.dtype, leaf.device) != (
+    if like is None and _is_number(leaf) and _is_beside_tensors(returned):
+        return (
+            f"is {describe(leaf)} beside tensors. If it is a part of the solution, return a tensor "
+            f"in its place. {_AUX}"
+        )
+    return None
+
+
+def _unlike(leaf: Tensor, like: Tensor | None) -> str | None:
+    """How a leaf differs from the θ in its place."""
+    if like is None or (leaf.shape, leaf.dtype, leaf.device) == (
         like.shape,
         like.dtype,
         like.device,
     ):
-        return (
-            f"must be like theta, {describe(like)} on {like.device}; the solver returned "
-            f"{describe(leaf)} on {leaf.device}"
-        )
-    return None
+        return None
+    return (
+        f"must be like theta, {describe(like)} on {like.device}; the solver returned "
+        f"{describe(leaf)} on {leaf.device}"
+    )
+
+
+_AUX = (
+    "What a solver returns besides the solution (a count of steps, a residual) goes with "
+    "implicit(..., has_aux=True), for which it returns (phi, aux)"
+)
+_PARAMETERS = (
+    "For a module's parameters return dict(module.named_parameters()), and in the condition's "
+    "function call torch.func.functional_call(module, phi, (x,)) in the place of module(x)"
+)
+_COMPLEX = (
+    "Give it as pairs of real numbers: return torch.view_as_real(phi), and let the condition's "
+    "function begin with phi = torch.view_as_complex(phi); a residual or map ends with "
+    "torch.view_as_real of what it returned. Outside, torch.view_as_complex(solve(...)) is phi"
+)
+
+
+def _is_count(leaf: Any) -> bool:
+    """Whether it is an integer or a truth value, which cannot be an unknown."""
+    return isinstance(leaf, (int, np.integer, np.bool_))
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (float, np.floating))
+
+
+def _is_beside_tensors(returned: Any) -> bool:
+    """Whether what was returned is a tuple or list in which some are tensors or arrays."""
+    arrays = (Tensor, np.ndarray)
+    return isinstance(returned, (tuple, list)) and any(
+        isinstance(leaf, arrays) for leaf in pytree.leaves(returned)
+    )
+
+
+def _is_of_module(leaf: Any, returned: Any) -> bool:
+    """Whether it comes from a module, its `state_dict()`, or `list(named_parameters())`."""
+    named = isinstance(returned, Mapping) and all(isinstance(name, str) for name in returned)
+    if isinstance(leaf, str):
+        return isinstance(returned, list)
+    return isinstance(leaf, nn.Module) or (torch.is_tensor(leaf) and named)
+
+
+@contextlib.contextmanager
+def naming_phi(tree: Tree, phi: Tensors) -> Iterator[None]:
+    """Where the condition's function cannot take a tuple, say that all of it is taken for φ."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        container = tree.rebuild(phi)
+        if not isinstance(container, (tuple, list)):
+            raise
+        parts = ", ".join(map(describe, pytree.leaves(container)))
+        raise InvalidSolutionError(
+            f"the condition's function raised {type(error).__name__} ({error}) when it was handed "
+            f"phi as the solver returned it, {describe(container)} of {parts}. {_AUX}"
+        ) from error
+
+
+def check_determined(phi: Any, behind: Tensors) -> None:
+    """Raise if one of several things returned is a number that the condition does not look at.
+
+    `behind` are the tensors that the condition's value depends on.
+    """
+    if not isinstance(phi, (tuple, list)) or len(phi) < 2:
+        return
+    read = {id(t) for t in behind}
+    for index, part in enumerate(phi):
+        if torch.is_tensor(part) and part.dim() == 0 and id(part) not in read:
+            raise InvalidSolutionError(
+                f"phi[{index}] is a number that the condition's function does not depend on, so it "
+                f"is not determined by it. {_AUX}"
+            )
 
 
 def _common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:

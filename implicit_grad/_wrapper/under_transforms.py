@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from implicit_grad._conditions.base import Call
-from implicit_grad._errors import GraphError, ImplicitGradError
+from implicit_grad._errors import GraphError, ImplicitGradError, InvalidSolutionError
 from implicit_grad._theorem.implicit_function import ImplicitFunction
 from implicit_grad._torch.isolation import RandomState
 from implicit_grad._torch.pytree import Tensors, Tree
-from implicit_grad._torch.transforms import CannotBatch, Plain, lifted
+from implicit_grad._torch.transforms import CannotBatch, Plain, is_batched, lifted
 from implicit_grad._wrapper.evaluation import Evaluation, Setup
 
 CAPTURED = (
@@ -38,6 +38,11 @@ class Transformed:
         # below, in the plain calls, what a transform looks at passes for a number without a history
         if self._first.captured_transformed():
             raise GraphError(CAPTURED)
+        if self._phi_tree.has_others and any(map(is_batched, inputs)):
+            raise InvalidSolutionError(
+                "under torch.func.vmap, phi holds an integer, of which there is one for each "
+                "sample: let the solver return the solution alone"
+            )
         return self._phi_tree.rebuild(phi)
 
     def _single(self, xs: Tensors, known: Tensors) -> Tensors:

@@ -1,0 +1,39 @@
+"""Arguments whose gradient is 0 because the condition never reads them: told, with the reason."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from implicit_grad._conditions.base import Call, Condition
+from implicit_grad._errors import ImplicitGradWarning, describe
+from implicit_grad._torch import pytree
+
+
+def tell_unread(condition: Condition, call: Call, unread: Sequence[Tensor]) -> None:
+    """Warn of those of the tensors that are arguments, unless F holds them in its own way."""
+    known = {id(t) for t in pytree.leaves(condition.held(call))}
+    names = {id(t): name for name, t in _named(call)}
+    told = [f"{names[id(t)]}, {describe(t)}" for t in unread if id(t) in names.keys() - known]
+    if told:
+        warnings.warn(
+            f"{type(condition).__name__}: the function does not depend on {' and '.join(told)}, "
+            "which requires grad: by this condition phi does not depend on it either, and the "
+            "gradient is 0. If it should, the function has to compute with the tensor itself (not "
+            "with .item(), .detach() or NumPy). What only steers the solver, such as a step length "
+            "or a starting point, has no implicit gradient: pass it detached",
+            ImplicitGradWarning,
+            stacklevel=2,
+        )
+
+
+def _named(call: Call) -> list[tuple[str, Any]]:
+    """The arguments' leaves with readable names."""
+    pairs: list[tuple[str, Any]] = []
+    for root, container in (("args", call.args), ("kwargs", call.kwargs)):
+        names, leaves = pytree.names(container, root), pytree.leaves(container)
+        pairs += zip(names, leaves, strict=True)
+    return pairs
