@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import check_callable, scalar
-from implicit_grad._conditions.lam import LowRank
-from implicit_grad._conditions.proximal import proximal
 from implicit_grad._errors import InvalidArgumentError, Status, describe
-from implicit_grad._linear_solvers.base import norm
-from implicit_grad._theorem.adjoint import Solved, solve_adjoint, solve_newton
+from implicit_grad._theorem.adjoint import solve_adjoint, solve_newton
 from implicit_grad._theorem.linearization import Curvature, Linearization
 from implicit_grad._torch.products import gradient, variables
-from implicit_grad._torch.pytree import Flat, Tensors
+from implicit_grad._torch.pytree import Tensors, length
 from implicit_grad._wrapper.evaluation import Evaluation
 from implicit_grad._wrapper.implicit_solver import ImplicitSolver, default_linear_solver
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What `certify` found. An estimate is right to first order in the inner error; a bound holds.
+    """What `certify` found. Its estimates are right to first order in the inner error.
 
     Attributes:
         tensors: what the gradients are with respect to: the arguments that require grad, then the
@@ -37,8 +34,8 @@ class Certificate:
         relative_error: the same over ‖gradients‖₂.
         inner_error: estimate of ‖φ − φ*‖₂.
         outer_loss_error: estimate of outer_loss(φ*) − outer_loss(φ).
-        bound: with `constants`: a bound on the error of dθ in the 2-norm; else None.
-        status: the worst of the three linear solves; if it is not `ok`, trust nothing here.
+        status: the worst of the three linear solves, of all tasks in a batch; if it is
+            not `ok`, trust nothing here.
     """
 
     tensors: tuple[Tensor, ...]
@@ -48,7 +45,6 @@ class Certificate:
     relative_error: float
     inner_error: float
     outer_loss_error: float
-    bound: float | None
     status: Status
 
     @property
@@ -61,8 +57,6 @@ def certify(
     solve: ImplicitSolver,
     args: Sequence[Any],
     outer_loss: Callable[[Any], Tensor],
-    *,
-    constants: tuple[float, float, float] | None = None,
 ) -> Certificate:
     """Estimate the total error of a hypergradient, and correct it.
 
@@ -72,24 +66,15 @@ def certify(
     is the estimate. Cost: the solver, one backward solve as `solve` takes it, two more with the
     Hessian and the condition's default linear solver, and one outer gradient.
 
-    With constants = (L, ρ, μ), for `proximal`, the error of dθ is bounded: with δ = ‖r‖/μ ≥
-    ‖φ − φ*‖, ‖dθ − dθ*‖ ≤ ‖Λ‖/μ (L δ + ρ δ ‖u‖ + ‖v − Aᵀu‖), and L δ more if the outer loss depends
-    on θ directly. It holds, but is 20 to 2,500 times too large in measurements: the constants are
-    those of the worst place (compare Ehrhardt and Roberts, 2024, Analyzing inexact hypergradients
-    for bilevel learning).
-
     Args:
         solve: what `implicit` returned.
         args: the arguments to call it with.
         outer_loss: `outer_loss(phi)` returns a scalar tensor.
-        constants: L, the Lipschitz constant in φ of the outer loss's gradients by φ and by θ; ρ,
-            that of the inner Hessian; μ > 0, the inner objective's strong convexity; all between φ
-            and the solution.
 
     Raises:
         InvalidArgumentError: an argument cannot work, or no tensor requires grad.
     """
-    _check(solve, args, outer_loss, constants)
+    _check(solve, args, outer_loss)
     evaluation, inputs = solve.evaluation(tuple(args), {})
     with torch.enable_grad():
         phi = evaluation.solve_and_record(inputs)
@@ -128,18 +113,17 @@ def certify(
     status = min(solved.status(at) for solved, at in solves)
     if not status.ok:
         evaluation.setup.reporting.say(f"not certified: {status.sentence}")
-    error, size = _distance(corrected, gradients), _distance(gradients)
+    error, size = _distance(corrected, gradients), length(gradients)
     return Certificate(
         tensors=tensors,
         gradients=gradients,
         corrected=corrected,
         error=error,
         relative_error=error / size if size else (math.inf if error else 0.0),
-        inner_error=_distance(newton.x[: len(phi)]),
+        inner_error=length(newton.x[: len(phi)]),
         outer_loss_error=-sum(
             float((x * f.detach()).sum()) for x, f in zip(first.x, around.residual, strict=True)
         ),
-        bound=None if constants is None else _bound(constants, true, first, here),
         status=status,
     )
 
@@ -176,27 +160,12 @@ def _recorded(evaluation: Evaluation, inputs: Tensors) -> tuple[Linearization, T
     return around, (*(x for x, t in zip(a, inputs, strict=False) if t.requires_grad), *captured)
 
 
-def _bound(
-    constants: tuple[float, float, float], around: Linearization, first: Solved, here: _Outer
-) -> float:
-    lipschitz, rho, mu = constants
-    delta = _distance(around.residual) / mu
-    with torch.no_grad():
-        unsolved = _distance(here.v, around.transposed(first.x))
-    largest = max(float(s.detach().max()) for s in around.scale or () if s.numel())
-    indirect = largest / mu * (lipschitz * delta + rho * delta * _distance(first.x) + unsolved)
-    return indirect + (lipschitz * delta if _distance(here.direct) else 0.0)
-
-
-def _distance(x: Tensors, y: Tensors | None = None) -> float:
+def _distance(x: Tensors, y: Tensors) -> float:
     """‖x − y‖₂ over all tensors."""
-    parts = tuple(t.detach() for t in x)
-    if y is not None:
-        parts = tuple(a - b for a, b in zip(parts, y, strict=True))
-    return norm(Flat(parts).ravel(parts)) if parts else 0.0
+    return length([a - b for a, b in zip(x, y, strict=True)])
 
 
-def _check(solve: object, args: object, outer_loss: object, constants: object) -> None:
+def _check(solve: object, args: object, outer_loss: object) -> None:
     if not isinstance(solve, ImplicitSolver):
         raise InvalidArgumentError(
             f"certify: solve must be what implicit() returned, got {describe(solve)}"
@@ -206,17 +175,3 @@ def _check(solve: object, args: object, outer_loss: object, constants: object) -
             f"certify: args must be a tuple of the solver's arguments, got {describe(args)}"
         )
     check_callable("certify", "outer_loss", outer_loss)
-    if constants is None:
-        return
-    if not isinstance(constants, tuple) or len(constants) != 3:
-        raise InvalidArgumentError("certify: constants must be (L, rho, mu)")
-    lipschitz, rho, mu = constants
-    if not (0 <= lipschitz < math.inf and 0 <= rho < math.inf and 0 < mu < math.inf):
-        raise InvalidArgumentError(
-            f"certify: constants={constants!r}: expected finite L >= 0, rho >= 0 and mu > 0"
-        )
-    lam = isinstance(solve.setup.condition, proximal)
-    if not lam or isinstance(solve.setup.condition.parameters, LowRank):
-        raise InvalidArgumentError(
-            "certify: the bound from constants is for proximal with a diagonal lam"
-        )
