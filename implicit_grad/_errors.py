@@ -89,13 +89,12 @@ _SENTENCES = {
     ),
     Status.NEGATIVE_CURVATURE: (
         "the inner objective has non-positive curvature at phi, so phi is not a strict minimum "
-        "and the implicit gradient is not defined there; CG stops at the last iterate that is "
-        "still a descent direction. Solve the inner problem further, raise lam, or use "
-        'curvature="gauss_newton" where it is offered'
+        "and the implicit gradient is not that of a minimum. Solve the inner problem further, "
+        'raise lam, or use curvature="gauss_newton" where it is offered'
     ),
     Status.STAGNATED: (
         "the linear solve stopped improving above rtol: rounding error is the floor for this "
-        "condition number and dtype. Use float64, loosen rtol, or regularise the inner problem"
+        "condition number and dtype. Loosen rtol, or regularise the inner problem"
     ),
     Status.SINGULAR: (
         "the linear system is singular to working precision: the inner solution is not locally "
@@ -147,6 +146,8 @@ def describe(value: object) -> str:
     """A few words on a value, for error messages."""
     if value is None:
         return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     kind = type(value).__name__
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")

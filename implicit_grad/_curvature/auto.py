@@ -144,7 +144,7 @@ class AutoCurvature(Linearization):
         return product
 
     def smooth_product(self, x: Tensors) -> Tensors:
-        """The same: the matrix is symmetric."""
+        """A x, which is Aᵀx, as the matrix is symmetric."""
         return self.smooth_transposed(x)
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
 
 from implicit_grad._curvature.objective import Objective
+from implicit_grad._errors import ImplicitGradWarning
 from implicit_grad._theorem.linearization import Linearization
+from implicit_grad._torch.graph import between
 from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import gradient, vjp
 from implicit_grad._torch.pytree import Tensors
+
+_LINEAR = (
+    'curvature="gauss_newton": output {} of the model, of shape {}, enters the loss linearly, so '
+    "that all of its curvature is the model's own, which is dropped: the gradient is off. If it is "
+    "a penalty on phi, let the model return phi itself and the loss compute the penalty from it; "
+    'or use curvature="hessian"'
+)
 
 
 class Hessian(Linearization):
@@ -38,7 +48,7 @@ class Hessian(Linearization):
         )
 
     def smooth_product(self, x: Tensors) -> Tensors:
-        """The same: the matrix is symmetric."""
+        """A x, which is Aᵀx, as the matrix is symmetric."""
         return self.smooth_transposed(x)
 
     @staticmethod
@@ -52,7 +62,7 @@ class Hessian(Linearization):
 
 
 class GaussNewton(Hessian):
-    """The same, with the Hessian of loss(model(φ)) replaced by Jᵀ (∂²loss/∂output²) J.
+    """A with Jᵀ (∂²loss/∂output²) J in the place of the Hessian of loss(model(φ)).
 
     J is the Jacobian of the model's outputs, so the model's own curvature is dropped and the
     operator is positive semi-definite for losses that are convex in the outputs (Schraudolph,
@@ -69,6 +79,16 @@ class GaussNewton(Hessian):
             self._loss_gradient = gradient(objective.value, self._outputs)
             self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in self._outputs)
             self._to_phi = vjp(self._outputs, self.phi, self._dummy)
+            self._tell_of_linear_outputs()
+
+    def _tell_of_linear_outputs(self) -> None:
+        """Warn where an output that bends with φ enters the loss linearly: A has nothing of it."""
+        for i, (output, slope) in enumerate(zip(self._outputs, self._loss_gradient, strict=True)):
+            bends = any(True for _ in between([slope], self._outputs))
+            if bends or not bool(slope.any()):  # or the loss does not look at it
+                continue
+            if any(True for _ in between(gradient(output.sum(), self.phi), self.phi)):
+                warnings.warn(_LINEAR.format(i, tuple(output.shape)), ImplicitGradWarning, 2)
 
     def _slope(self) -> Tensors:  # no product goes through it
         return gradient(self.objective.value, self.objective.phi)

@@ -170,6 +170,7 @@ class LinearSolver(abc.ABC):
     symmetric_only: ClassVar[bool]
     definite_only: ClassVar[bool] = False
     tells_error: ClassVar[bool] = False
+    when_indefinite: ClassVar[str] = ""  # what it does with negative curvature, in a sentence
     takes_tasks: bool = False
     needs_convex: bool = False
     takes_both_products: ClassVar[bool] = False
@@ -200,7 +201,7 @@ class LinearSolver(abc.ABC):
     def solve_tasks(
         self, operator: Operator, rhs: Tensor, verify: bool
     ) -> tuple[Tensor, list[LinearSolution]]:
-        """The same for a batch of systems: rhs, x and products have a row for each task."""
+        """Solve a batch of systems: rhs, x and products have a row for each task."""
         raise NotImplementedError
 
     @abc.abstractmethod

@@ -227,6 +227,7 @@ class CG(Iterative):
     definite_only: ClassVar[bool] = True
     tells_error: ClassVar[bool] = True
     least_maxiter: ClassVar[int] = 0
+    when_indefinite: ClassVar[str] = "CG stops at the last iterate that is a descent direction"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,13 +31,18 @@ class Solved:
         x: the solution, in the form of φ.
         solutions: how it was found: one for each task, or for the only one.
         products: with A, that were taken for all of them.
-        damping: what the linear solver added to A's diagonal.
+        solver: what solved it.
     """
 
     x: Tensors
     solutions: tuple[LinearSolution, ...]
     products: int
-    damping: float
+    solver: LinearSolver
+
+    @property
+    def damping(self) -> float:
+        """What the linear solver added to A's diagonal."""
+        return self.solver.damping
 
     def status(self, around: Linearization) -> Status:
         """The worst of all solves."""
@@ -103,7 +108,7 @@ def _solve(
         except SwitchedToDifferences:
             continue
         x, solutions = (found.x, [found]) if isinstance(found, LinearSolution) else found
-        return Solved(flat.unravel(x), tuple(solutions), system.products, solver.damping)
+        return Solved(flat.unravel(x), tuple(solutions), system.products, solver)
 
 
 class _System:

@@ -139,7 +139,7 @@ def _batched_backward(
 
 
 def connected(tensors: Tensors) -> Tensors:
-    """The same values as new nodes of the graph: differentiating by them goes no further."""
+    """New nodes of the graph with these values: differentiating by them goes no further."""
     return tuple(t.view_as(t) for t in tensors)
 
 

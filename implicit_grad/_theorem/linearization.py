@@ -136,7 +136,7 @@ class Linearization:
         return vjp(self.smooth, self.phi, u)
 
     def smooth_product(self, x: Tensors) -> Tensors:
-        """The same of A x, as the derivative of the map w ↦ Aᵀw (double vjp)."""
+        """The curvature's part of A x, as the derivative of the map w ↦ Aᵀw (double vjp)."""
         if self._pullback_of_dummy is None:
             if once_differentiable(self.smooth, self.phi):
                 raise GraphError(

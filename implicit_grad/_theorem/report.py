@@ -29,6 +29,10 @@ OnFailure = Literal["warn", "raise", "ignore"]
 INNER_TOLERANCE, SMALL = 1e-2, 1e-3
 
 
+# A curvature of this many eps times the greatest one may be a zero.
+_ZERO = 100.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """One backward solve.
@@ -152,13 +156,14 @@ class Reporting:
             self.monitor.reports.extend(reports)
         if self.on_failure == "ignore":
             return
-        for report in reports:
+        for report, solution in zip(reports, solved.solutions, strict=True):
             if report.status.ok:
                 continue
+            sentence = _sentence(report, solution, solved, around)
             if self.on_failure == "raise":
-                raise LinearSolveError(f"{_sentence(report)} ({_figures(report)})", report)
+                raise LinearSolveError(f"{sentence} ({_figures(report)})", report)
             # no figures here: Python shows a warning once only if its text does not change
-            warnings.warn(_sentence(report), ImplicitGradWarning, stacklevel=2)
+            warnings.warn(sentence, ImplicitGradWarning, stacklevel=2)
 
     def _reports(self, solved: Solved, around: Linearization) -> list[Report]:
         """One for each task, or for the only one."""
@@ -237,10 +242,30 @@ def solve_and_record(
     return solved.x
 
 
-def _sentence(report: Report) -> str:
-    if report.status is Status.WRONG_PRODUCT:
-        return f"{report.check}. So {report.status.sentence}"
-    return report.status.sentence
+_FLAT = (
+    "the inner objective has zero curvature, to rounding, along a direction that the outer loss "
+    "sees (non-positive curvature at phi): phi is not unique along it. Regularise the inner "
+    "problem, or use MINRES(), which gives the derivative of least norm"
+)
+
+
+def _sentence(
+    report: Report, solution: LinearSolution, solved: Solved, around: Linearization
+) -> str:
+    """What the status means for this solver, this matrix and these tensors."""
+    status, sentence = report.status, report.status.sentence
+    if status is Status.WRONG_PRODUCT:
+        return f"{report.check}. So {sentence}"
+    if status is Status.NEGATIVE_CURVATURE and solution.curvature is not None:
+        least, greatest = solution.curvature
+        if least >= -_ZERO * Flat(around.phi).eps * greatest:
+            return _FLAT
+    if status is Status.NEGATIVE_CURVATURE and solved.solver.when_indefinite:
+        return f"{sentence}. {solved.solver.when_indefinite}"
+    coarse = any(p.dtype != torch.float64 for p in around.phi)
+    if status is Status.STAGNATED and coarse:
+        return f"{sentence}. Or use float64"
+    return sentence
 
 
 def _figures(report: Report) -> str:

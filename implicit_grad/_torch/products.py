@@ -64,7 +64,7 @@ def variables(tensors: Tensors) -> Tensors:
 
 
 def stand_ins(tensors: Tensors, wanted: Sequence[bool]) -> Tensors:
-    """The same, but of those that are not wanted there are no derivatives."""
+    """Detached copies, to be differentiated by only where that is wanted."""
     pairs = zip(variables(tensors), wanted, strict=True)
     return tuple(v if wants else v.detach() for v, wants in pairs)
 

@@ -67,7 +67,7 @@ class Local:
         return self.size <= LARGEST
 
     def at(self, phi: Any) -> Local:
-        """The same elsewhere."""
+        """The local problem at another φ."""
         return Local(self.condition, self.args, phi, self.targets)
 
     @functools.cached_property

@@ -52,7 +52,7 @@ class Reference(Protocol):
         ...
 
     def pairs(self, index: int, gradient: Tensor | None) -> list[tuple[float, float]]:
-        """The same as numbers that should be equal: the gradient's and the reference's."""
+        """The numbers that should be equal: the gradient's and the reference's."""
         ...
 
     def confirm(self, index: int) -> None:
