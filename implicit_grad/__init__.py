@@ -19,6 +19,7 @@ from implicit_grad._errors import (
 from implicit_grad._implicit import implicit
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.exact import Exact
+from implicit_grad._linear_solvers.gmres import GMRES
 from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._linear_solvers.neumann import Neumann
 from implicit_grad._linear_solvers.normal_cg import NormalCG
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "GMRES",
     "MINRES",
     "Certificate",
     "Cholesky",

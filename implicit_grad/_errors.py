@@ -64,6 +64,9 @@ class Status(enum.IntEnum):
     BAD_PRECONDITIONER = -10
     DEPENDENT_CONSTRAINTS = -11
     WRONG_PRODUCT = -12
+    UNSOLVED = -13
+    INDEFINITE = -14
+    NOT_SYMMETRIC = -15
 
     @property
     def ok(self) -> bool:
@@ -84,8 +87,11 @@ _SENTENCES = {
     Status.FIRST_ORDER: "no product was taken: this is the first-order gradient, as asked",
     Status.MAX_ITER: (
         "the linear solve ran out of iterations before it reached rtol: the system is badly "
-        "conditioned for this budget. Raise maxiter, loosen rtol, or "
-        "regularise the inner problem (a larger lam)"
+        "conditioned for this budget. Allow it more and say how accurate it has to be, such as "
+        "maxiter=5000, rtol=1e-6 (to CG, maxiter alone is a fixed budget, whatever comes of it); "
+        "take a linear solver that needs fewer (CG with a preconditioner; for root and "
+        "fixed_point GMRES(), or symmetric=True where that is so); or regularise the inner "
+        "problem (a larger lam)"
     ),
     Status.NEGATIVE_CURVATURE: (
         "the inner objective has non-positive curvature at phi, so phi is not a strict minimum "
@@ -129,6 +135,21 @@ _SENTENCES = {
         "NumPy, or keeps an argument as a constant?). Write that backward in operations of torch "
         'on what ctx.saved_tensors holds, or mark it once_differentiable; curvature="auto" or '
         '"finite_difference" takes differences of gradients where they are right'
+    ),
+    Status.UNSOLVED: (
+        "what the function given as linear_solver returned does not solve the system: "
+        "b - matvec(x) is not small. The matrix is that of matvec, A transposed in a backward "
+        "pass (a factorisation of A has to be used as its transpose, and be that of this call), "
+        "and an iteration has to run to its tolerance"
+    ),
+    Status.INDEFINITE: (
+        "the Jacobian that was promised to be symmetric has curvature of both signs, and CG is "
+        "for definite matrices: use MINRES(), the default with symmetric=True, or Exact()"
+    ),
+    Status.NOT_SYMMETRIC: (
+        "the Jacobian is not symmetric, though symmetric=True says so, and a linear solver for "
+        "symmetric systems was used: the gradient is not right. Leave symmetric=True out, or "
+        "multiply the residual by what makes its Jacobian symmetric"
     ),
     Status.DEGENERATE: (
         "a constraint of the inner problem is active by chance (its multiplier is zero), so phi "

@@ -12,6 +12,7 @@ from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._options import is_integer, is_number
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
@@ -31,7 +32,7 @@ def implicit(
     solver: Solver,
     condition: Condition,
     *,
-    linear_solver: LinearSolver | None = None,
+    linear_solver: LinearSolver | SolveFunction | None = None,
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
     has_aux: bool = False,
@@ -48,7 +49,7 @@ def implicit(
     solver: None = None,
     *,
     condition: Condition,
-    linear_solver: LinearSolver | None = None,
+    linear_solver: LinearSolver | SolveFunction | None = None,
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
     has_aux: bool = False,
@@ -64,7 +65,7 @@ def implicit(
     solver: Solver | None = None,
     condition: Condition | None = None,
     *,
-    linear_solver: LinearSolver | None = None,
+    linear_solver: LinearSolver | SolveFunction | None = None,
     curvature: Curvature = "auto",
     init: Callable[..., Any] | None = None,
     has_aux: bool = False,
@@ -89,8 +90,10 @@ def implicit(
             objective.
         condition: what phi solves: `argmin`, `proximal`, `root` or `fixed_point`.
         linear_solver: for Aᵀu = v: `CG()` (the default) where A is symmetric, `MINRES()` (the
-            default) where it is indefinite too, with constraints, `NormalCG()` (the default) where
-            it need not be symmetric; or `Neumann()`, `Exact()`.
+            default) where it may be indefinite too, with constraints and for symmetric roots,
+            `GMRES()` or `NormalCG()` (the default: the first, and if it fails the second) where it
+            need not be symmetric; or `Neumann()`, `Exact()`. Or a function `solve(matvec, b)` that
+            returns x with matvec(x) = b, as a tensor or an array: see below.
         curvature: products with the "hessian" of an argmin's or proximal's objective, with its
             "gauss_newton" part (the condition has `model=`; changes the answer), or by
             "finite_difference"s of gradients. "auto" takes the Hessian, and differences if an
@@ -122,6 +125,25 @@ def implicit(
         InvalidSolutionError: the solver returned something that cannot be phi.
         GraphError: in backward, when the gradient cannot be had any more.
 
+    A function for `linear_solver` is handed flat vectors, φ's tensors one after another; matvec is
+    the product with Aᵀ (with A, where φ is polished), λ of a proximal term included. Its answer is
+    held to a residual of eps^(1/4) of b. SciPy's GMRES, and a sparse factorisation of A that the
+    solver has made anyhow:
+
+    >>> import numpy, scipy.sparse.linalg
+    >>> def by_scipy(matvec, b):
+    ...     product = scipy.sparse.linalg.LinearOperator(
+    ...         (len(b), len(b)), matvec=lambda x: matvec(x).numpy(), dtype=b.numpy().dtype
+    ...     )
+    ...     return scipy.sparse.linalg.gmres(product, b.numpy(), rtol=1e-8)[0]
+    >>> class Factorised:
+    ...     def solver(self, k, b):
+    ...         matrix = scipy.sparse.diags_array([k.numpy(), numpy.ones(2)], offsets=[0, 1])
+    ...         self.factors = scipy.sparse.linalg.splu(matrix.tocsc())
+    ...         return self.factors.solve(b.numpy())
+    ...     def transposed(self, matvec, b):
+    ...         return self.factors.solve(b.numpy(), trans="T")
+
     Ridge regression, solved in closed form by code that autograd never sees:
 
     >>> import torch
@@ -145,15 +167,14 @@ def implicit(
         )
     if linear_solver is None:
         linear_solver = default_linear_solver(condition)
-    if not isinstance(linear_solver, LinearSolver):
-        raise InvalidArgumentError(
-            "implicit: linear_solver must be CG(), MINRES(), NormalCG(), Neumann() or Exact(), "
-            f"got {linear_solver!r}"
-        )
+    linear_solver = as_linear_solver(
+        linear_solver, "implicit", "CG(), MINRES(), GMRES(), NormalCG(), Neumann(), Exact()"
+    )
     if linear_solver.symmetric_only and not condition.symmetric:
         raise InvalidArgumentError(
             f"implicit: {type(linear_solver).__name__} needs a symmetric system, but the Jacobian "
-            f"of {type(condition).__name__} is general: use NormalCG(), Neumann() or Exact()"
+            f"of {type(condition).__name__} is general: use GMRES(), NormalCG(), Neumann() or "
+            f"Exact(), or {type(condition).__name__}(..., symmetric=True) if it is symmetric here"
         )
     if linear_solver.definite_only and not condition.definite:
         raise InvalidArgumentError(
@@ -245,6 +266,11 @@ def _check_curvature(
 ) -> None:
     check_curvature(curvature, "implicit")
     name, offered = type(condition).__name__, condition.curvatures
+    if linear_solver.needs_convex and not condition.is_minimum:
+        raise InvalidArgumentError(
+            f'implicit: on_negative_curvature="gauss_newton" is for minima, not for {name}: use '
+            "MINRES() where its Jacobian may be indefinite"
+        )
     asked = curvature == "gauss_newton" or linear_solver.needs_convex
     if "gauss_newton" not in offered and asked:
         raise InvalidArgumentError(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -68,7 +68,7 @@ class argmin(Condition):
     equality: Callable[..., Any] | None = None
     inequality: Callable[..., Any] | None = None
     tasks: bool = False
-    symmetric: ClassVar[bool] = True
+    symmetric = True
 
     def __post_init__(self) -> None:
         check_callable("argmin", "objective", self.objective)

@@ -40,10 +40,12 @@ class Call:
 class Condition(abc.ABC):
     """F(φ, a) = 0.
 
-    `symmetric` says whether ∂F/∂φ is, so that CG applies where it is also `definite`.
+    `symmetric` says whether ∂F/∂φ is, so that CG applies where it is also `definite`: a minimum's
+    is positive definite, a root's may be definite of either sign, or not at all.
     """
 
-    symmetric: ClassVar[bool]
+    symmetric: bool
+    is_minimum: ClassVar[bool] = True
     must_depend_on_phi: ClassVar[bool] = True
     definite = True
     tasks = False  # φ is a batch of solutions of separate problems

@@ -58,7 +58,7 @@ class proximal(Condition):
     _: dataclasses.KW_ONLY
     model: Callable[..., Any] | None = None
     tasks: bool = False
-    symmetric: ClassVar[bool] = True
+    symmetric = True
     must_depend_on_phi: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from implicit_grad._conditions.base import (
     check_callable,
     like_phi,
 )
+from implicit_grad._options import require
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors
@@ -28,13 +29,21 @@ class root(Condition):
 
     Args:
         residual: `residual(phi, *args)` returns tensors in the form of φ.
+        symmetric: whether ∂residual/∂φ is symmetric at φ, as in discretised diffusion or
+            elasticity: then `MINRES` is the default, for one product an iteration and the root of
+            the condition number. `CG`, with its preconditioners and warm starts, goes with it
+            where the matrix is definite, positive or negative; where it is neither, CG stops and
+            says so. A residual that was not symmetric is told if a solve fails or is truncated;
+            one that succeeds is right anyhow, for its residual is recomputed.
     """
 
     residual: Callable[..., Any]
-    symmetric: ClassVar[bool] = False
+    symmetric: bool = dataclasses.field(default=False, kw_only=True)
+    is_minimum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_callable("root", "residual", self.residual)
+        _check_symmetric(self)
 
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "find_root":
@@ -44,7 +53,7 @@ class root(Condition):
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         residual = self.residual(phi, *call.args, **call.kwargs)
         outputs = like_phi("root: residual", residual, phi, variables)
-        return Snapshot(outputs, lambda _: Linearization(outputs, variables))
+        return _snapshot(outputs, variables, self.symmetric)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,14 +62,17 @@ class fixed_point(Condition):
 
     Args:
         map: `map(phi, *args)` returns tensors in the form of φ.
+        symmetric: whether ∂map/∂φ is symmetric at φ, as a gradient step's; see `root`.
     """
 
     map: Callable[..., Any]
-    symmetric: ClassVar[bool] = False
+    symmetric: bool = dataclasses.field(default=False, kw_only=True)
+    is_minimum: ClassVar[bool] = False
     must_depend_on_phi: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_callable("fixed_point", "map", self.map)
+        _check_symmetric(self)
 
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "find_root":
@@ -76,4 +88,12 @@ class fixed_point(Condition):
         image = self.map(phi, *call.args, **call.kwargs)
         outputs = like_phi("fixed_point: map", image, phi, variables)
         residual = tuple(p - t for t, p in zip(outputs, variables, strict=True))
-        return Snapshot(residual, lambda _: Linearization(residual, variables))
+        return _snapshot(residual, variables, self.symmetric)
+
+
+def _snapshot(residual: Tensors, phi: Tensors, symmetric: bool) -> Snapshot:
+    return Snapshot(residual, lambda _: Linearization(residual, phi, said_symmetric=symmetric))
+
+
+def _check_symmetric(condition: root | fixed_point) -> None:
+    require(condition, "symmetric", isinstance(condition.symmetric, bool), "True or False")

@@ -47,6 +47,8 @@ class Operator:
             indefinite (Gauss-Newton, S included); None where there is none.
         mu: μ > 0 with M ⪰ μS, where it is known.
         rtol_error: x is good enough when ‖x − M⁻¹rhs‖ ≤ rtol_error·‖x‖, ‖x‖² = xᵀSx.
+        either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
+            as well as positive definite.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -56,6 +58,7 @@ class Operator:
     convex: Callable[[Tensor], Tensor] | None = None
     mu: float | None = None
     rtol_error: float | None = None
+    either_sign: bool = False
 
     def precision(self, like: Tensor) -> float:
         """The relative precision of products with vectors like this one."""
@@ -88,6 +91,22 @@ class Operator:
         """M itself, by a product for each unknown of vectors like this one."""
         identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
         return torch.stack([self.matvec(column) for column in identity], dim=1)
+
+    def is_symmetric(self, like: Tensor) -> bool:
+        """Whether wᵀM u = uᵀM w, to rounding, for two random vectors; takes two products."""
+        random = torch.Generator().manual_seed(0)  # of its own: no draw of the user's changes
+        w, u = (torch.randn(like.numel(), generator=random).to(like) for _ in range(2))
+        image, other = self.matvec(w), self.matvec(u)
+        size = norm(w) * norm(other) + norm(u) * norm(image)
+        return not abs(dot(w, other) - dot(u, image)) > self.precision(like) ** (2 / 3) * size
+
+    def negated(self) -> Operator:
+        """−M."""
+        return dataclasses.replace(
+            self,
+            matvec=lambda x: -self.matvec(x),
+            rmatvec=lambda x: -self.rmatvec(x),
+        )
 
     def damped(self, damping: float) -> Operator:
         """M + damping·I, and likewise for the matrix that may stand in for M."""
@@ -143,6 +162,15 @@ class LinearSolution:
     norm: float | None = None
     rounding: float | None = None
 
+    def of_negated(self) -> LinearSolution:
+        """The solution of M x = rhs, found as that of (−M) x = −rhs."""
+        least, greatest = self.curvature or (math.inf, -math.inf)
+        return dataclasses.replace(
+            self,
+            curvature=None if self.curvature is None else (-greatest, -least),
+            coefficients=tuple((-a, b, rr) for a, b, rr in self.coefficients),
+        )
+
     def in_units_of(self, unit: float) -> LinearSolution:
         """The solution for a right-hand side that is `unit` times as large; x is overwritten."""
         return dataclasses.replace(
@@ -193,7 +221,7 @@ class LinearSolver(abc.ABC):
             return LinearSolution(torch.zeros_like(rhs), Status.ZERO_RHS, residual=0.0)
         if not math.isfinite(largest):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_RHS)
-        limit = 126 if rhs.dtype == torch.float32 else 1022
+        limit = largest_exponent(rhs.dtype)
         unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
         rhs = rhs / unit  # the caller may have kept no other
         return self._solve(operator, rhs, unit, verify).in_units_of(unit)
@@ -207,6 +235,11 @@ class LinearSolver(abc.ABC):
     @abc.abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         """Solve for a right-hand side of magnitude 1, which stands for `unit` times as much."""
+
+
+def largest_exponent(dtype: torch.dtype) -> int:
+    """Of a power of two that can be divided by as well as multiplied with."""
+    return 126 if dtype == torch.float32 else 1022
 
 
 def drift(size: T, greatest: T, length: T, rhs: T, rounding: float) -> T:

@@ -163,7 +163,8 @@ class ConjugateGradients(Run):
 
     def _stop_at_negative_curvature(self) -> None:
         """Keep x, a descent direction, but no longer than the first-order solution."""
-        self.status = Status.NEGATIVE_CURVATURE
+        signed = self.operator.either_sign  # then no minimum was promised
+        self.status = Status.INDEFINITE if signed else Status.NEGATIVE_CURVATURE
         self._at_least_first_order()
         size, limit = self.operator.scaled_norm(self.x), self.operator.residual_norm(self.rhs)
         if size > limit:
@@ -177,6 +178,9 @@ class ConjugateGradients(Run):
     def _at_least_first_order(self) -> None:
         if not self.coefficients:
             self.x = self.operator.over_scale(self.rhs).clone()
+
+
+_NOT_POSITIVE = (Status.NEGATIVE_CURVATURE, Status.INDEFINITE)
 
 
 OnNegativeCurvature = Literal["stop", "raise", "minres", "gauss_newton"]
@@ -228,6 +232,7 @@ class CG(Iterative):
     tells_error: ClassVar[bool] = True
     least_maxiter: ClassVar[int] = 0
     when_indefinite: ClassVar[str] = "CG stops at the last iterate that is a descent direction"
+    truncates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,6 +264,14 @@ class CG(Iterative):
         operator = operator.damped(self.damping)
         if self.maxiter == 0:
             return LinearSolution(operator.over_scale(rhs), Status.FIRST_ORDER)
+        if operator.either_sign and dot(rhs, operator.matvec(rhs)) < 0:
+            return self._positive(operator.negated(), -rhs, unit, verify).of_negated()
+        return self._positive(operator, rhs, unit, verify)
+
+    def _positive(
+        self, operator: Operator, rhs: Tensor, unit: float, verify: bool
+    ) -> LinearSolution:
+        """Solve a system that is positive definite, if it is definite."""
         budget = self.budget(operator, rhs, unit)
         precondition = self._precondition(operator, rhs)
         slot = None if self.warm_start is None else self.warm_start.slot()
@@ -267,13 +280,13 @@ class CG(Iterative):
         if start is not None and budget.maxiter > 1:  # the start takes one product of the budget
             run.start_at(start / unit)
         run.iterate()
-        if run.warm and run.status == Status.NEGATIVE_CURVATURE:
+        if run.warm and run.status in _NOT_POSITIVE:
             # vᵀx > 0 and the limit on ‖x‖ are promised to runs from 0 only
             warm, run = run, ConjugateGradients(operator, rhs, budget, precondition)
             run.iterate()
             run.follow(warm)
         solution = self._finish(run, operator, budget, verify)
-        if run.status == Status.NEGATIVE_CURVATURE:
+        if run.status in _NOT_POSITIVE:
             solution = self._substitute(solution, operator, rhs, unit, verify)
         if slot is not None and solution.status.ok:
             slot.put(solution.x * unit)
@@ -307,9 +320,11 @@ class CG(Iterative):
         given = self.preconditioner
         if given is None:
             return None
-        return checked(
-            given.build(operator, rhs) if isinstance(given, Preconditioner) else given, rhs
-        )
+        made = given.build(operator, rhs) if isinstance(given, Preconditioner) else given
+        precondition = checked(made, rhs, "CG")
+        if operator.either_sign and dot(rhs, precondition(rhs)) < 0:
+            return lambda r: -precondition(r)  # of a negative definite matrix's inverse
+        return precondition
 
     def _finish(
         self, run: ConjugateGradients, operator: Operator, budget: Budget, verify: bool
@@ -332,9 +347,9 @@ class CG(Iterative):
             raise _refusal(solution)
         if policy == "stop":
             return solution
-        again: LinearSolver
         if policy == "minres":
-            again = MINRES(maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)
+            budget = self.budget(operator, rhs, unit)
+            second = MINRES().within(budget, operator, rhs, verify)
         else:
             if operator.convex is None:
                 raise LinearSolveError(
@@ -342,13 +357,11 @@ class CG(Iterative):
                     "Gauss-Newton products to go on with: give the condition its model=, or pass "
                     'curvature="gauss_newton" where it is offered'
                 )
-            operator = dataclasses.replace(
-                operator, matvec=operator.convex, rmatvec=operator.convex
-            )
+            convex = dataclasses.replace(operator, matvec=operator.convex, rmatvec=operator.convex)
             again = dataclasses.replace(
                 self, damping=0.0, on_negative_curvature="stop", warm_start=None
             )
-        second = again._solve(operator, rhs, unit, verify)
+            second = again._solve(convex, rhs, unit, verify)
         met = (*(solution.curvature or ()), *(second.curvature or ()))
         return dataclasses.replace(
             second,

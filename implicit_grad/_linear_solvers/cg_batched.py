@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import Status
-from implicit_grad._linear_solvers.base import LinearSolution, Operator, dots, drift
+from implicit_grad._linear_solvers.base import (
+    LinearSolution,
+    Operator,
+    dots,
+    drift,
+    largest_exponent,
+)
 from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, RESTART_GAIN, SLACK, Iterative
 
 # Where a number can be read from the device only by waiting for it, iterations taken between two
@@ -69,7 +75,7 @@ class _Run:
         largest = rhs.amax(1).maximum(-rhs.amin(1)) if rhs.shape[1] else rhs.new_zeros(len(rhs))
         finite = torch.isfinite(largest)
         exponents = torch.frexp(torch.where(finite, largest, 0.0)).exponent
-        limit = 126 if rhs.dtype == torch.float32 else 1022
+        limit = largest_exponent(rhs.dtype)
         ones = torch.ones_like(largest, dtype=torch.float64)
         self.unit = torch.ldexp(ones, exponents.clamp(-limit, limit))
         self.rhs = self.residual = rhs / _column(self.unit, rhs)

@@ -32,13 +32,21 @@ SLACK = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Iterative(LinearSolver):
-    """A linear solver that stops at a tolerance or after a number of iterations."""
+    """A linear solver that stops at a tolerance or after a number of iterations.
+
+    Attributes:
+        truncates: whether `maxiter` alone asks for a fixed budget, as CG's does: the truncation of
+            the iMAML paper. For others it is a limit, and the default tolerance is kept.
+        most_iterations: to take by default, where unknowns are many.
+    """
 
     maxiter: int | None = None
     rtol: float | None = None
     atol: float = 0.0
 
     least_maxiter: ClassVar[int] = 1
+    truncates: ClassVar[bool] = False
+    most_iterations: ClassVar[int] = 1000
 
     def __post_init__(self) -> None:
         least = self.least_maxiter
@@ -58,9 +66,10 @@ class Iterative(LinearSolver):
     def relative_budget(self, operator: Operator, rhs: Tensor, unknowns: int) -> Budget:
         """The rules but for `atol`, for a right-hand side of norm 1."""
         eps = operator.precision(rhs)
-        fixed = self.maxiter is not None and self.rtol is None and self.atol == 0.0
+        fixed = self.truncates and self.maxiter is not None and self.rtol is None
+        fixed = fixed and self.atol == 0.0
         rtol = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
-        maxiter = min(10 * unknowns, 1000) if self.maxiter is None else self.maxiter
+        maxiter = min(10 * unknowns, self.most_iterations) if self.maxiter is None else self.maxiter
         return Budget(eps if fixed else rtol, maxiter, fixed)
 
 

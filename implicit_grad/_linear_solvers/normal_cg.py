@@ -27,8 +27,10 @@ _ROUNDING = 10
 class NormalCG(Iterative):
     """Conjugate gradients on the normal equations MᵀM x = Mᵀ rhs, for non-symmetric systems.
 
-    Two products an iteration and the condition number squared: the price of needing no symmetry.
-    Arguments as for `CG`; `rtol` is that of the system itself, ‖rhs − M x‖ ≤ rtol ‖rhs‖.
+    Two products an iteration and the condition number squared: the price of needing no symmetry and
+    keeping no vectors. Half of the products are with A itself, which takes second derivatives of
+    the residual. `rtol` is that of the system itself, ‖rhs − M x‖ ≤ rtol ‖rhs‖; `maxiter` is a
+    limit, also without it.
 
     >>> NormalCG(rtol=1e-8).symmetric_only
     False

@@ -250,15 +250,15 @@ def _nystrom(
     return basis, (singular.square() - shift).clamp(min=0.0)
 
 
-def checked(precondition: Precondition, like: Tensor) -> Precondition:
-    """The function, its results checked for their form."""
+def checked(precondition: Precondition, like: Tensor, solver: str) -> Precondition:
+    """The function, its results checked for their form; `solver` is whose option it is."""
 
     def apply(r: Tensor) -> Tensor:
         z = precondition(r)
         if not isinstance(z, Tensor) or (z.shape, z.dtype) != (like.shape, like.dtype):
             raise InvalidArgumentError(
-                f"CG(preconditioner=...): for {describe(r)} it returned {describe(z)}; expected a "
-                "vector of the same form"
+                f"{solver}(preconditioner=...): for {describe(r)} it returned {describe(z)}; "
+                "expected a vector of the same form"
             )
         return z
 

@@ -103,12 +103,25 @@ def _solve(
     system = _System(around, flat)
     solve = solver.solve if around.tasks is None else solver.solve_tasks
     while True:
+        operator, vector = system.operator(accuracy, transposed), flat.ravel(rhs)
         try:
-            found = solve(system.operator(accuracy, transposed), flat.ravel(rhs), verify)
+            found = solve(operator, vector, verify)
         except SwitchedToDifferences:
             continue
+        if around.said_symmetric and isinstance(found, LinearSolution):
+            found = _held_to_symmetry(found, solver, operator, vector)
         x, solutions = (found.x, [found]) if isinstance(found, LinearSolution) else found
         return Solved(flat.unravel(x), tuple(solutions), system.products, solver)
+
+
+def _held_to_symmetry(
+    found: LinearSolution, solver: LinearSolver, operator: Operator, like: Tensor
+) -> LinearSolution:
+    """The solution, which the user's word may have spoilt; a small residual needs nobody's word."""
+    proven = found.status.ok and found.status != Status.TRUNCATED
+    if proven or not solver.symmetric_only or operator.is_symmetric(like):
+        return found
+    return dataclasses.replace(found, status=Status.NOT_SYMMETRIC)
 
 
 class _System:
@@ -130,6 +143,7 @@ class _System:
             convex=self._convex(),
             mu=accuracy.mu,
             rtol_error=accuracy.rtol_error,
+            either_sign=self._around.said_symmetric,
         )
 
     def _convex(self) -> Callable[[Tensor], Tensor] | None:

@@ -72,7 +72,13 @@ class Problem:
             product = around.with_scale(smooth, u)
             residual = tuple(p - w for p, w in zip(product, v, strict=True))
             return Linearization(
-                residual, u, smooth, scale=around.scale, tasks=around.tasks, is_adjoint=True
+                residual,
+                u,
+                smooth,
+                scale=around.scale,
+                tasks=around.tasks,
+                is_adjoint=True,
+                said_symmetric=around.said_symmetric,
             )
 
         return Problem(solve, linearize, self.solve_adjoint)

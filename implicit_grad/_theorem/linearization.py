@@ -62,6 +62,8 @@ class Linearization:
         is_adjoint: whether F is itself the residual of an adjoint problem.
         finding: what a check of its products found, if they are wrong or were replaced.
         degenerate: why φ has no derivative here, if it lies at a kink.
+        said_symmetric: whether A is symmetric by the user's word: F is not an objective's gradient,
+            so that A may be negative definite as well as positive definite.
         guard: entered for the one product that goes past φ in the graph.
     """
 
@@ -83,6 +85,7 @@ class Linearization:
         convex: Callable[[], Linearization] | None = None,
         is_adjoint: bool = False,
         degenerate: Status | None = None,
+        said_symmetric: bool = False,
         guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.make_residual = residual if callable(residual) else lambda: residual
@@ -91,6 +94,7 @@ class Linearization:
         self.linear_part, self.scale, self.anchors = linear_part, scale, anchors
         self.tasks, self.convex = tasks, convex
         self.is_adjoint, self.degenerate = is_adjoint, degenerate
+        self.said_symmetric = said_symmetric
         self._guard = guard
         self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
 

@@ -14,8 +14,8 @@ from implicit_grad._conditions.base import Call, Condition
 from implicit_grad._errors import GraphError, ImplicitGradError, InvalidArgumentError
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.general import General
 from implicit_grad._linear_solvers.minres import MINRES
-from implicit_grad._linear_solvers.normal_cg import NormalCG
 from implicit_grad._theorem.implicit_function import ImplicitFunction
 from implicit_grad._torch import pytree
 from implicit_grad._torch.isolation import uncompiled
@@ -191,8 +191,8 @@ class ImplicitSolver:
 def default_linear_solver(condition: Condition) -> LinearSolver:
     """The one that suits the condition's A, to a tolerance near rounding error."""
     if not condition.symmetric:
-        return NormalCG()
-    return CG() if condition.definite else MINRES()
+        return General()
+    return CG() if condition.definite and condition.is_minimum else MINRES()
 
 
 def _method(solver: Solver) -> str | None:

@@ -20,6 +20,7 @@ from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch import pytree
@@ -94,7 +95,7 @@ def imaml(
     maml: nn.Module,
     lam: Any = 2.0,
     *,
-    linear_solver: LinearSolver | None = None,
+    linear_solver: LinearSolver | SolveFunction | None = None,
     solver: Any = None,
     curvature: Curvature = "auto",
     check: Check = "once",
@@ -126,7 +127,8 @@ def imaml(
             by parameter name of these, one for each floating-point parameter of the model;
             `LearnedLam(model)`, learned and positive, for each tensor or element; or `LowRank`,
             a matrix.
-        linear_solver: by default `CG(maxiter=5)`, the paper's.
+        linear_solver: by default `CG(maxiter=5)`, the paper's; or a function `solve(matvec, b)`,
+            see `implicit`.
         solver: minimises the inner objective in `adapt(closure)`: an object with
             `minimize(objective, init)` (see `implicit_grad.solvers`), or such a function. By
             default gradient descent with MAML's lr.
@@ -147,8 +149,9 @@ def imaml(
     """
     if linear_solver is None:
         linear_solver = CG(maxiter=5)
-    _check(maml, linear_solver, solver, curvature)
     check_option(check, "imaml")
+    linear_solver = as_linear_solver(linear_solver, "imaml", "CG(), MINRES(), Neumann(), Exact()")
+    _check(maml, solver, curvature)
     options: Any = maml  # learn2learn has no types
     return ImplicitMAML(
         options.module,
@@ -361,17 +364,12 @@ def _either(given: bool | None, default: bool) -> bool:
     return default if given is None else given
 
 
-def _check(maml: Any, linear_solver: Any, solver: Any, curvature: str) -> None:
+def _check(maml: Any, solver: Any, curvature: str) -> None:
     """Raise unless `imaml` can work with its arguments."""
     check_maml(maml)
     if isinstance(maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
     check_subclass(maml)
-    if not isinstance(linear_solver, LinearSolver):
-        raise InvalidArgumentError(
-            "imaml: linear_solver must be CG(), MINRES(), Neumann() or Exact(), got "
-            f"{linear_solver!r}"
-        )
     if solver is not None and not callable(getattr(solver, "minimize", solver)):
         raise InvalidArgumentError(
             "imaml: solver must have minimize(objective, init) or be such a function, got "
