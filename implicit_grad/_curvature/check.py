@@ -91,7 +91,12 @@ class Problem(NamedTuple):
 
     @property
     def moving(self) -> list[int]:
-        """The inputs along which there is something to check."""
+        """The inputs along which there is something to check.
+
+        Without custom Functions, an argument that is held constant was detached on purpose.
+        """
+        if not custom_functions(self.outputs, (*self.phi, *self.inputs)):
+            return []
         return [i for i in self.movable if self.inputs[i].requires_grad]
 
     def moved_inputs(self, away: Tensors, t: float) -> Tensors:
@@ -107,7 +112,7 @@ class Problem(NamedTuple):
         names = custom_functions(self.outputs, (*self.phi, *self.inputs))
         if names:
             return f"of what the value goes through, suspect {', '.join(names)}"
-        return "suspect an operation of torch's own or a hook on a tensor"
+        return "suspect a .detach(), a hook on a tensor, or an operation of torch's own"
 
 
 def check_objective(objective: Objective, problem: Problem, curvature: Curvature) -> Finding | None:
