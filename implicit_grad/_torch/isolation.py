@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from implicit_grad._torch.products import own_precision
+from implicit_grad._torch.products import device_types, own_precision
+from implicit_grad._torch.pytree import Tensors
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +45,28 @@ class RandomState:
         torch.set_rng_state(cpu)
         for index, state in zip(self._cuda, cuda, strict=True):
             torch.cuda.set_rng_state(state, index)
+
+
+class Ambient:
+    """What an evaluation at φ sees besides its arguments: random generators, and autocast."""
+
+    def __init__(self, devices: set[torch.device], phi: Tensors) -> None:
+        self.devices, self.random = devices, RandomState(devices)
+        wide = any(p.dtype == torch.float32 for p in phi)
+        self._casting = [d for d in device_types(devices) if wide and torch.is_autocast_enabled(d)]
+
+    @contextlib.contextmanager
+    def casts(self) -> Iterator[None]:
+        """Autocast as it was, but to float32; off where it was off.
+
+        So bfloat16 features still meet float32 weights, and products with derivatives are taken in
+        the precision of φ nevertheless.
+        """
+        with own_precision(self.devices):  # puts everything back
+            for device_type in self._casting:
+                torch.set_autocast_dtype(device_type, torch.float32)
+                torch.set_autocast_enabled(device_type, True)
+            yield
 
 
 class _Setting:
@@ -76,12 +100,42 @@ class _Setting:
 _attention = torch.backends.cuda  # the switches are there, and are those of CPUs as well
 
 
-_plain_attention = _Setting(
+_checkpoints = torch.utils.checkpoint
+
+
+class _Unchecked:
+    """In the place of the Function that checkpoints with use_reentrant=True."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _unchecked(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In the place of what surrounds the function with use_reentrant=False."""
+    yield
+
+
+def _of_checkpoints(name: str, value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any], Any]:
+    read = functools.partial(getattr, _checkpoints, name)
+    return read, functools.partial(setattr, _checkpoints, name), value
+
+
+_plain_layers = _Setting(
     (_attention.math_sdp_enabled, _attention.enable_math_sdp, True),
     (_attention.flash_sdp_enabled, _attention.enable_flash_sdp, False),
     (_attention.mem_efficient_sdp_enabled, _attention.enable_mem_efficient_sdp, False),
     (_attention.cudnn_sdp_enabled, _attention.enable_cudnn_sdp, False),
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+    _of_checkpoints("CheckpointFunction", _Unchecked),
+    *(
+        _of_checkpoints(name, _unchecked)  # by the first name until torch 2.13 or so
+        for name in (
+            "_checkpoint_without_reentrant_generator",
+            "_checkpoint_without_reentrant_generator_impl",
+        )
+        if hasattr(_checkpoints, name)
+    ),
 )
 
 
@@ -90,30 +144,30 @@ _without_cudnn = _Setting((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enab
 
 @contextlib.contextmanager
 def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
-    """Attention as products and a softmax, and `recurrent` layers without cuDNN.
+    """Attention as products and a softmax, no checkpoints, `recurrent` layers without cuDNN.
 
-    The fused kernels of both have no second derivative.
+    Fused kernels have no second derivative. A checkpoint would compute its layers again in
+    backward, by when weights, switches and autocast are others; and the gradient's own graph, from
+    which second derivatives are taken, keeps what it would save.
     """
-    with _plain_attention(), _without_cudnn() if recurrent else contextlib.nullcontext():
+    with _plain_layers(), _without_cudnn() if recurrent else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
-def isolated(devices: set[torch.device], replay: RandomState) -> Iterator[None]:
+def isolated(ambient: Ambient) -> Iterator[None]:
     """Run user code with gradients on, leaving random generators and module buffers as they were.
 
-    `replay` is the random state to evaluate under, so that repeated evaluations draw the same
-    dropout masks. Autocast is off: products with second derivatives are taken in the tensors' own
-    precision, whatever surrounds the backward pass. Attention is computed step by step, because
-    fused kernels have no second derivative.
+    It sees the state that `ambient` was made in, so that repeated evaluations draw the same dropout
+    masks. Attention is computed step by step, because fused kernels have no second derivative.
     """
-    before = RandomState(devices)
-    replay.restore()
+    before = RandomState(ambient.devices)
+    ambient.random.restore()
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_private_buffers())
             stack.enter_context(differentiable_twice())
-            stack.enter_context(own_precision(devices))
+            stack.enter_context(ambient.casts())
             stack.enter_context(torch.enable_grad())
             yield
     finally:

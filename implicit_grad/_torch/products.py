@@ -69,11 +69,16 @@ def stand_ins(tensors: Tensors, wanted: Sequence[bool]) -> Tensors:
     return tuple(v if wants else v.detach() for v, wants in pairs)
 
 
+def device_types(devices: Iterable[torch.device]) -> set[str]:
+    """Those of the devices, and the CPU."""
+    return {"cpu", *(d.type for d in devices)}
+
+
 @contextlib.contextmanager
 def own_precision(devices: Iterable[torch.device]) -> Iterator[None]:
     """Autocast off: products are taken in the tensors' own precision, whatever surrounds them."""
     with contextlib.ExitStack() as stack:
-        for device_type in {"cpu", *(d.type for d in devices)}:
+        for device_type in device_types(devices):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 

@@ -27,7 +27,7 @@ from implicit_grad._theorem.reattached import reattached
 from implicit_grad._theorem.report import Reporting, solve_and_record
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, once_differentiable
-from implicit_grad._torch.isolation import RandomState, isolated
+from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
 from implicit_grad._torch.transforms import has_derivatives, is_batched, is_transformed
@@ -95,7 +95,7 @@ class Evaluation:
         self._at_phi: Tensors = ()
         self._record: tuple[Snapshot, Tensors] | None = None
         self._finding: Finding | None = None
-        self._random: RandomState  # of when F was first evaluated
+        self._ambient: Ambient  # of when F was first evaluated
 
     def problem(self) -> Problem:
         """The problem whose F is recorded where the solver's φ is."""
@@ -134,7 +134,7 @@ class Evaluation:
         """
         if self._phi is None:
             phi = self.solve(inputs)
-            self._random = RandomState(self.devices)
+            self._ambient = Ambient(self.devices, phi)
             a = stand_ins(inputs, self.wanted)
             with naming_phi(self.phi_tree, phi):
                 snapshot, at_phi = self._snapshot(phi, a)
@@ -224,7 +224,7 @@ class Evaluation:
         """
         assert self._phi is not None and self._record is not None
         phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
-        with isolated(self.devices, self._random):
+        with isolated(self._ambient):
             before = torch.get_rng_state()
             at_phi = self.phi_tree.rebuild(phi)
             outputs = self.condition.at(at_phi, phi, self._call(a), None).outputs
@@ -275,7 +275,7 @@ class Evaluation:
         return self._evaluate(at_phi, a, again=value), at_phi
 
     def _evaluate(self, phi: Tensors, inputs: Tensors, again: Again | None = None) -> Snapshot:
-        with isolated(self.devices, self._random):
+        with isolated(self._ambient):
             return self.condition.at(self.phi_tree.rebuild(phi), phi, self._call(inputs), again)
 
     def _call(self, inputs: Tensors) -> Call:

@@ -22,7 +22,7 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.reattached import reattached
 from implicit_grad._theorem.report import Reporting, solve_and_record
 from implicit_grad._torch.graph import leaves_behind, wrong_third
-from implicit_grad._torch.isolation import RandomState, isolated
+from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import plain_gradient, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._wrapper.solver_output import checked
@@ -71,13 +71,12 @@ class Replay:
 
     def __init__(self, weights: Weights, closure: Callable[[], Tensor]) -> None:
         self._weights, self._closure = weights, closure
-        self._devices = {t.device for t in weights.theta}
-        self._random = RandomState(self._devices)
+        self._ambient = Ambient({t.device for t in weights.theta}, weights.theta)
 
     def loss(self, phi: Tensors) -> Tensor:
         """The loss at φ, which is installed, with the random numbers of when this was made."""
         self._weights.install(phi)
-        with isolated(self._devices, self._random):
+        with isolated(self._ambient):
             return self._weights.total("adapt: the function's loss", self._closure())
 
     def loss_elsewhere(self, phi: Tensors) -> Tensor:
