@@ -1,19 +1,87 @@
-"""Nested containers <-> flat tuples of tensors, and tuples of tensors <-> one flat vector."""
+"""Nested containers <-> flat tuples of tensors, and tuples of tensors <-> one flat vector.
+
+Containers are those of Python, what is registered in optree or in torch.utils._pytree, and
+dataclasses.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as trees_of_torch
 
 Tensors = tuple[Tensor, ...]
 
 
 NAMESPACE = "implicit_grad"
+
+
+# Types of leaves that have been seen: there is nothing to look into.
+_opaque: set[type] = {Tensor, nn.Parameter, int, float, bool, str}
+
+
+# Dataclasses of these kinds are what they derive from.
+_NO_RECORDS = (nn.Module, Tensor, str, bytes, int, float, set, frozenset, tuple, list, dict)
+
+
+_registering = threading.Lock()
+
+
+def _learn(leaves: list[Any]) -> None:
+    """Have optree look into objects of these types from now on, where that can be done."""
+    with _registering:
+        for kind in set(map(type, leaves)) - _opaque:
+            if kind in trees_of_torch.SUPPORTED_NODES:
+                _register_as_torch(kind)
+            elif dataclasses.is_dataclass(kind) and not issubclass(kind, _NO_RECORDS):
+                _register_dataclass(kind)
+            else:
+                _opaque.add(kind)
+
+
+def _register_as_torch(kind: type) -> None:
+    node = trees_of_torch.SUPPORTED_NODES[kind]
+
+    def rebuilt(context: Any, parts: Collection[Any]) -> Any:
+        return node.unflatten_fn(list(parts), context)
+
+    optree.register_pytree_node(kind, node.flatten_fn, rebuilt, namespace=NAMESPACE)
+
+
+def _register_dataclass(kind: type) -> None:
+    """By its fields, and what else its objects hold; rebuilt without a call of `__init__`."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+
+    def parts(record: Any) -> tuple[list[Any], tuple[str, ...], tuple[str, ...]]:
+        held = dict.fromkeys([*fields, *getattr(record, "__dict__", ())])
+        names = tuple(name for name in held if hasattr(record, name))
+        return [getattr(record, name) for name in names], names, names
+
+    def rebuilt(names: tuple[str, ...], parts: Collection[Any]) -> Any:
+        record = object.__new__(kind)
+        for name, part in zip(names, parts, strict=True):
+            object.__setattr__(record, name, part)  # of a frozen one as well
+        return record
+
+    optree.register_pytree_node(
+        kind, parts, rebuilt, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE
+    )
+
+
+def _flattened(container: Any) -> tuple[list[Any], Any]:
+    """optree's leaves and structure, with all objects in it looked into."""
+    leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
+    while not _opaque.issuperset(map(type, leaves)):
+        _learn(leaves)
+        leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
+    return leaves, structure
 
 
 class Tree:
@@ -47,7 +115,7 @@ def flatten(
     A tensor that occurs several times (tied weights) is listed once, so that it is one variable
     with one gradient.
     """
-    leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
+    leaves, structure = _flattened(container)
     slot_of: dict[int, int] = {}
     variables: list[Any] = []
     slots: list[int | None] = []
@@ -65,16 +133,17 @@ def flatten(
 
 def leaves(container: Any) -> list[Any]:
     """All leaves of a container, repeated ones included."""
-    return optree.tree_leaves(container, namespace=NAMESPACE)
+    return _flattened(container)[0]
 
 
 def structure(container: Any) -> Any:
     """The form of a container without its leaves; two of them compare with ==."""
-    return optree.tree_structure(container, namespace=NAMESPACE)
+    return _flattened(container)[1]
 
 
 def names(container: Any, root: str) -> list[str]:
     """A readable name for every leaf, such as `phi['weight']`, for error messages."""
+    _flattened(container)
     return [a.codify(root) for a in optree.tree_accessors(container, namespace=NAMESPACE)]
 
 
