@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import optree
@@ -49,7 +49,7 @@ def _learn(leaves: list[Any]) -> None:
 def _register_as_torch(kind: type) -> None:
     node = trees_of_torch.SUPPORTED_NODES[kind]
 
-    def rebuilt(context: Any, parts: Collection[Any]) -> Any:
+    def rebuilt(context: Any, parts: Iterable[Any]) -> Any:
         return node.unflatten_fn(list(parts), context)
 
     optree.register_pytree_node(kind, node.flatten_fn, rebuilt, namespace=NAMESPACE)
@@ -64,8 +64,8 @@ def _register_dataclass(kind: type) -> None:
         names = tuple(name for name in held if hasattr(record, name))
         return [getattr(record, name) for name in names], names, names
 
-    def rebuilt(names: tuple[str, ...], parts: Collection[Any]) -> Any:
-        record = object.__new__(kind)
+    def rebuilt(names: Any, parts: Iterable[Any]) -> Any:
+        record: Any = object.__new__(kind)
         for name, part in zip(names, parts, strict=True):
             object.__setattr__(record, name, part)  # of a frozen one as well
         return record
@@ -97,6 +97,12 @@ class Tree:
     def has_others(self) -> bool:
         """Whether there are leaves that are not variables."""
         return None in self.slots
+
+    @property
+    def others(self) -> list[Any]:
+        """The leaves that are not variables."""
+        places = zip(self._leaves, self.slots, strict=True)
+        return [leaf for leaf, slot in places if slot is None]
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """The container again, with `tensors` in the places of the distinct tensors."""

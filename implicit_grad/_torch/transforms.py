@@ -7,12 +7,14 @@ lifted again, and so has pullbacks itself; its forward derivative is the pullbac
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from implicit_grad._errors import GraphError, InvalidArgumentError
@@ -86,6 +88,29 @@ def has_derivatives(tensors: Iterable[Tensor]) -> bool:
 def in_forward_mode() -> bool:
     """Whether forward mode is on, whatever it looks at."""
     return forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def outside_forward_mode() -> Iterator[None]:
+    """Let code that knows nothing of an ambient dual level use torch.func's forward mode itself.
+
+    torch has one level only. torch.func shares it between nested calls, and counts these; its next
+    call is to be a nested one.
+    """
+    inside = in_forward_mode() and eager_transforms.JVP_NESTING == 0
+    eager_transforms.JVP_NESTING += inside
+    try:
+        yield
+    except RuntimeError as error:
+        if not (in_forward_mode() and "Nested forward mode" in str(error)):
+            raise
+        raise GraphError(
+            "the solver uses forward mode (dual_level) and is called within forward mode, of which "
+            "torch has one level only: use torch.func.jvp, jacfwd or hessian in the solver, or "
+            "reverse mode around it"
+        ) from error
+    finally:
+        eager_transforms.JVP_NESTING -= inside
 
 
 def _tangent(t: Tensor) -> Tensor | None:

@@ -26,11 +26,17 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.reattached import reattached
 from implicit_grad._theorem.report import Reporting, solve_and_record
 from implicit_grad._torch import pytree
+from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.graph import leaves_behind, once_differentiable
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
-from implicit_grad._torch.transforms import has_derivatives, is_batched, is_transformed
+from implicit_grad._torch.transforms import (
+    has_derivatives,
+    is_batched,
+    is_transformed,
+    outside_forward_mode,
+)
 from implicit_grad._wrapper.solver_output import check_determined, checked, naming_phi
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -82,7 +88,12 @@ class Evaluation:
     """
 
     def __init__(
-        self, run: Callable[[Call], Any], setup: Setup, tree: Tree, inputs: Tensors
+        self,
+        run: Callable[[Call], Any],
+        setup: Setup,
+        tree: Tree,
+        inputs: Tensors,
+        solver: object = None,
     ) -> None:
         self.run, self.setup, self.condition, self.tree = run, setup, setup.condition, tree
         self.linear_solver = setup.linear_solver.for_call()
@@ -90,6 +101,8 @@ class Evaluation:
         self.devices = {t.device for t in inputs}
         self.captured: Tensors = ()
         self.unread: list[int] = []  # places of arguments that the condition's function ignores
+        self._solver = solver
+        self._lent: Lent | None = None  # while the solver runs, and F is not recorded
         self.phi_tree: Tree
         self._phi: Tensors | None = None
         self._at_phi: Tensors = ()
@@ -109,8 +122,10 @@ class Evaluation:
         )
         before = versions(lent)
         call = self._call(lent)
-        with torch.enable_grad():
-            returned = self.run(call)
+        reachable = captured_tensors(self.condition, self._solver, *self.tree.others)
+        self._lent = Lent([t for _, t in reachable])
+        with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
+            returned = self._run(call, reachable)
         changed = zip(before, versions(lent), lent, self.wanted, strict=True)
         for old, new, tensor, wanted in changed:
             if new != old and not wanted:
@@ -121,6 +136,22 @@ class Evaluation:
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
         self.devices |= {t.device for t in phi}
         return phi
+
+    def _run(self, call: Call, reachable: list[tuple[str, Tensor]]) -> Any:
+        """What the solver returns; it may not backpropagate through what functions captured."""
+        try:
+            return self.run(call)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            for name, tensor in reachable:
+                if tensor.grad_fn is not None:
+                    raise GraphError(
+                        f"the solver's backward() went through the history of {name} "
+                        f"({describe(tensor)}), which a function captured: pass it to the solver "
+                        "as an argument, which arrives there detached"
+                    ) from error
+            raise
 
     def values(self, inputs: Tensors) -> Tensors:
         """φ for a caller who wants no gradient; polished, F is evaluated as well."""
@@ -156,6 +187,7 @@ class Evaluation:
             self.unread = [i for i, (t, wants) in wanted if wants and id(t) not in behind]
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
+            self._check_captured()
             self._finding = self.setup.checks.finding(snapshot.outputs, at_phi, self._checked)
         return tuple(t.detach() for t in self._phi)
 
@@ -280,6 +312,25 @@ class Evaluation:
 
     def _call(self, inputs: Tensors) -> Call:
         return Call(*self.tree.rebuild(inputs))
+
+    def _check_captured(self) -> None:
+        """Raise if the solver changed what the function captured; warn if that is not known."""
+        assert self._lent is not None
+        for tensor in self._lent.changed(self.captured):
+            raise InvalidSolutionError(
+                f"the solver changed a tensor in place that the condition's function refers to "
+                f"({describe(tensor)}) and that requires grad; it must work on a copy: "
+                "tensor.detach().clone()"
+            )
+        for tensor in self.captured:
+            if tensor.grad is not None and tensor not in self._lent:
+                self.setup.reporting.say(
+                    f"the condition's function captured a tensor ({describe(tensor)}) that could "
+                    "not be found before the solver ran: if the solver calls backward(), what that "
+                    "added to the tensor's .grad is still there. Pass it to the solver as an "
+                    "argument"
+                )
+        self._lent = None
 
     def _check_dependence(self, leaves: Tensors, phi: Tensors) -> None:
         if not self.condition.must_depend_on_phi or not any(p.numel() for p in phi):

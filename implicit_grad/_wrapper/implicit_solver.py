@@ -117,7 +117,7 @@ class ImplicitSolver:
 
     def _evaluation(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Evaluation:
         self.setup.condition.check_call(Call(*tree.rebuild(inputs)))
-        return Evaluation(run, self.setup, tree, inputs)
+        return Evaluation(run, self.setup, tree, inputs, self.solver)
 
     def _under_transforms(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Any:
         """A call with tensors that torch.func or forward mode look at."""
