@@ -161,6 +161,12 @@ class AutoCurvature(Linearization):
         return product()
 
     def _differences(self, cause: Exception | None) -> Linearization:
+        if self._objective.again is None and "attention" in str(cause):
+            raise GraphError(
+                f"fused attention has no second derivative ({cause}). Where that is known, it is "
+                "computed step by step: call the learner, learner(x), instead of learner.module or "
+                "a method of the model; or pass a function, learner.adapt(lambda: loss(...))"
+            ) from cause
         if self._objective.again is None:
             raise GraphError(
                 "an operation of the inner objective has no second derivative in torch"

@@ -55,6 +55,16 @@ class Places:
             rnn._flat_weights = [getattr(rnn, name, None) for name in rnn._flat_weights_names]
 
 
+def eager(clone: nn.Module) -> nn.Module:
+    """A module's clone, without the compiled calls of `module.compile()`, which are the module's.
+
+    What is compiled has no second derivative anyway.
+    """
+    for part in clone.modules():
+        part._compiled_call_impl = None
+    return clone
+
+
 def replace_buffers(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
     """Put another tensor in the place of each buffer; one that two modules share stays one."""
     replaced: dict[int, Tensor] = {}

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import Call, Condition
-from implicit_grad._errors import GraphError, ImplicitGradError, InvalidArgumentError
+from implicit_grad._errors import GraphError, ImplicitGradError, InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.general import General
 from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._theorem.implicit_function import ImplicitFunction
 from implicit_grad._torch import pytree
+from implicit_grad._torch.captured import captured_tensors
 from implicit_grad._torch.isolation import uncompiled
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.transforms import (
@@ -116,6 +117,7 @@ class ImplicitSolver:
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
     def _evaluation(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Evaluation:
+        check_objects(tree.others)
         self.setup.condition.check_call(Call(*tree.rebuild(inputs)))
         return Evaluation(run, self.setup, tree, inputs, self.solver)
 
@@ -186,6 +188,21 @@ class ImplicitSolver:
                 f"implicit: {self.solver!r} does not take constraints ({', '.join(constraints)}): "
                 "use SciPyMinimize or GurobiQP of implicit_grad.solvers, or a solver function"
             ) from error
+
+
+def check_objects(objects: Iterable[object]) -> None:
+    """Raise if objects among the arguments hold tensors with a history, which no one detaches."""
+    for thing in objects:
+        if isinstance(thing, torch.nn.Module) or callable(thing):
+            continue  # like functions that captured tensors
+        for name, tensor in captured_tensors(thing):
+            if tensor.grad_fn is not None:
+                raise InvalidArgumentError(
+                    f"implicit: an argument, {describe(thing)}, holds a tensor with a history as "
+                    f"{name} ({describe(tensor)}), which must not reach the solver: pass the "
+                    "tensor itself, make the class a dataclass, or register it in "
+                    "torch.utils._pytree or optree"
+                )
 
 
 def default_linear_solver(condition: Condition) -> LinearSolver:

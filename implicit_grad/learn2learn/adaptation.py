@@ -77,7 +77,18 @@ class Replay:
         """The loss at φ, which is installed, with the random numbers of when this was made."""
         self._weights.install(phi)
         with isolated(self._ambient):
-            return self._weights.total("adapt: the function's loss", self._closure())
+            return self._weights.total("adapt: the function's loss", self._called())
+
+    def _called(self) -> Tensor:
+        try:
+            return self._closure()
+        except (StopIteration, IndexError, KeyError) as error:
+            raise InvalidArgumentError(
+                "adapt: the function was called once more than there were steps, to linearise at "
+                f"the solution, and raised {type(error).__name__}. It must be possible to call it "
+                "steps + 1 times; a loss that takes a new batch at each call should take one batch "
+                "there that stands for all of them"
+            ) from error
 
     def loss_elsewhere(self, phi: Tensors) -> Tensor:
         """The loss at φ; afterwards the learner has the weights that it had."""

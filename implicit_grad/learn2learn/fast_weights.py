@@ -165,7 +165,9 @@ class Weights:
         if len(unused) == len(used):
             raise InvalidArgumentError(
                 "adapt: the loss does not depend on the learner's present weights; compute it "
-                "anew from this learner's output before each adapt"
+                "anew from this learner's output before each adapt. (A model that holds layers, "
+                "their methods or compiled functions otherwise than as submodules computes with "
+                "the weights of the model that was cloned.)"
             )
         if unused and not allow_unused:
             raise InvalidArgumentError(
@@ -201,7 +203,8 @@ class Weights:
             'adapt: with curvature="gauss_newton" the loss must be a function of the output of one '
             "call of this learner and of no weights besides; this loss is not (it adds a penalty "
             "on the weights, sums over several calls, comes from learner.module, or the output is "
-            'an object that optree does not look into). Use curvature="hessian" for it'
+            "an object that is no dataclass, and registered neither in optree nor in "
+            'torch.utils._pytree). Use curvature="hessian" for it'
         )
 
     def _goes_through(self, loss: Tensor, gates: set[Any]) -> bool:

@@ -25,7 +25,7 @@ from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch import pytree
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
-from implicit_grad._torch.modules import named_weights, with_module
+from implicit_grad._torch.modules import eager, named_weights, with_module
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.learn2learn.accepted import (
     check_lr,
@@ -268,7 +268,7 @@ class ImplicitMAML(nn.Module):
         from learn2learn import clone_module  # an optional neighbour, there if a MAML is
 
         learner = ImplicitMAML(
-            clone_module(self.module),
+            eager(clone_module(self.module)),
             lr=self.lr,
             first_order=_either(first_order, self.first_order),
             allow_unused=_either(allow_unused, self.allow_unused),
@@ -303,7 +303,10 @@ class ImplicitMAML(nn.Module):
 
         Args:
             loss: the loss of this learner's output, for one gradient step; or a function without
-                arguments that computes it, for `steps` gradient steps or a whole minimisation.
+                arguments that computes it, for `steps` gradient steps or a whole minimisation. It
+                is called once more at the end, `steps` + 1 times in all: the gradient is that of
+                the solution of what it computes there. If it takes a new batch at each call, let
+                the last one stand for all of them.
             first_order: take the gradient of first-order MAML, dθ = v, for this step.
             allow_unused: parameters that the loss does not depend on are only pulled to θ, instead
                 of being an error.
