@@ -4,6 +4,7 @@
 #   make lint     style and types only
 #   make demo     few-shot learning: implicit MAML next to first-order MAML (DEMO=--help lists more)
 #   make bench    the quick measurements (minutes), into out/
+#   make matrix   the tests with other arithmetic, Pythons, torches (hours, tens of GB; not in CI)
 #   make clean    remove everything made here, the environment too
 #
 # PYTHON=python3.12 picks another interpreter, PYTEST="-x -k lam" other tests.
@@ -24,7 +25,7 @@ CREATED := $(VENV)/python-$(VERSION)
 READY := $(VENV)/ready
 SAY := @printf '== %s\n'
 
-.PHONY: test lint demo bench clean
+.PHONY: test lint demo bench matrix clean
 
 # Each process has one torch thread: for small tensors, more of them only wait for each other.
 test: lint
@@ -47,7 +48,10 @@ bench: $(READY)
 	@for run in $(BENCH); do set -- $$(echo $$run | tr , ' '); script=$$1; shift; \
 	  $(BIN)/python benchmarks/$$script.py --out out $$* || exit 1; done
 
-$(READY): $(CREATED) setup.py .ci/requirements.txt
+matrix: $(READY)
+	@$(BIN)/python tests/matrix.py $(MATRIX)
+
+$(READY): $(CREATED) pyproject.toml .ci/requirements.txt
 	$(SAY) 'environment 2/2: torch, learn2learn and the rest (the first time several GB and minutes)'
 	@$(BIN)/python -m pip install -qq --requirement .ci/requirements.txt
 	@touch $@

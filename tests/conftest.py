@@ -1,7 +1,9 @@
 """One seed for every test, and hypothesis's profiles (HYPOTHESIS_PROFILE=long looks further)."""
 
+import importlib.util
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +48,16 @@ def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Import the benchmarks as they import each other; leave torch's threads as they were."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+# what imports learn2learn, by itself or through a helper; the README's program does too
+NEEDS_LEARN2LEARN = re.compile(
+    r"^\s*(import|from) (learn2learn|learners|faults|characters|few_shot|paper_\w+)\b|README",
+    re.MULTILINE,
+)
+if importlib.util.find_spec("learn2learn") is None:  # there is none for Python >= 3.13
+    collect_ignore = [
+        str(path)
+        for path in Path(__file__).parent.rglob("test_*.py")
+        if NEEDS_LEARN2LEARN.search(path.read_text(encoding="utf-8"))
+    ]

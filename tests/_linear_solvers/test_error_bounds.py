@@ -53,7 +53,7 @@ SPECTRA = {
     "two": lambda n, k, u: torch.tensor([1.0, k], dtype=F64),
 }
 FAMILIES = list(SPECTRA)
-SEEDS = 15
+SEEDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +136,9 @@ def problems(dtype: torch.dtype) -> list[Convex]:
     return [problem for problem in drawn if problem is not None]
 
 
-@pytest.mark.parametrize(("dtype", "count"), [(F64, 290), (F32, 270)])
+@pytest.mark.parametrize(("dtype", "count"), [(F64, 390), (F32, 380)])
 def test_the_bound_holds_and_is_tight(dtype, count):
-    """560 problems, truncated at 9 places and solved: never violated.
+    """800 problems, truncated at up to 9 places and solved, 5,816 times: never violated.
 
     No bound can be tight for an error whose residual might all lie along μ but does not: where the
     least Ritz value has met μ already, or the right-hand side has hardly any part along μ, it is
