@@ -25,7 +25,7 @@ WRONG, LOG_LAM, LEARNED = 0.4, -5.0, "learned weights"
 Part = tuple[Tensor, Tensor]
 LBFGS = ig.solvers.TorchOptim(
     factory=lambda w: torch.optim.LBFGS(w, max_iter=20, line_search_fn="strong_wolfe"),
-    tol=1e-5,
+    tol=3e-5,
     steps=20,
 )
 

@@ -35,8 +35,9 @@ class Iterative(LinearSolver):
     """A linear solver that stops at a tolerance or after a number of iterations.
 
     Attributes:
-        truncates: whether `maxiter` alone asks for a fixed budget, as CG's does: the truncation of
-            the iMAML paper. For others it is a limit, and the default tolerance is kept.
+        truncates: whether `maxiter` alone asks for a fixed budget, as for symmetric systems: the
+            truncation of the iMAML paper. For others it is a limit, and the default tolerance is
+            kept.
         most_iterations: to take by default, where unknowns are many.
     """
 

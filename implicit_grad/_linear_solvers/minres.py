@@ -38,6 +38,7 @@ class MINRES(Iterative):
     damping: float = 0.0
 
     symmetric_only: ClassVar[bool] = True
+    truncates: ClassVar[bool] = True
     when_indefinite: ClassVar[str] = "MINRES solved the system: phi is a saddle, or a maximum"
 
     def __post_init__(self) -> None:

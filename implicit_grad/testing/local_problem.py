@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import Condition
+from implicit_grad._curvature.check import Checks
 from implicit_grad._linear_solvers.exact import Exact
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.report import Reporting
@@ -41,7 +42,7 @@ class Local:
         self.value = phi
         self.phi, self._phi_tree = pytree.flatten(phi)
         inputs, tree = pytree.flatten((self.args, {}, condition.parameters))
-        setup = Setup(condition, Exact(), Reporting(on_failure="ignore"), "auto")
+        setup = Setup(condition, Exact(), Reporting(on_failure="ignore"), checks=Checks("never"))
         evaluation = Evaluation(lambda _: phi, setup, tree, inputs)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             # F is the same function each time, also with dropout

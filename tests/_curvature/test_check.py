@@ -327,6 +327,7 @@ def test_learners(name, in_loss):
     assert report.status is ig.Status.WRONG_PRODUCT
 
 
+@pytest.mark.filterwarnings("ignore:.*enters the loss linearly")  # without a second derivative
 @pytest.mark.parametrize("in_loss", [False, True])
 @pytest.mark.parametrize("name", WRONG)
 def test_gauss_newton_does_without_the_models_second_derivative(name, in_loss):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import errors_of_torch, normal
+from problems import normal
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call
@@ -24,7 +24,7 @@ from faults import (
     all_near,
     batch,
     cotangents,
-    dense_gradients_in,
+    differences_in,
     expected_at,
     good,
     gradients_in,
@@ -87,7 +87,8 @@ def dropout(user: User) -> None:
             on_failure="ignore",
         )
         (found,) = grad(solve(theta).sum(), theta)
-        assert len(masks) == 1  # one evaluation of F, so one mask, for all products
+        # F is evaluated once for all products, and by the check of the first: with one mask
+        assert len(masks) == 3 and all(torch.equal(mask, masks[0]) for mask in masks)
         near(found, 20 / (20 + 12 * masks[0] * theta.detach() ** 2), tolerance)
 
 
@@ -124,26 +125,40 @@ def power_iteration(user: User) -> None:
             model = made(lambda: nn.Sequential(norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)))  # noqa: B023
         model.train()
         with torch.no_grad():
-            model(batch()[0])
+            for _ in range(200):  # until the iteration has found the norm
+                model(batch()[0])
         user.owns(model)
         x, _ = batch()
-        all_near(gradients_in(model, x)[0], dense_gradients_in(model, x), 1e-10)
+        # torch holds the iteration's vectors constant, so its second derivative is not that of the
+        # norm; differences take over, and see as much of it as one iteration does, which is not
+        # quite symmetric
+        found, curvature = gradients_in(model, x)
+        assert curvature == "finite_difference"
+        all_near(found, differences_in(model, x), 1e-4)
 
 
 @row(20, "forward hooks")
 def forward_hooks(user: User) -> None:
-    """F is evaluated, and so the hooks run, once in forward; backward runs none."""
+    """F is evaluated, and so the hooks run, once in forward; backward runs none.
+
+    And twice more where products are checked, at the first call.
+    """
     model, calls = network(), []
     model[0].register_forward_hook(lambda *_: calls.append(1))
     user.owns(model)
     x, y = batch()
     theta = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
     condition = ig.proximal(in_module(model, x, lambda out: mse_loss(out, y)), 2.0)
-    phi = ig.implicit(lambda t: t, condition, on_failure="ignore")(theta)
+    solve = ig.implicit(lambda t: t, condition, on_failure="ignore")
+    solve(theta)
+    assert len(calls) == 3
+    calls.clear()
+    phi = solve(theta)
     assert len(calls) == 1
     grad(phi["0.weight"].sum(), list(theta.values()), retain_graph=True)
     assert len(calls) == 1
-    for style, expected in (("tensor", 1), ("closure", 2)):  # F once more, at the solution
+    # with a closure F is evaluated once more, at the solution, and by the check
+    for style, expected in (("tensor", 1), ("closure", 4)):
         calls.clear()
         learner = learner_of(model)
         adapt(learner, lambda: mse_loss(learner(x), y), style)  # noqa: B023
@@ -448,9 +463,8 @@ def reentrant_checkpoint(user: User) -> None:
             on_failure="raise",
         )
 
-    with errors_of_torch():
-        grad(through(True)(theta, X).sum(), theta)
-    near(grad(through(False)(theta, X).sum(), theta)[0], expected_at(theta, X))
+    for reentrant in (True, False):
+        near(grad(through(reentrant)(theta, X).sum(), theta)[0], expected_at(theta, X))
 
 
 def autocast_case(where: str, style: str) -> list[Tensor]:

@@ -180,11 +180,11 @@ BAD_CALLS = {
     ),
     "linear_solver": (
         lambda: ig.imaml(plain(), linear_solver="cg"),
-        r"linear_solver must be CG\(\), MINRES\(\), Neumann\(\) or Exact\(\), got 'cg'",
+        r"linear_solver must be CG\(\), MINRES\(\).* or a function solve\(matvec, b\), got 'cg'",
     ),
     "linear_solver class": (
         lambda: ig.imaml(plain(), linear_solver=ig.CG),
-        r"linear_solver must be CG\(\), MINRES\(\), Neumann\(\) or Exact\(\), got <class",
+        r"linear_solver must be CG\(\).*got the class CG: write CG\(\)",
     ),
     "solver": (lambda: ig.imaml(plain(), solver=3), r"solver must have minimize.*got an int"),
     "curvature": (
