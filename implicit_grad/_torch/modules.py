@@ -61,7 +61,8 @@ def eager(clone: nn.Module) -> nn.Module:
     What is compiled has no second derivative anyway.
     """
     for part in clone.modules():
-        part._compiled_call_impl = None
+        if part._compiled_call_impl is not None:
+            part._compiled_call_impl = None
     return clone
 
 

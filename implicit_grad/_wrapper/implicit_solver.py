@@ -113,11 +113,11 @@ class ImplicitSolver:
     def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
         """The tensors of a call, none of which autograd refuses to save."""
         inputs, tree = pytree.flatten((args, kwargs, self.setup.condition.parameters))
+        check_objects(tree.others)
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
     def _evaluation(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Evaluation:
-        check_objects(tree.others)
         self.setup.condition.check_call(Call(*tree.rebuild(inputs)))
         return Evaluation(run, self.setup, tree, inputs, self.solver)
 

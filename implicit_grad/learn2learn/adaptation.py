@@ -21,6 +21,7 @@ from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._theorem.reattached import reattached
 from implicit_grad._theorem.report import Reporting, solve_and_record
+from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.graph import leaves_behind, wrong_third
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import plain_gradient, stand_ins, variables
@@ -320,7 +321,13 @@ def minimiser(solver: Any, lr: float, steps: int | None) -> Callable[[Any, Any],
             f"{solver!r}, which decides itself when to stop"
         )
     minimise: Callable[[Any, Any], Any] = getattr(solver, "minimize", solver)
-    return minimise
+
+    def minimised(objective: Any, init: Any) -> Any:
+        lent = Lent([t for _, t in captured_tensors(objective, minimise)])
+        with lent.as_they_are():
+            return minimise(objective, init)
+
+    return minimised
 
 
 def means_to_solve(solver: Any) -> bool:
