@@ -35,7 +35,14 @@ class Reattached(Linearization):
         scale = recorded.scale
         if scale is not None:
             scale = attached(scale, self._stand_ins, self._tensors)
-        super().__init__(recorded.make_residual, phi, (), scale=scale, tasks=recorded.tasks)
+        super().__init__(
+            recorded.make_residual,
+            phi,
+            (),
+            scale=scale,
+            tasks=recorded.tasks,
+            said_symmetric=recorded.said_symmetric,
+        )
 
     def unscaled_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu without the scale's part."""
