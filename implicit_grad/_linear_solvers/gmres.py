@@ -35,10 +35,10 @@ _LOST = 1e-2
 class GMRES(Iterative):
     """The generalised minimal residual method (Saad and Schultz, 1986), for any square system.
 
-    One product an iteration, with Aᵀ only: A's own products, which `NormalCG` takes as many of,
-    need a second derivative of the residual. Keeps a vector for each iteration up to `restart`;
-    with as many as there are unknowns it ends as a direct method does. Where cycles between
-    restarts lead nowhere (a matrix like a rotation's, with many unknowns), `NormalCG` may.
+    One product with Aᵀ an iteration; `NormalCG` also takes as many with A, which differentiate the
+    residual twice. A vector is kept for each iteration up to `restart`: with as many as there are
+    unknowns the end is that of a direct method. With fewer, cycles between restarts can lead
+    nowhere (the matrix is like a rotation); the status says so, and `NormalCG` may be the way.
 
     Args:
         maxiter: most products to take; by default 10 for each unknown, at most 2,000.
@@ -46,11 +46,12 @@ class GMRES(Iterative):
             eps^(2/3) for the coarsest dtype among the tensors.
         atol: or when the residual is at most `atol`, in the units of the right-hand side.
         restart: vectors to keep. None: as many as fit into 2²⁴ numbers, but 20 at least.
-        preconditioner: a function of a flat vector that approximates the inverse of the matrix at
-            hand: (Aᵀ)⁻¹ in a backward pass, with A = ∂F/∂φ. It need not be symmetric.
+        preconditioner: a linear function of a flat vector (φ's tensors one after another) that
+            approximates the inverse of the matrix at hand: (Aᵀ)⁻¹ in a backward pass, A = ∂F/∂φ,
+            so for a factorisation of A a solve with its transpose. It need not be symmetric.
 
-    >>> GMRES(restart=50).symmetric_only
-    False
+    >>> GMRES(restart=50)
+    GMRES(maxiter=None, rtol=None, atol=0.0, restart=50, preconditioner=None)
     """
 
     restart: int | None = None
@@ -96,6 +97,7 @@ class _Arnoldi(Run):
         self.precondition, self.restart = precondition, restart
         self.eps = torch.finfo(rhs.dtype).eps
         self.size = 0.0  # ‖M‖, at least
+        self.reach = 0.0  # ‖M P‖, at least, with the preconditioner P: H's size
         self._basis = rhs.new_empty(0, rhs.numel())
 
     def iterate(self) -> None:
@@ -108,7 +110,7 @@ class _Arnoldi(Run):
                 self.status = status
                 return
             after = norm(self.residual)
-            if after > _NO_GAIN * before:
+            if after > _NO_GAIN * before and self.iterations < self.budget.maxiter:
                 self.status = self.budget.stalled
                 return
         if after <= self.budget.target:
@@ -126,20 +128,20 @@ class _Arnoldi(Run):
         while len(least) < room and least.residual > self.budget.target:
             column = self._expand(len(least))
             if not math.isfinite(column[-1]):
-                self.fail(Status.NONFINITE_OPERATOR)
-                return self.status
-            last = column[-1]
-            if not least.append(column, _ROUNDING * self.eps * self.size):
+                self.x = torch.full_like(self.x, math.nan)
+                return Status.NONFINITE_OPERATOR
+            if not least.append(column, _ROUNDING * self.eps * self.reach):
                 status = Status.SINGULAR
                 break
-            if last <= self.eps * self.size:  # products lead nowhere new
+            if column[-1] <= self.eps * self.reach:  # products lead nowhere new
                 break
         return self._move(least) or status
 
     def _vector(self, k: int) -> Tensor:
         """The place of vector k of the basis, which grows as it is needed."""
         if k >= len(self._basis):
-            grown = self.rhs.new_empty(max(16, 2 * k), self.rhs.numel())
+            rows = min(max(16, 2 * k), self.restart + 1)
+            grown = self.rhs.new_empty(rows, self.rhs.numel())
             grown[:k] = self._basis[:k]
             self._basis = grown
         return self._basis[k]
@@ -170,8 +172,9 @@ class _Arnoldi(Run):
         return v if self.precondition is None else self.precondition(v)
 
     def _meet_product(self, z: Tensor, column: list[float]) -> None:
-        """Remember the stretch ‖M z‖/‖z‖ and the curvature zᵀM z/zᵀz."""
-        stretch = math.sqrt(math.fsum(h * h for h in column))
+        """Remember the stretch ‖M z‖/‖z‖ and, where it is at hand, the curvature zᵀM z/zᵀz."""
+        stretch = math.hypot(*column)
+        self.reach = max(self.reach, stretch)
         if self.precondition is None:  # then z is of length 1, and a vector of the basis
             self.meet(column[-2])
         elif (length := norm(z)) > 0:
@@ -192,7 +195,8 @@ class _Arnoldi(Run):
         return torch.tensor(weights, dtype=torch.float64).to(self.rhs) @ self._basis[: len(weights)]
 
     def _is_lost(self, y: list[float]) -> bool:
-        return not self.eps * self.size * math.hypot(*y) <= _LOST * norm(self.rhs)
+        """Whether y is so long that rounding in H y hides the right-hand side."""
+        return not self.eps * self.reach * math.hypot(*y) <= _LOST * norm(self.rhs)
 
 
 class _LeastSquares:
@@ -213,15 +217,16 @@ class _LeastSquares:
 
     def append(self, column: list[float], negligible: float) -> bool:
         """Take in one more column of H; refused if it depends on those before it."""
+        new = column.copy()
         for i, (c, s) in enumerate(self._rotations):
-            above, below = column[i], column[i + 1]
-            column[i], column[i + 1] = c * above + s * below, c * below - s * above
-        *column, last, below = column
+            above, below = new[i], new[i + 1]
+            new[i], new[i + 1] = c * above + s * below, c * below - s * above
+        *above_diagonal, last, below = new
         size = math.hypot(last, below)
         if size <= negligible:
             return False
         c, s = last / size, below / size
-        self._columns.append([*column, size])
+        self._columns.append([*above_diagonal, size])
         self._rotations.append((c, s))
         self._rhs[-1:] = c * self._rhs[-1], -s * self._rhs[-1]
         return True
