@@ -347,9 +347,9 @@ class CG(Iterative):
             raise _refusal(solution)
         if policy == "stop":
             return solution
+        again: LinearSolver
         if policy == "minres":
-            budget = self.budget(operator, rhs, unit)
-            second = MINRES().within(budget, operator, rhs, verify)
+            again = MINRES(maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)
         else:
             if operator.convex is None:
                 raise LinearSolveError(
@@ -357,11 +357,13 @@ class CG(Iterative):
                     "Gauss-Newton products to go on with: give the condition its model=, or pass "
                     'curvature="gauss_newton" where it is offered'
                 )
-            convex = dataclasses.replace(operator, matvec=operator.convex, rmatvec=operator.convex)
+            operator = dataclasses.replace(
+                operator, matvec=operator.convex, rmatvec=operator.convex
+            )
             again = dataclasses.replace(
                 self, damping=0.0, on_negative_curvature="stop", warm_start=None
             )
-            second = again._solve(convex, rhs, unit, verify)
+        second = again._solve(operator, rhs, unit, verify)
         met = (*(solution.curvature or ()), *(second.curvature or ()))
         return dataclasses.replace(
             second,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, Operator, dot, norm
-from implicit_grad._linear_solvers.iterative import Budget, Iterative, Run
+from implicit_grad._linear_solvers.iterative import Iterative, Run
 from implicit_grad._options import require_nonnegative
 
 # The decrease of the squared residual over this many iterations tells whether there is progress.
@@ -28,8 +28,7 @@ class MINRES(Iterative):
     """The minimal residual method for symmetric systems (Paige and Saunders, 1975).
 
     Solves A u = v whether A is positive definite or not; at a saddle or a maximum of the inner
-    objective the solution exists but is not the derivative of a minimiser. Arguments as for `CG`,
-    but that `maxiter` alone is a limit: the default tolerance is kept.
+    objective the solution exists but is not the derivative of a minimiser. Arguments as for `CG`.
 
     >>> MINRES(maxiter=20)
     MINRES(maxiter=20, rtol=None, atol=0.0, damping=0.0)
@@ -46,12 +45,7 @@ class MINRES(Iterative):
         require_nonnegative(self, "damping")
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        return self.within(self.budget(operator, rhs, unit), operator, rhs, verify)
-
-    def within(
-        self, budget: Budget, operator: Operator, rhs: Tensor, verify: bool
-    ) -> LinearSolution:
-        """Solve by the rules of another solver, which may have a fixed budget."""
+        budget = self.budget(operator, rhs, unit)
         run = _MinimalResidual(operator.damped(self.damping), rhs, budget)
         run.iterate()
         found = run.solution(run.refine() if verify or not budget.fixed else None)
