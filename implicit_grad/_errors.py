@@ -88,7 +88,7 @@ _SENTENCES = {
     Status.MAX_ITER: (
         "the linear solve ran out of iterations before it reached rtol: the system is badly "
         "conditioned for this budget. Allow it more and say how accurate it has to be, such as "
-        "maxiter=5000, rtol=1e-6 (to CG, maxiter alone is a fixed budget, whatever comes of it); "
+        "maxiter=5000, rtol=1e-6 (to CG and MINRES, maxiter alone is a fixed budget); "
         "take a linear solver that needs fewer (CG with a preconditioner; for root and "
         "fixed_point GMRES(), or symmetric=True where that is so); or regularise the inner "
         "problem (a larger lam)"
@@ -100,7 +100,8 @@ _SENTENCES = {
     ),
     Status.STAGNATED: (
         "the linear solve stopped improving above rtol: rounding error is the floor for this "
-        "condition number and dtype. Loosen rtol, or regularise the inner problem"
+        "condition number and dtype, or GMRES keeps too few vectors (restart). Loosen rtol, raise "
+        "restart, or regularise the inner problem"
     ),
     Status.SINGULAR: (
         "the linear system is singular to working precision: the inner solution is not locally "
@@ -122,7 +123,7 @@ _SENTENCES = {
     Status.DIVERGED: (
         "the terms of the Neumann series grow instead of shrinking: an eigenvalue of scale times "
         "the matrix lies outside the circle of radius 1 around 1 (negative curvature, or a scale "
-        "too large). Take a smaller scale, or CG(), MINRES() or NormalCG()"
+        "too large). Take a smaller scale, or CG(), MINRES() or GMRES()"
     ),
     Status.BAD_PRECONDITIONER: (
         "the preconditioner is not positive definite: for a residual r it gave a z that is not "

@@ -146,7 +146,7 @@ class Linearization:
                 raise GraphError(
                     "a product with A (not Aᵀ) differentiates the backward pass of F, in which a "
                     "custom Function is marked as once_differentiable, or a function is compiled: "
-                    "use Neumann() or Exact()"
+                    "use GMRES(), Neumann() or Exact()"
                 )
             with torch.enable_grad():
                 dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self.smooth)

@@ -59,8 +59,8 @@ class Cause(enum.Enum):
         "solve the linear system. Solve the inner problem further, raise lam, or use Exact()"
     )
     ASYMMETRIC_OPERATOR = (
-        "A is not symmetric, but a solver for symmetric systems was used. Use NormalCG(), "
-        "Neumann() or Exact(); under argmin, check custom Functions in the objective"
+        "A is not symmetric, but a solver for symmetric systems was used. Use GMRES(), "
+        "NormalCG(), Neumann() or Exact(); under argmin, check custom Functions in the objective"
     )
     MISSING_TRANSPOSE = (
         "the linear system was solved with A where the theorem asks for Aᵀ. Take vector-Jacobian "
