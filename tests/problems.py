@@ -26,6 +26,7 @@ LINEAR_SOLVERS = {
     "CG+Reuse": ig.CG(rtol=1e-13, preconditioner=ig.Reuse(ig.Cholesky(), solves=2)),
     "CG+warm": ig.CG(rtol=1e-13, warm_start=ig.WarmStart()),
     "MINRES": ig.MINRES(rtol=1e-13),
+    "GMRES": ig.GMRES(rtol=1e-13),
     "NormalCG": ig.NormalCG(rtol=1e-13),
     "Exact": ig.Exact(),
 }

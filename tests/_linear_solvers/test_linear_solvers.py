@@ -25,6 +25,7 @@ from torch import Tensor
 import implicit_grad as ig
 from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
+from implicit_grad._linear_solvers.general import General
 
 SIZES = (0, 1, 2, 7, 60, 200)
 
@@ -162,6 +163,21 @@ ROWS = {
         {"definite": 30.0, "indefinite": 30.0, "consistent": 30.0},
         SLOW | {Status.SINGULAR},
         kinds=SYMMETRIC,
+    ),
+    "GMRES": Row(
+        lambda _: ig.GMRES(),
+        dict.fromkeys(KINDS[:3], 1e3) | {"consistent": 30.0},
+        SLOW | {Status.SINGULAR},
+    ),
+    "GMRES+callable": Row(
+        lambda s: ig.GMRES(preconditioner=diagonal(s)),
+        dict.fromkeys(KINDS[:3], 1e3),
+        SLOW | {Status.SINGULAR},
+    ),
+    "GMRES->NormalCG": Row(
+        lambda _: General(),
+        dict.fromkeys(KINDS[:3], 1e3) | {"consistent": 30.0},
+        SLOW | {Status.SINGULAR},
     ),
     "NormalCG": Row(
         lambda _: ig.NormalCG(),

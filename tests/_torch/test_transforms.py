@@ -72,7 +72,7 @@ CONDITIONS = {
 }
 LINEAR_SOLVERS = {
     "argmin": (ig.CG(rtol=1e-14), ig.MINRES(rtol=1e-14), ig.Neumann(terms=400), ig.Exact()),
-    "root": (ig.NormalCG(rtol=1e-14), ig.Exact()),
+    "root": (ig.GMRES(rtol=1e-14), ig.NormalCG(rtol=1e-14), ig.Exact()),
     "fixed_point": (ig.NormalCG(rtol=1e-14), ig.Neumann(terms=100), ig.Exact()),
 }
 CASES = [(name, solver) for name, solvers in LINEAR_SOLVERS.items() for solver in solvers]
