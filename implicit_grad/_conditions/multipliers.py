@@ -28,8 +28,6 @@ from torch import Tensor
 # Gradients that are this close to a combination of others count as one, and a multiplier as zero
 # where it is this part of the forces around it: powers of the dtype's eps.
 DEPENDENT, _NO_FORCE = 0.5, 0.4
-
-
 # Nonnegative least squares end where no constraint would explain more than this part of the slope.
 _ROUNDING = 0.75
 

@@ -31,8 +31,6 @@ from implicit_grad._torch.pytree import Tensors
 
 Check = Literal["once", "always", "never"]
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
-
-
 Elsewhere = Callable[[Tensors, Tensors], Tensors]
 
 

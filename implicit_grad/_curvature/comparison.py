@@ -19,14 +19,8 @@ from torch import Tensor
 from implicit_grad._torch.pytree import Tensors
 
 _FACTOR = 4.0
-
-
 _POWERS = (0, 1, -1, 2, -2)  # of it, for steps in the order in which they are tried
-
-
 _TIMES = 10.0  # how much better steps have to agree with each other
-
-
 _ROUNDINGS = 30.0  # a gradient may be off by so many roundings
 
 

@@ -27,8 +27,6 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 T = TypeVar("T", float, Tensor)
-
-
 # More terms than these do not make a sum less precise: see `Operator.rounding`.
 _LONG_SUM = 16
 

@@ -181,11 +181,7 @@ class ConjugateGradients(Run):
 
 
 _NOT_POSITIVE = (Status.NEGATIVE_CURVATURE, Status.INDEFINITE)
-
-
 OnNegativeCurvature = Literal["stop", "raise", "minres", "gauss_newton"]
-
-
 _POLICIES = ("stop", "raise", "minres", "gauss_newton")
 
 

@@ -17,16 +17,10 @@ from implicit_grad._options import is_integer
 
 # By default the basis may hold as many numbers as this (128 MB in float64), or _LEAST vectors.
 _NUMBERS, _LEAST = 2**24, 20
-
-
 # A cycle that leaves more than this part of the residual is the first of many that do.
 _NO_GAIN = 0.999
-
-
 # A number is 0 to working precision if it is this many times eps of what its size could be.
 _ROUNDING = 10
-
-
 # The matrix is singular to working precision if rounding in M x is this part of the right side.
 _LOST = 1e-2
 

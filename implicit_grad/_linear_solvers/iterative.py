@@ -16,16 +16,10 @@ from implicit_grad._options import is_integer, is_number, require, require_fract
 
 # Energy gained over this many iterations decides whether CG still makes progress.
 PATIENCE = 5
-
-
 # A step so long that rounding in M times it is this many right-hand sides leads nowhere.
 LOST = 100
-
-
 # A restart from the recomputed residual must cut it by this factor to be worth the products.
 RESTART_GAIN = 0.5
-
-
 # A recomputed residual may be this many times the tolerance that the carried one satisfied.
 SLACK = 2
 

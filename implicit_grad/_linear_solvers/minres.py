@@ -16,8 +16,6 @@ from implicit_grad._options import require_nonnegative
 
 # The decrease of the squared residual over this many iterations tells whether there is progress.
 _PATIENCE = 5
-
-
 # The matrix is singular to working precision if an x so large that rounding in M x is this part of
 # the right-hand side still does not solve the system.
 _LOST = 1e-2

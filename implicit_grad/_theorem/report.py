@@ -22,13 +22,9 @@ from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.pytree import Flat, Tensors
 
 OnFailure = Literal["warn", "raise", "ignore"]
-
-
 # φ counts as unsolved when it is certainly farther than this from a solution, relative to its size;
 # smaller than SMALL, its size counts as SMALL, so that φ = 0 can be a solution.
 INNER_TOLERANCE, SMALL = 1e-2, 1e-3
-
-
 # A curvature of this many eps times the greatest one may be a zero.
 _ZERO = 100.0
 

@@ -32,11 +32,7 @@ from implicit_grad._torch.products import vjp
 from implicit_grad._torch.pytree import Tensors
 
 NODE = "NativeBatchNormBackward0"  # cuDNN's is another, and stays as it is
-
-
 _TWICE = "NativeBatchNormBackwardBackward0"
-
-
 _backward = torch.ops.aten.native_batch_norm_backward.default
 
 

@@ -18,8 +18,6 @@ from implicit_grad._torch.pytree import Tensors, versions
 
 # The search goes this deep, and ends after so many objects: there may be a data set among them.
 _DEPTH, _MOST = 6, 5_000
-
-
 _PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType)
 
 

@@ -13,16 +13,10 @@ from implicit_grad._torch.pytree import Tensors
 # What torch's decorator makes of a backward method is recognised by the code that it shares, and
 # what torch.compile makes of a function by where its class comes from.
 _COMPILED = "torch._functorch._aot_autograd"
-
-
 # F.linear_cross_entropy in chunks: its backward hands on gradients that forward has computed.
 _CHUNKED = "GeneratedBackwardFor_torch_nn__linear_cross_entropy"
-
-
 # As benchmarks/census.py found; layer norm has a graph of our own.
 _WRONG_THIRD = {"LogcumsumexpBackward0", "PdistBackward0"}
-
-
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 

@@ -98,8 +98,6 @@ class _Setting:
 
 
 _attention = torch.backends.cuda  # the switches are there, and are those of CPUs as well
-
-
 _checkpoints = torch.utils.checkpoint
 
 
@@ -137,8 +135,6 @@ _plain_layers = _Setting(
         if hasattr(_checkpoints, name)
     ),
 )
-
-
 _without_cudnn = _Setting((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
 
 
@@ -175,8 +171,6 @@ def isolated(ambient: Ambient) -> Iterator[None]:
 
 
 _lent: dict[torch.nn.Module, tuple[dict[str, torch.Tensor | None], int]] = {}
-
-
 _lending = threading.Lock()
 
 

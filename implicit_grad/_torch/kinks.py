@@ -15,8 +15,6 @@ from torch import Tensor
 from implicit_grad._torch.graph import walk
 
 _SELF, _INDICES = ("self",), ("indices",)
-
-
 # Of operations that are linear in pieces (or choose, like `where`): what tells the pieces.
 _TELLS = {
     "ReluBackward0": ("result",),

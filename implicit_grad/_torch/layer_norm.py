@@ -20,11 +20,7 @@ from implicit_grad._torch.products import vjp
 from implicit_grad._torch.pytree import Tensors
 
 NODE = "NativeLayerNormBackward0"
-
-
 _TWICE = "NativeLayerNormBackwardBackward0"
-
-
 _backward = torch.ops.aten.native_layer_norm_backward.default
 
 

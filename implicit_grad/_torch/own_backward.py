@@ -11,8 +11,6 @@ from implicit_grad._torch import batch_norm, layer_norm, weight_norm
 from implicit_grad._torch.graph import between
 
 _MARK = "implicit_grad"  # of nodes that have been seen to
-
-
 _REPLACEMENTS = {m.NODE: m.replacement for m in (batch_norm, layer_norm, weight_norm)}
 
 

@@ -18,19 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as trees_of_torch
 
 Tensors = tuple[Tensor, ...]
-
-
 NAMESPACE = "implicit_grad"
-
-
 # Types of leaves that have been seen: there is nothing to look into.
 _opaque: set[type] = {Tensor, nn.Parameter, int, float, bool, str}
-
-
 # Dataclasses of these kinds are what they derive from.
 _NO_RECORDS = (nn.Module, Tensor, str, bytes, int, float, set, frozenset, tuple, list, dict)
-
-
 _registering = threading.Lock()
 
 

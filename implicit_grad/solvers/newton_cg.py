@@ -15,15 +15,9 @@ from implicit_grad.solvers._objective import Objective, Point, inner, moved
 
 # Armijo's condition: the share of the decrease that the slope promises which must come true.
 _SUFFICIENT = 1e-4
-
-
 # At rounding level, where values tell nothing, the slope along the step must shrink by this.
 _FLATTER = 0.9
-
-
 _HALVINGS = 40
-
-
 _NO_LENGTH = (
     "No step length makes the objective smaller: it has a kink there (ReLU, abs, max), it is "
     "random, or its gradient is not that of its value. Smooth it, or loosen the tolerance and "

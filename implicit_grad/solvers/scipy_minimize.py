@@ -24,23 +24,11 @@ _METHODS = {
         "dogleg trust-ncg trust-exact trust-krylov"
     ).split()
 }
-
-
 _WITHOUT_GRADIENT = {"Nelder-Mead", "Powell", "COBYLA", "COBYQA"}
-
-
 _WITH_HESSIAN_PRODUCTS = {"Newton-CG", "trust-ncg", "trust-krylov", "trust-constr"}
-
-
 _WITH_HESSIAN = {"dogleg", "trust-exact"}
-
-
 _WITH_ROWS = {"SLSQP", "trust-constr", "COBYLA", "COBYQA"}
-
-
 _WITH_BOUNDS = {"Nelder-Mead", "Powell", "L-BFGS-B", "TNC", *_WITH_ROWS}
-
-
 # These also stop when the objective or φ hardly changes, and take `tol` for that as well, which
 # leaves a gradient of about its square root.
 _BY_GRADIENT_ONLY = {"L-BFGS-B": {"ftol": 0.0}, "TNC": {"ftol": 0.0, "xtol": 0.0}}

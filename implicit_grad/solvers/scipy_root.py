@@ -17,8 +17,6 @@ from implicit_grad.solvers._neighbours import needed_by
 from implicit_grad.solvers._objective import Variables
 
 _WITH_JACOBIAN = ("hybr", "lm")
-
-
 _WITHOUT_JACOBIAN = (
     "broyden1",
     "broyden2",

@@ -14,8 +14,6 @@ from implicit_grad.testing.check_report import Cause
 from implicit_grad.testing.local_problem import Local, solve_dense
 
 _SAME = 1e-4  # how well a suspect has to explain the gradients, relative
-
-
 _ASYMMETRIC, _NEGATIVE = 1e3, -1e2  # times rounding
 
 

@@ -19,8 +19,6 @@ from implicit_grad._torch.pytree import Flat, Tensors
 from implicit_grad._wrapper.evaluation import Evaluation, Setup
 
 LARGEST = 500  # unknowns, for dense measurements
-
-
 _NEWTON_STEPS, _HALVINGS = 30, 12
 
 

@@ -134,11 +134,7 @@ class Operator:
 
 
 Family = Literal["quadratic", "logarithmic", "proximal", "root", "fixed_point"]
-
-
 FAMILIES: tuple[Family, ...] = ("quadratic", "logarithmic", "proximal", "root", "fixed_point")
-
-
 SYMMETRIC: tuple[Family, ...] = FAMILIES[:3]
 
 

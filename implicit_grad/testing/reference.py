@@ -13,11 +13,7 @@ from implicit_grad.testing.differences import Derivative, derivative, noise
 from implicit_grad.testing.subject import Subject, unit_direction
 
 _FIRST_STEP = 0.02  # relative to an argument
-
-
 _OTHER_STEPS = (3.7, 1 / 7.3, 1 / 47)  # times the first
-
-
 _CONFIDENCE = 3.0  # times the uncertainty
 
 

@@ -34,11 +34,7 @@ from implicit_grad.testing.problems import (
 )
 
 Nesting = Literal["tensor", "list", "tuple", "dict"]
-
-
 NESTINGS: tuple[Nesting, ...] = ("tensor", "list", "tuple", "dict")
-
-
 __all__ = [
     "Network",
     "Operator",

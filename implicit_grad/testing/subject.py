@@ -23,8 +23,6 @@ from implicit_grad._torch.pytree import Tensors
 from implicit_grad._wrapper.implicit_solver import ImplicitSolver
 
 FAILURES = (ArithmeticError, ValueError, RuntimeError)  # what a solver may do far from its point
-
-
 Kind = Literal["argument", "parameter", "captured"]
 
 
