@@ -183,7 +183,8 @@ def run_pytest(python: str, name: str, files: list[str], variables: dict[str, st
     """Three counts and the seconds, as the cells of a row; failed tests are listed on stderr."""
     log, start = BUILD / f"{name}.log", time.monotonic()
     command = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *files]
-    command += ["--numprocesses", "1"]  # a test that crashes is one that failed
+    # so that a test that crashes is one that failed
+    command += ["--numprocesses", "1", "--max-worker-restart", "1000"]
     with log.open("w") as output:
         environment = os.environ | variables
         code = subprocess.run(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from typing import Generic, TypeVar
 
 import torch
@@ -23,4 +26,22 @@ class HandedOn(Generic[T]):
 
     @value.setter
     def value(self, value: T) -> None:
+        if _takes_no_reference():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
         torch._C._stash_obj_in_tls(self._key, value)
+
+
+@functools.cache
+def _takes_no_reference() -> bool:
+    """Whether torch keeps an object without a reference of its own, as older versions do.
+
+    They give one up all the same when the object is replaced. Without one more it would be freed
+    while it is in use, and Python would crash later, anywhere (seen with torch 2.4).
+    """
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("implicit_grad: probe", probe)
+    if sys.getrefcount(probe) > before:
+        return False
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return True
