@@ -77,7 +77,8 @@ class _Run:
         exponents = torch.frexp(torch.where(finite, largest, 0.0)).exponent
         limit = largest_exponent(rhs.dtype)
         ones = torch.ones_like(largest, dtype=torch.float64)
-        self.unit = torch.ldexp(ones, exponents.clamp(-limit, limit))
+        # of integers, older torches (2.4) take the power in float32, whose range is smaller
+        self.unit = torch.ldexp(ones, exponents.clamp(-limit, limit).double())
         self.rhs = self.residual = rhs / _column(self.unit, rhs)
         self.x = torch.zeros_like(rhs)
         self.size = dots(self.rhs, self.rhs).sqrt()
