@@ -157,7 +157,11 @@ def nonnegative(
 def least_squares(matrix: Tensor, rhs: Tensor, eps: float) -> Tensor:
     """The least of the x that minimise ‖matrix x − rhs‖, where columns may depend on each other."""
     solution: Tensor = torch.linalg.lstsq(  # which finds the rank on the CPU only
-        matrix.cpu(), rhs.cpu()[:, None], rcond=eps**DEPENDENT, driver="gelsy"
+        # not "gelsy", which older torches start from memory that they did not set (2.4 measured)
+        matrix.cpu(),
+        rhs.cpu()[:, None],
+        rcond=eps**DEPENDENT,
+        driver="gelsd",
     ).solution[:, 0]
     return solution.to(rhs.device)
 
