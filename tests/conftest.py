@@ -58,6 +58,6 @@ NEEDS_LEARN2LEARN = re.compile(
 if importlib.util.find_spec("learn2learn") is None:  # there is none for Python >= 3.13
     collect_ignore = [
         str(path)
-        for path in Path(__file__).parent.rglob("test_*.py")
+        for path in Path(__file__).parent.rglob("*.py")
         if NEEDS_LEARN2LEARN.search(path.read_text(encoding="utf-8"))
     ]
