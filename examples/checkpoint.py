@@ -46,7 +46,7 @@ def restore(path: Path, device: torch.device) -> dict[str, Any]:
 
 def read(path: Path, device: torch.device) -> dict[str, Any]:
     """Read a state without touching any generator."""
-    return torch.load(path, map_location=device)
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -221,7 +221,7 @@ def test_data_parallel_processes_average_the_gradients(tmp_path):
         for process in context.processes:
             process.kill()
     encoder, inner = shared_encoder(), network().eval()
-    ranks = [torch.load(f"{file}.{rank}") for rank in range(2)]
+    ranks = [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
     for step in range(2):
         alone = [
             grad(behind_a_layer(encoder, inner, 10 * step + rank), list(encoder.parameters()))
@@ -528,7 +528,7 @@ def test_a_state_dict_goes_through_a_file():
         lam=nn.Parameter(torch.tensor(1.0)),
         on_failure="ignore",
     )
-    other.load_state_dict(torch.load(stream))
+    other.load_state_dict(torch.load(stream, weights_only=True))
     assert other.state_dict().keys() == maml.state_dict().keys()
     same(other.state_dict().values(), maml.state_dict().values())
     maml.zero_grad()

@@ -290,7 +290,7 @@ class Calls(RuleBasedStateMachine):
         stream = io.BytesIO()
         torch.save(other.state_dict(), stream)
         stream.seek(0)
-        self.maml.load_state_dict(torch.load(stream))
+        self.maml.load_state_dict(torch.load(stream, weights_only=True))
         self.theta = vector(other).detach().clone()
         self.theta_has_changed()
 
