@@ -65,7 +65,7 @@ class Checks:
         return self.found[kind]
 
 
-class Problem(NamedTuple):
+class Probe(NamedTuple):
     """What is evaluated again for a check.
 
     Attributes:
@@ -113,37 +113,37 @@ class Problem(NamedTuple):
         return "suspect a .detach(), a hook on a tensor, or an operation of torch's own"
 
 
-def check_objective(objective: Objective, problem: Problem, curvature: Curvature) -> Finding | None:
+def check_objective(objective: Objective, probe: Probe, curvature: Curvature) -> Finding | None:
     """What is wrong with products around φ, if anything is."""
-    if problem.eps > _COARSE or not problem.phi:
+    if probe.eps > _COARSE or not probe.phi:
         return None
-    if once_differentiable(problem.outputs, problem.phi):
+    if once_differentiable(probe.outputs, probe.phi):
         return None  # which `linearize` knows how to deal with
     try:
-        return _Objective(objective, problem).finding(curvature)
+        return _Objective(objective, probe).finding(curvature)
     except Exception:  # a check must not end what works without it: what is wrong comes again
         return None
 
 
-def check_third(objective: Objective, problem: Problem) -> Finding | None:
+def check_third(objective: Objective, probe: Probe) -> Finding | None:
     """What is wrong with third derivatives by φ, where there is something to suspect."""
-    wrong = wrong_third(problem.outputs, problem.phi)
+    wrong = wrong_third(probe.outputs, probe.phi)
     if wrong:
         return Finding(f"torch's third derivative of {', '.join(wrong)} is wrong", False)
-    if problem.eps > _COARSE or not custom_functions(problem.outputs, problem.phi):
+    if probe.eps > _COARSE or not custom_functions(probe.outputs, probe.phi):
         return None
     try:
-        return _Objective(objective, problem).third()
+        return _Objective(objective, probe).third()
     except Exception:  # as above
         return None
 
 
-def check_residual(around: Linearization, problem: Problem, both_products: bool) -> Finding | None:
+def check_residual(around: Linearization, probe: Probe, both_products: bool) -> Finding | None:
     """The same where F is given, and not the gradient of anything."""
-    if problem.eps > _COARSE or not problem.phi:
+    if probe.eps > _COARSE or not probe.phi:
         return None
     try:
-        return _Residual(around, problem, both_products).finding()
+        return _Residual(around, probe, both_products).finding()
     except Exception:  # as above
         return None
 
@@ -151,9 +151,9 @@ def check_residual(around: Linearization, problem: Problem, both_products: bool)
 class _Objective:
     """∇value along lines through φ and through the arguments."""
 
-    def __init__(self, objective: Objective, problem: Problem) -> None:
-        self._objective, self._problem = objective, problem
-        self._inputs = tuple(t for t in problem.inputs if t.requires_grad)
+    def __init__(self, objective: Objective, probe: Probe) -> None:
+        self._objective, self._probe = objective, probe
+        self._inputs = tuple(t for t in probe.inputs if t.requires_grad)
         self._phi, self._guard = objective.phi, objective.guard
         self._units = _units(self._phi) + _units(self._inputs)
         self._along = _direction(self._phi)
@@ -168,7 +168,7 @@ class _Objective:
             self._moved_phi,
             self._scaled(gradient_at(self._objective.value, self._all, self._guard)),
             self._scaled((*self._product, *self._cross)),
-            self._problem.eps,
+            self._probe.eps,
         )
         in_phi = any(wrong[: len(self._phi)])
         in_inputs = any(wrong[len(self._phi) :])
@@ -193,10 +193,10 @@ class _Objective:
             here = vjp(self._slope, self._phi, self._along)
         with torch.no_grad():
             claimed = self._scaled(vjp(here, self._phi, self._along))
-        if not any(is_wrong(product, self._scaled(here), claimed, self._problem.eps)):
+        if not any(is_wrong(product, self._scaled(here), claimed, self._probe.eps)):
             return None
         what = "the third derivative of the objective is not the difference of its second"
-        return Finding(f"{what}: {self._problem.suspects}", False)
+        return Finding(f"{what}: {self._probe.suspects}", False)
 
     @property
     def _all(self) -> Tensors:
@@ -214,7 +214,7 @@ class _Objective:
 
     def _value(self, phi: Tensors, inputs: Tensors) -> Tensor:
         with torch.enable_grad():
-            value, *_ = self._problem.elsewhere(phi, inputs)
+            value, *_ = self._probe.elsewhere(phi, inputs)
         take_pieces(value, self._objective.value)
         return value
 
@@ -225,8 +225,8 @@ class _Objective:
 
     def _inputs_are_held(self, crossed: Callable[[Tensors], Tensors]) -> bool:
         """Whether ∇value moves with the arguments, and (∂∇value/∂inputs)ᵀ does not know it."""
-        problem = self._problem
-        targets = tuple(problem.inputs[i] for i in problem.moving)
+        probe = self._probe
+        targets = tuple(probe.inputs[i] for i in probe.moving)
         if not targets:
             return False
         away = _direction(targets)
@@ -234,14 +234,14 @@ class _Objective:
 
         def slope(t: float) -> Tensors:
             phi = _moved(self._phi, self._along, 0.0)
-            value = self._value(phi, problem.moved_inputs(away, t))
+            value = self._value(phi, probe.moved_inputs(away, t))
             return gradient_at(value, phi, self._guard)
 
         def claimed(u: Tensors) -> Tensor:
             found = crossed(u)
             return _dot([found[own[id(t)]] for t in targets], away)
 
-        return _changes_unseen(slope, self._slope, claimed, problem.eps)
+        return _changes_unseen(slope, self._slope, claimed, probe.eps)
 
     def _gauss_newton_is_wrong(self) -> bool:
         """Whether it is the loss that has a wrong second derivative, or the model's Jacobian."""
@@ -271,16 +271,16 @@ class _Objective:
             if in_phi
             else "how the objective's gradient changes with an argument is not what differences say"
         )
-        return f"{what}: {self._problem.suspects}"
+        return f"{what}: {self._probe.suspects}"
 
 
 class _Residual:
     """F along lines through φ and through the arguments."""
 
-    def __init__(self, around: Linearization, problem: Problem, both_products: bool) -> None:
-        self._around, self._problem, self._both = around, problem, both_products
-        self._along = _direction(problem.phi)
-        self._here = tuple(f.detach() for f in problem.outputs)
+    def __init__(self, around: Linearization, probe: Probe, both_products: bool) -> None:
+        self._around, self._probe, self._both = around, probe, both_products
+        self._along = _direction(probe.phi)
+        self._here = tuple(f.detach() for f in probe.outputs)
 
     def finding(self) -> Finding | None:
         if self._is_wrong_in_phi():
@@ -289,10 +289,10 @@ class _Residual:
             what = "how the residual changes with an argument is not what differences say"
         else:
             return None
-        return Finding(f"{what}: {self._problem.suspects}", False)
+        return Finding(f"{what}: {self._probe.suspects}", False)
 
     def _is_wrong_in_phi(self) -> bool:
-        phi, eps = self._problem.phi, self._problem.eps
+        phi, eps = self._probe.phi, self._probe.eps
 
         def moved(t: float) -> Tensors:
             return self._residual(_moved(phi, self._along, t), ())
@@ -310,24 +310,24 @@ class _Residual:
         return any(is_wrong(moved, self._here, product, eps))
 
     def _is_wrong_in_inputs(self) -> bool:
-        problem = self._problem
-        targets = tuple(problem.inputs[i] for i in problem.moving)
+        probe = self._probe
+        targets = tuple(probe.inputs[i] for i in probe.moving)
         if not targets:
             return False
         away = _direction(targets)
 
         def moved(t: float) -> Tensors:
-            return self._residual(problem.phi, problem.moved_inputs(away, t))
+            return self._residual(probe.phi, probe.moved_inputs(away, t))
 
         def claimed(u: Tensors) -> Tensor:
             with torch.no_grad():
                 return _dot(self._around.pullback(u, targets), away)
 
-        return _changes_unseen(moved, self._here, claimed, problem.eps)
+        return _changes_unseen(moved, self._here, claimed, probe.eps)
 
     def _residual(self, phi: Tensors, inputs: Tensors) -> Tensors:
         with torch.enable_grad():
-            outputs = self._problem.elsewhere(phi, inputs)
+            outputs = self._probe.elsewhere(phi, inputs)
         return tuple(f.detach() for f in outputs)
 
 

@@ -210,13 +210,13 @@ class Evaluation:
     def _checked(self) -> Finding | None:
         """What is wrong with products around φ and with how F changes with the arguments."""
         assert self._record is not None
-        (snapshot, _), setup, problem = self._record, self.setup, self._to_check()
+        (snapshot, _), setup, probe = self._record, self.setup, self._to_check()
         if snapshot.objective is None:
             around = snapshot.linearize(setup.curvature)
-            return check.check_residual(around, problem, self.linear_solver.takes_both_products)
+            return check.check_residual(around, probe, self.linear_solver.takes_both_products)
         if setup.curvature == "finite_difference":
             return None
-        return check.check_objective(snapshot.objective, problem, setup.curvature)
+        return check.check_objective(snapshot.objective, probe, setup.curvature)
 
     def _checked_third(self) -> Finding | None:
         """What is wrong with derivatives of products."""
@@ -224,7 +224,7 @@ class Evaluation:
         objective = self._record[0].objective
         return None if objective is None else check.check_third(objective, self._to_check())
 
-    def _to_check(self) -> check.Problem:
+    def _to_check(self) -> check.Probe:
         assert self._record is not None
         snapshot, a = self._record
         apart = {id(t) for t in pytree.leaves(self.condition.apart(self._call(a)))}
@@ -233,9 +233,7 @@ class Evaluation:
             return self._evaluate(phi, inputs[: len(a)] or a).outputs
 
         movable = [i for i, t in enumerate(a) if id(t) not in apart]
-        return check.Problem(
-            snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable
-        )
+        return check.Probe(snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable)
 
     def around(self, phi: Tensors, curvature: Curvature) -> Linearization:
         """F around another φ, on the recorded arguments."""

@@ -140,10 +140,8 @@ class Step:
             objective = Objective(
                 self.loss, self.phi, outputs=self.outputs, again=again, tasks=self.tasks
             )
-            problem = check.Problem(
-                (self.loss,), self.phi, self.captured, lambda phi, _: (again(phi),)
-            )
-            return check.check_objective(objective, problem, self.method.curvature)
+            probe = check.Probe((self.loss,), self.phi, self.captured, lambda phi, _: (again(phi),))
+            return check.check_objective(objective, probe, self.method.curvature)
 
         return self.method.checks.finding((self.loss,), self.phi, look)
 

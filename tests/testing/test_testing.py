@@ -514,7 +514,7 @@ def test_problems_have_exact_solutions_and_hypergradients(problem):
     expected = problem.hypergradient(lambda p: (problem._vector(p) * weights).sum(), args)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-9)
-    assert eval(repr(problem), {"Problem": draw.Problem, "Operator": draw.Operator}) == problem
+    assert eval(repr(problem), vars(draw).copy()) == problem
 
 
 def _leaves(args):
@@ -541,16 +541,19 @@ def test_examples_shrink_to_readable_ones():
         return repr(hypothesis.find(strategy, condition, settings=settings(database=None)))
 
     assert least(draw.problems()) == (
-        "Problem(family='quadratic', operator=Operator((1.0,)), seed=0, lam=1.0, form='vector')"
+        "InnerProblem(family='quadratic', operator=SpectralMatrix((1.0,)), seed=0, lam=1.0, "
+        "form='vector')"
     )
-    assert "Operator((1.0, 1.0))" in least(draw.problems(), lambda p: p.operator.size > 1)
-    assert least(draw.operators("nonsymmetric")) == "Operator((1.0, 1.0), skew=1.0)"
-    assert least(draw.operators("indefinite"), lambda o: o.size > 1) == "Operator((-1.0, 1.0))"
+    assert "SpectralMatrix((1.0, 1.0))" in least(draw.problems(), lambda p: p.operator.size > 1)
+    assert least(draw.operators("nonsymmetric")) == "SpectralMatrix((1.0, 1.0), skew=1.0)"
+    assert (
+        least(draw.operators("indefinite"), lambda o: o.size > 1) == "SpectralMatrix((-1.0, 1.0))"
+    )
     assert least(draw.tasks()).startswith("Task(ways=2, shots=1, queries=1, features=1, seed=0")
     assert least(draw.networks()).startswith("Network(widths=(1, 1), activation='tanh'")
     tree = hypothesis.find(draw.trees(), lambda t: isinstance(t, dict))
     assert list(tree) == ["a"] and tree["a"].shape == ()
-    assert draw.Operator((2.0, 3.0)).matrix.tolist() == [[2.0, 0.0], [0.0, 3.0]]
+    assert draw.SpectralMatrix((2.0, 3.0)).matrix.tolist() == [[2.0, 0.0], [0.0, 3.0]]
 
 
 @given(draw.trees(dtypes=(F32, F64), max_parts=2, depth=3))
