@@ -84,12 +84,12 @@ def certify(
         raise InvalidArgumentError("certify: none of the arguments requires grad")
     around, targets = _recorded(evaluation, inputs)
     here = _Outer(outer_loss, evaluation, phi, tensors)
-    first = solve_adjoint(evaluation.linear_solver, around, here.v, verify=True)
+    first = solve_adjoint(evaluation.method.linear_solver, around, here.v, verify=True)
     gradients = here.with_implicit(around, first.x, targets)
 
     # what is judged may be truncated, damped or Gauss-Newton; what it is judged by is not
     curvature: Curvature = (
-        "auto" if evaluation.setup.curvature == "gauss_newton" else (evaluation.setup.curvature)
+        "auto" if evaluation.method.curvature == "gauss_newton" else evaluation.method.curvature
     )
     with torch.enable_grad():
         true, _ = evaluation.recorded(curvature)
@@ -112,7 +112,7 @@ def certify(
     solves = ((first, around), (newton, true), (second, around_moved))
     status = min(solved.status(at) for solved, at in solves)
     if not status.ok:
-        evaluation.setup.reporting.say(f"not certified: {status.sentence}")
+        evaluation.method.reporting.say(f"not certified: {status.sentence}")
     error, size = _distance(corrected, gradients), length(gradients)
     return Certificate(
         tensors=tensors,

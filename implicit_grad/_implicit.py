@@ -207,7 +207,15 @@ def implicit(
     )
     check_option(check, "implicit")
     checks = Checks(check)
-    setup = Setup(condition, linear_solver, reporting, curvature, polish, checks, has_aux)
+    setup = Setup(
+        condition=condition,
+        linear_solver=linear_solver,
+        reporting=reporting,
+        curvature=curvature,
+        polish=polish,
+        checks=checks,
+        has_aux=has_aux,
+    )
 
     def wrap(solver: Solver) -> ImplicitSolver:
         return _wrapped(solver, setup, init)

@@ -13,19 +13,16 @@ from torch import Tensor
 from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
 from implicit_grad._curvature import check
 from implicit_grad._curvature.auto import has_second_derivative, linearize
-from implicit_grad._curvature.check import Checks
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError
-from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
-from implicit_grad._theorem.reattached import reattached
-from implicit_grad._theorem.report import Reporting, solve_and_record
 from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.graph import leaves_behind, wrong_third
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import plain_gradient, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree
+from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad.learn2learn.fast_weights import Gate, Weights
 from implicit_grad.solvers._descent import Descent
@@ -37,18 +34,14 @@ _NO_GRAPH = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepMethod(Method):
     """How gradients of adapted weights are taken, and which parameters may be left out."""
 
-    linear_solver: LinearSolver
-    reporting: Reporting
-    curvature: Curvature
     first_order: bool
     allow_unused: bool
     # whether the learners' loss has second derivatives, once that is known; shared by all clones
     verdict: list[bool]
-    checks: Checks  # shared too
 
     def takes_differences(self, loss: Tensor, phi: Tensors, finding: Finding | None) -> bool:
         """Whether finite differences are asked for, or are the first kind of product that works.
@@ -101,7 +94,7 @@ class Replay:
 
 
 @dataclasses.dataclass
-class Step:
+class Step(Recorded):
     """The inner problem around one generation of weights, kept for backward.
 
     `phi` are the weights in the graph of `loss`; `values` the adapted ones, which are the same if
@@ -115,7 +108,7 @@ class Step:
     values: Tensors
     inputs: Tensors
     inputs_tree: Tree
-    method: Method
+    method: StepMethod
     captured: Tensors
     outputs: Tensors | None
     gate_of_phi: Gate
@@ -126,7 +119,7 @@ class Step:
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
-        problem = Problem(self._values, self._linearize, self._solve, self._recorded)
+        problem = Problem(self._values, self.linearize, self.solve_adjoint, self.recorded)
         attached: Tensors = ImplicitFunction.apply(problem, *self.inputs, *self.captured)
         return attached
 
@@ -153,21 +146,20 @@ class Step:
     def _values(self, _: Tensors) -> Tensors:
         return tuple(t.detach() for t in self.values)  # objects of their own: no cycle through them
 
-    def _linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
-        """F around φ as recorded, differentiable with respect to φ and the inputs."""
+    def _refusal(self) -> str | None:
         if not self.minimised:
-            raise GraphError(
+            return (
                 "second derivatives through adapt(loss) of a tensor are not available (backward "
                 "was called with create_graph=True): its loss has derivatives before the step, and "
                 "not where it led. Pass a function: learner.adapt(lambda: loss(...))"
             )
         wrong = wrong_third([self.loss], self.phi)
-        if self.finding is not None or wrong:
-            found = self.finding.sentence if self.finding else f"torch's of {wrong} are wrong"
-            raise GraphError(f"second derivatives are not available: {found}")
-        return reattached(self._recorded, self.method.curvature, phi, inputs)
+        if self.finding is None and not wrong:
+            return None
+        found = self.finding.sentence if self.finding else f"torch's of {wrong} are wrong"
+        return f"second derivatives are not available: {found}"
 
-    def _recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
+    def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
         inputs = stand_ins(self.inputs, [t.requires_grad for t in self.inputs])
         theta, pull = self.inputs_tree.rebuild(inputs)
         objective = Objective(
@@ -180,16 +172,7 @@ class Step:
             tasks=self.tasks,
             own=self.minimised,
         )
-        around = linearize(objective, curvature or self.curvature)
-        around.finding = self.finding
-        return around, (*inputs, *self.captured)
-
-    @property
-    def curvature(self) -> Curvature:
-        """The kind of products: that asked for, or differences if it was found to be wrong."""
-        if self.finding is not None and self.finding.differences_take_over:
-            return "finite_difference"
-        return self.method.curvature
+        return linearize(objective, curvature), (*inputs, *self.captured)
 
     def _place(self, pull: ProximalTerm) -> Tensors:
         """The adapted weights; where F's linear part is taken from its graph, in terms of φ."""
@@ -209,9 +192,6 @@ class Step:
             )
         return replay.loss_elsewhere(phi)
 
-    def _solve(self, around: Linearization, v: Tensors) -> Tensors:
-        return solve_and_record(self.method.linear_solver, around, v, self.method.reporting)
-
 
 def _step(
     weights: Weights,
@@ -219,7 +199,7 @@ def _step(
     phi: Tensors,
     values: Tensors,
     gate_of_phi: Gate,
-    method: Method,
+    method: StepMethod,
     minimised: bool = False,
 ) -> Step:
     return Step(
@@ -228,7 +208,7 @@ def _step(
         values=values,
         inputs=weights.inputs,
         inputs_tree=weights.inputs_tree,
-        method=dataclasses.replace(method, linear_solver=method.linear_solver.for_call()),
+        method=method.for_call(),
         captured=weights.captured_by(loss),
         outputs=weights.outputs_behind(loss) if method.needs_outputs else None,
         gate_of_phi=gate_of_phi,
@@ -241,7 +221,7 @@ def step_on_tensor(
     weights: Weights,
     loss: Tensor,
     lr: float,
-    method: Method,
+    method: StepMethod,
 ) -> None:
     """φ ← φ − lr (∇loss + λ(φ − θ)); the loss's graph, kept, is what backward linearises."""
     phi, theta = weights.current, weights.theta
@@ -268,7 +248,7 @@ def minimise_closure(
     weights: Weights,
     closure: Callable[[], Tensor],
     minimise: Callable[[Callable[[Tensors], Tensor], Tensors], Tensors],
-    method: Method,
+    method: StepMethod,
 ) -> None:
     """φ = argmin loss + λ/2 ‖φ − θ‖² by any minimiser; backward linearises at φ itself."""
     before, theta = weights.current, weights.theta

@@ -35,7 +35,7 @@ from implicit_grad.learn2learn.accepted import (
     has_own_forward,
 )
 from implicit_grad.learn2learn.adaptation import (
-    Method,
+    StepMethod,
     means_to_solve,
     minimise_closure,
     minimiser,
@@ -338,8 +338,8 @@ class ImplicitMAML(nn.Module):
                 f"returns one, got {describe(loss)}"
             )
 
-    def _method(self, first_order: bool, allow_unused: bool) -> Method:
-        return Method(
+    def _method(self, first_order: bool, allow_unused: bool) -> StepMethod:
+        return StepMethod(
             linear_solver=self.linear_solver,
             reporting=self.reporting,
             curvature=self.curvature,
