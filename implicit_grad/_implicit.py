@@ -232,6 +232,15 @@ def _described(condition: object) -> str:
 def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> ImplicitSolver:
     """The solver with its setup, once they are known to go together."""
     handed = isinstance(solver, (Minimizer, RootFinder))
+    if handed and isinstance(solver, type):
+        raise InvalidArgumentError(
+            f"implicit: solver is the class {solver.__name__}; make one: {solver.__name__}(...)"
+        )
+    if init is not None and not callable(init):
+        raise InvalidArgumentError(
+            "implicit: init must be a function of the solver's arguments that returns where to "
+            f"start, got {describe(init)}"
+        )
     if not callable(solver) and not handed:
         raise InvalidArgumentError(
             "implicit: solver must be callable or have a method minimize or find_root, got "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.captured import Lent, captured_tensors
-from implicit_grad._torch.graph import leaves_behind, wrong_third
+from implicit_grad._torch.graph import kind_of_graph, leaves_behind
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import plain_gradient, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree
@@ -40,8 +40,8 @@ class StepMethod(Method):
 
     first_order: bool
     allow_unused: bool
-    # whether the learners' loss has second derivatives, once that is known; shared by all clones
-    verdict: list[bool]
+    # whether losses of a kind have second derivatives, once that is known; shared by all clones
+    twice: dict[Hashable, bool]
 
     def takes_differences(self, loss: Tensor, phi: Tensors, finding: Finding | None) -> bool:
         """Whether finite differences are asked for, or are the first kind of product that works.
@@ -50,9 +50,12 @@ class StepMethod(Method):
         """
         if finding is not None and finding.differences_take_over:
             return True
-        if self.curvature == "auto" and not self.verdict:
-            self.verdict.append(has_second_derivative(Objective(loss, phi)))
-        return self.curvature == "finite_difference" or self.verdict == [False]
+        if self.curvature != "auto":
+            return self.curvature == "finite_difference"
+        kind = kind_of_graph([loss])
+        if kind not in self.twice:
+            self.twice[kind] = has_second_derivative(Objective(loss, phi))
+        return not self.twice[kind]
 
     @property
     def needs_outputs(self) -> bool:
@@ -116,6 +119,7 @@ class Step(Recorded):
     tasks: int | None
     replay: weakref.ref[Replay] | None = None
     finding: Finding | None = None
+    third: Finding | None = None  # what is wrong with the loss's third derivatives
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
@@ -123,20 +127,26 @@ class Step(Recorded):
         attached: Tensors = ImplicitFunction.apply(problem, *self.inputs, *self.captured)
         return attached
 
-    def checked(self, replay: Replay) -> Finding | None:
-        """What is wrong with products around φ, where the loss can be computed again."""
+    def checked(self, replay: Replay) -> Step:
+        """The step, and what is wrong with products around φ; the loss can be computed again."""
         if self.method.curvature == "finite_difference":
-            return None
+            return self
+        again, outputs, checks = replay.loss_elsewhere, (self.loss,), self.method.checks
+        objective = Objective(
+            self.loss, self.phi, outputs=self.outputs, again=again, tasks=self.tasks
+        )
+        probe = check.Probe(outputs, self.phi, self.captured, lambda phi, _: (again(phi),))
 
-        def look() -> Finding | None:
-            again = replay.loss_elsewhere
-            objective = Objective(
-                self.loss, self.phi, outputs=self.outputs, again=again, tasks=self.tasks
-            )
-            probe = check.Probe((self.loss,), self.phi, self.captured, lambda phi, _: (again(phi),))
+        def second() -> Finding | None:
             return check.check_objective(objective, probe, self.method.curvature)
 
-        return self.method.checks.finding((self.loss,), self.phi, look)
+        def third() -> Finding | None:
+            return check.check_third(objective, probe)
+
+        finding = checks.finding(outputs, self.phi, second)
+        return dataclasses.replace(
+            self, finding=finding, third=checks.finding(outputs, self.phi, third, order=3)
+        )
 
     def drop(self) -> None:
         """Forget the loss and its graph, so that memory does not grow with the steps."""
@@ -153,11 +163,8 @@ class Step(Recorded):
                 "was called with create_graph=True): its loss has derivatives before the step, and "
                 "not where it led. Pass a function: learner.adapt(lambda: loss(...))"
             )
-        wrong = wrong_third([self.loss], self.phi)
-        if self.finding is None and not wrong:
-            return None
-        found = self.finding.sentence if self.finding else f"torch's of {wrong} are wrong"
-        return f"second derivatives are not available: {found}"
+        found = self.finding or self.third
+        return None if found is None else f"second derivatives are not available: {found.sentence}"
 
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
         inputs = stand_ins(self.inputs, [t.requires_grad for t in self.inputs])
@@ -279,10 +286,10 @@ def minimise_closure(
         behind = {id(t) for t in leaves_behind([loss])}
         weights.check_used(tuple(p if id(p) in behind else None for p in phi), method.allow_unused)
         step = _step(weights, loss, phi, values, Gate(), method, True)
-        finding = step.checked(replay)
-        needed = replay if method.takes_differences(loss, phi, finding) else None
-        again = None if needed is None else weakref.ref(needed)
-        step = dataclasses.replace(step, finding=finding, replay=again)
+        step = step.checked(replay)
+        needed = replay if method.takes_differences(loss, phi, step.finding) else None
+        if needed is not None:
+            step = dataclasses.replace(step, replay=weakref.ref(needed))
         weights.attach(values, step.sources(), keeping=needed)
         before = weights.current
     finally:

@@ -8,7 +8,7 @@ Implicit Gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -201,7 +201,7 @@ class ImplicitMAML(nn.Module):
         self.reporting, self.curvature = reporting, curvature
         self.tasks: int | None = None
         self._weights: Weights | None = None
-        self._verdict: list[bool] = []
+        self._twice: dict[Hashable, bool] = {}
         self._checks = checks
         self._wrapped: tuple[nn.Module, ...] = (
             () if wrapped is None else (wrapped,)
@@ -281,7 +281,7 @@ class ImplicitMAML(nn.Module):
             checks=self._checks,
             wrapped=next(iter(self._wrapped), None),
         )
-        learner.training, learner._verdict = self.training, self._verdict
+        learner.training, learner._twice = self.training, self._twice
         learner.tasks = self.tasks if tasks is None else tasks
         learner._weights = self._weights_of(learner.module, tasks)
         if tasks is not None:
@@ -345,7 +345,7 @@ class ImplicitMAML(nn.Module):
             curvature=self.curvature,
             first_order=first_order,
             allow_unused=allow_unused,
-            verdict=self._verdict,
+            twice=self._twice,
             checks=self._checks,
         )
 
