@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from implicit_grad._curvature.comparison import is_wrong, norm, size
 from implicit_grad._curvature.finite_difference import FiniteDifference
 from implicit_grad._curvature.hessian import GaussNewton, Hessian
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._errors import GraphError
+from implicit_grad._options import check_one_of
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.graph import (
     custom_functions,
@@ -36,10 +37,7 @@ Elsewhere = Callable[[Tensors, Tensors], Tensors]
 
 def check_option(check: object, where: str) -> None:
     """Raise unless this says when to check."""
-    if check not in ("once", "always", "never"):
-        raise InvalidArgumentError(
-            f'{where}: check={check!r}: expected "once", "always" or "never"'
-        )
+    check_one_of(where, "check", check, get_args(Check))
 
 
 @dataclasses.dataclass(frozen=True)

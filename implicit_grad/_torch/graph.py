@@ -91,8 +91,8 @@ def wrong_third(values: Sequence[Tensor], phi: Sequence[Tensor]) -> tuple[str, .
 def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool:
     """Whether a custom Function between φ and the values is marked as differentiable once.
 
-    Or is compiled, or one of torch's own that should be marked. torch may take it, without a word,
-    for a function without curvature.
+    Compiled functions count as marked, and so does torch's chunked cross-entropy: torch may take
+    them, without a word, for functions without curvature.
     """
 
     def is_marked(node: Any) -> bool:
