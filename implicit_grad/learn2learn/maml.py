@@ -1,4 +1,4 @@
-"""`imaml`: a learn2learn MAML pipeline with implicit gradients, by wrapping one object.
+"""`imaml`: a MAML pipeline with implicit gradients, by wrapping one object.
 
 MAML differentiates through its adaptation steps. Here the adapted weights φ are taken as the
 solution of the inner problem min loss(φ) + λ/2 ‖φ − θ‖², and backward is one linear solve around
@@ -24,16 +24,11 @@ from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch import pytree
+from implicit_grad._torch.clone import cloned
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
-from implicit_grad._torch.modules import eager, named_weights, with_module
+from implicit_grad._torch.modules import named_weights, with_module
 from implicit_grad._torch.pytree import Tensors
-from implicit_grad.learn2learn.accepted import (
-    check_lr,
-    check_maml,
-    check_subclass,
-    extended,
-    has_own_forward,
-)
+from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward
 from implicit_grad.learn2learn.adaptation import (
     Method,
     means_to_solve,
@@ -92,9 +87,10 @@ def registrable(lam: Any, module: nn.Module) -> Any:
 
 
 def imaml(
-    maml: nn.Module,
+    module_or_maml: nn.Module,
     lam: Any = 2.0,
     *,
+    lr: float | None = None,
     linear_solver: LinearSolver | SolveFunction | None = None,
     solver: Any = None,
     curvature: Curvature = "auto",
@@ -102,14 +98,15 @@ def imaml(
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
 ) -> ImplicitMAML:
-    """Switch a learn2learn MAML to implicit gradients (iMAML); the pipeline stays as it is.
+    """Give a model, or a learn2learn MAML, MAML's interface with implicit gradients (iMAML).
 
-    The result has MAML's interface (`clone`, `adapt`, calls, attributes) and shares the model's
-    parameters. `learner.adapt(loss)` takes the step φ ← φ − lr (∇loss(φ) + λ(φ − θ)), and backward
-    through the adapted learner solves (∇²loss + λ) u = v for dθ = λu. A tensor is all that
-    `adapt(loss)` is given, so ∇²loss is taken where that loss was computed, at the last iterate
-    but one. `learner.adapt(closure, steps=16)` takes a function that computes the loss instead
-    (as in `torch.optim`) and linearises at the solution itself.
+    A pipeline that was written for MAML stays as it is; learn2learn is not needed. The result has
+    MAML's interface (`clone`, `adapt`, calls, attributes) and shares the model's parameters.
+    `learner.adapt(loss)` takes the step φ ← φ − lr (∇loss(φ) + λ(φ − θ)), and backward through the
+    adapted learner solves (∇²loss + λ) u = v for dθ = λu. A tensor is all that `adapt(loss)` is
+    given, so ∇²loss is taken where that loss was computed, at the last iterate but one.
+    `learner.adapt(closure, steps=16)` takes a function that computes the loss instead (as in
+    `torch.optim`) and linearises at the solution itself.
 
     Choosing: a step of length lr is stable while lr·(λ + the loss's curvature) < 2, so keep lr·λ
     well below 1; and the pull to θ adds up, so keep steps · lr · λ around 1 or below. After a few
@@ -119,14 +116,16 @@ def imaml(
     (`monitor`), lower it if adaptation gets nowhere.
 
     Args:
-        maml: a `learn2learn.algorithms.MAML`, or a subclass without an adaptation or parameters
-            of its own; its lr, first_order, allow_unused and allow_nograd apply here too.
-            `first_order=True` asks for first-order MAML's gradient, dθ = v.
+        module_or_maml: a model; or a `learn2learn.algorithms.MAML`, or a subclass without an
+            adaptation or parameters of its own, whose lr, first_order, allow_unused and
+            allow_nograd then apply here too. (For a model, these three are False; they are
+            attributes of the result, and options of `clone` and `adapt`.)
         lam: λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor,
             a `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
             by parameter name of these, one for each floating-point parameter of the model;
             `LearnedLam(model)`, learned and positive, for each tensor or element; or `LowRank`,
             a matrix.
+        lr: the length of the adaptation's steps, for a model. A MAML has its own.
         linear_solver: by default `CG(maxiter=5)`, the paper's; or a function `solve(matvec, b)`,
             see `implicit`.
         solver: minimises the inner objective in `adapt(closure)`: an object with
@@ -145,21 +144,28 @@ def imaml(
         on_failure: on numerical trouble "warn", "raise" or "ignore".
 
     Raises:
-        InvalidArgumentError: maml is not a MAML, or an option cannot work.
+        InvalidArgumentError: it is neither a model with an lr nor a MAML, or an option cannot work.
+
+    >>> maml = imaml(nn.Linear(2, 1), lr=0.1)
+    >>> learner = maml.clone()
+    >>> learner.adapt(learner(torch.ones(3, 2)).square().mean())
+    >>> learner(torch.ones(3, 2)).sum().backward()
+    >>> [p.grad is not None for p in maml.parameters()]
+    [True, True]
     """
     if linear_solver is None:
         linear_solver = CG(maxiter=5)
     check_option(check, "imaml")
     linear_solver = as_linear_solver(linear_solver, "imaml", "CG(), MINRES(), Neumann(), Exact()")
-    _check(maml, solver, curvature)
-    options: Any = maml  # learn2learn has no types
+    _check(module_or_maml, solver, curvature)
+    given = accepted(module_or_maml, lr)
     return ImplicitMAML(
-        options.module,
-        lr=options.lr,
-        first_order=options.first_order,
-        allow_unused=options.allow_unused,
-        allow_nograd=options.allow_nograd,
-        lam=registrable(lam, options.module),
+        given.module,
+        lr=given.lr,
+        first_order=given.first_order,
+        allow_unused=given.allow_unused,
+        allow_nograd=given.allow_nograd,
+        lam=registrable(lam, given.module),
         linear_solver=linear_solver,
         solver=solver,
         reporting=Reporting(
@@ -169,12 +175,12 @@ def imaml(
         ),
         curvature=curvature,
         checks=Checks(check),
-        wrapped=extended(maml),
+        wrapped=given.wrapped,
     )
 
 
 class ImplicitMAML(nn.Module):
-    """What `imaml` returns: learn2learn's MAML, except for its gradients."""
+    """What `imaml` returns: MAML, except for its gradients."""
 
     def __init__(
         self,
@@ -265,10 +271,8 @@ class ImplicitMAML(nn.Module):
             )
         if tasks is not None:
             check_tasks(tasks, self.tasks, self.linear_solver, self.curvature, self.module)
-        from learn2learn import clone_module  # an optional neighbour, there if a MAML is
-
         learner = ImplicitMAML(
-            eager(clone_module(self.module)),
+            cloned(self.module),
             lr=self.lr,
             first_order=_either(first_order, self.first_order),
             allow_unused=_either(allow_unused, self.allow_unused),
@@ -367,12 +371,10 @@ def _either(given: bool | None, default: bool) -> bool:
     return default if given is None else given
 
 
-def _check(maml: Any, solver: Any, curvature: str) -> None:
+def _check(module_or_maml: Any, solver: Any, curvature: str) -> None:
     """Raise unless `imaml` can work with its arguments."""
-    check_maml(maml)
-    if isinstance(maml, ImplicitMAML):
+    if isinstance(module_or_maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
-    check_subclass(maml)
     if solver is not None and not callable(getattr(solver, "minimize", solver)):
         raise InvalidArgumentError(
             "imaml: solver must have minimize(objective, init) or be such a function, got "

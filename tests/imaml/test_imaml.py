@@ -3,7 +3,6 @@
 import copy
 import warnings
 
-import learn2learn as l2l
 import pytest
 import torch
 from learners import (
@@ -308,7 +307,6 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # learn2learn's clone_module looks at it
 def test_recurrent_networks_meet_finite_differences(kind, style):
     model = Recurrent(kind)
     maml = wrapped(model, 3.0, 0.2, **EXACT)
@@ -381,13 +379,11 @@ def test_the_first_order_gradient_is_mamls_at_the_same_weights(how, style):
     maml = wrapped(model, 2.0, first_order=first_order, **options)
     learner = maml.clone()
     adapt(learner, lambda it: error(it, data(1)), style, steps=3)
-    theirs = l2l.algorithms.MAML(copy.deepcopy(model), lr=0.0, first_order=True)
+    theirs = copy.deepcopy(model)
     with torch.no_grad():
         for p, adapted in zip(theirs.parameters(), learner.parameters(), strict=True):
             p.copy_(adapted)
-    reference = theirs.clone()
-    reference.adapt(error(reference, data(1)))
-    expected = torch.autograd.grad(error(reference, data(2)), list(theirs.parameters()))
+    expected = torch.autograd.grad(error(theirs, data(2)), list(theirs.parameters()))
     same(gradients(error(learner, data(2)), maml), expected)
 
 
