@@ -22,6 +22,19 @@ def named_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
+def ids_of_parameters(module: nn.Module) -> set[int]:
+    """The identities of a module's parameters, for each step (`parameters()` takes longer)."""
+    found: set[int] = set()
+    pending: list[nn.Module | None] = [module]
+    while pending:
+        part = pending.pop()
+        if part is not None:
+            found.update(map(id, part._parameters.values()))
+            pending.extend(part._modules.values())
+    found.discard(id(None))
+    return found
+
+
 def with_module(learner: nn.Module, module: nn.Module) -> nn.Module:
     """A shallow copy of a learner around another `module`."""
     other = copy.copy(learner)

@@ -17,7 +17,7 @@ from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, walk
 from implicit_grad._torch.handed_on import HandedOn
-from implicit_grad._torch.modules import Places, named_weights
+from implicit_grad._torch.modules import Places, ids_of_parameters, named_weights
 from implicit_grad._torch.pytree import Tensors
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
@@ -95,14 +95,15 @@ class Weights:
         named = named_weights(module)
         kept = [i for i, trains in enumerate(trainable) if trains]
         adapted = {named[i][0] for i in kept}
-        self.frozen = [n for n, _ in module.named_parameters() if n not in adapted]
+        fixed = [(n, p) for n, p in module.named_parameters() if n not in adapted]
+        self.frozen, self._fixed = [n for n, _ in fixed], {id(p) for _, p in fixed}
         self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
         self.pull = pull.of(kept)
         self._places = Places(module, [named[i][1] for i in kept])
         self.inputs, self.inputs_tree = pytree.flatten((self.theta, self.pull))
         self.gate = Gate()
-        self.current = self.theta
+        self.current, self._present = self.theta, {*self._fixed, *map(id, self.theta)}
         self._release: Callable[[], None] | None = None
         self._keeping: object = None
         self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
@@ -111,6 +112,15 @@ class Weights:
     def recurrent(self) -> bool:
         """Whether the module has recurrent layers."""
         return self._places.recurrent
+
+    def are_in(self, module: nn.Module) -> bool:
+        """Whether these, and those that do not train, are the weights that the module has."""
+        return ids_of_parameters(module) == self._present
+
+    def train(self, tensor: Tensor) -> bool:
+        """Whether one of the module's weights trains: under no_grad, fast weights do not tell."""
+        own = any(tensor is t for t in self.current)
+        return own or (tensor.requires_grad and id(tensor) not in self._fixed)
 
     def total(self, name: str, loss: object) -> Tensor:
         """The loss, if it is one number, or the sum of one for each task."""
@@ -143,7 +153,7 @@ class Weights:
 
     def install(self, weights: Tensors) -> None:
         """Put the tensors into the module."""
-        self.current = weights
+        self.current, self._present = weights, {*self._fixed, *map(id, weights)}
         self._places.fill(weights)
         self.calls.clear()
 

@@ -43,6 +43,12 @@ from implicit_grad.learn2learn.batching import (
     stacked_call,
 )
 from implicit_grad.learn2learn.fast_weights import Weights
+from implicit_grad.learn2learn.replaced import (
+    check_assigned,
+    check_moved,
+    check_names,
+    check_replaced,
+)
 
 
 def registrable(lam: Any, module: nn.Module) -> Any:
@@ -207,6 +213,7 @@ class ImplicitMAML(nn.Module):
         self.reporting, self.curvature = reporting, curvature
         self.tasks: int | None = None
         self._weights: Weights | None = None
+        self._outside: Weights | None = None  # before others were put in
         self._verdict: list[bool] = []
         self._checks = checks
         self._wrapped: tuple[nn.Module, ...] = (
@@ -226,6 +233,8 @@ class ImplicitMAML(nn.Module):
         """The wrapped module's output."""
         if self._weights is None:
             return self._called(args, kwargs)
+        if torch.is_grad_enabled():
+            self._take_in(self._weights)
         with differentiable_twice(self._weights.recurrent):
             if self.tasks is None:
                 output = self._called(args, kwargs)
@@ -252,6 +261,9 @@ class ImplicitMAML(nn.Module):
         tasks: int | None = None,
     ) -> ImplicitMAML:
         """A learner to adapt to one task; gradients of its losses arrive in this one's parameters.
+
+        Layers and weights that are put into its `module` (a new head for each task) are its own
+        from its next call on, as if it were cloned then: gradients arrive in what was put in.
 
         Args:
             first_order, allow_unused, allow_nograd: override those of the MAML that was wrapped.
@@ -327,6 +339,9 @@ class ImplicitMAML(nn.Module):
         allow_unused = _either(allow_unused, self.allow_unused)
         if self._weights is None:  # adapting the original itself, as MAML allows
             self._weights = self._weights_of(self.module, None)
+        check_assigned(self)
+        check_moved(self._weights)
+        self._take_in(self._weights, past_call=torch.is_tensor(loss))
         self._weights.check_trainable(allow_nograd)
         check_lr("adapt", self.lr)
         method = self._method(first_order, allow_unused)
@@ -342,6 +357,20 @@ class ImplicitMAML(nn.Module):
                 f"returns one, got {describe(loss)}"
             )
 
+    def _take_in(self, weights: Weights, past_call: bool = False) -> None:
+        """Go on from the weights that the module has now, if others were put into it.
+
+        As a clone does: they are new fast weights, whose gradients go to what was put in.
+        """
+        if weights.are_in(self.module):
+            return
+        if self._outside is not None and self._outside.are_in(self.module):
+            self._weights, self._outside = self._outside, None  # back from functional_call
+            return
+        if check_replaced(weights, self.module, past_call):
+            self._weights, self._outside = self._weights_of(self.module, None), weights
+            self._weights.start()
+
     def _method(self, first_order: bool, allow_unused: bool) -> Method:
         return Method(
             linear_solver=self.linear_solver,
@@ -355,13 +384,15 @@ class ImplicitMAML(nn.Module):
 
     def _weights_of(self, module: nn.Module, tasks: int | None) -> Weights:
         """The weights of `module`, which come from this module's, as often as there are tasks."""
+        if self._weights is not None:
+            check_names(self._weights, self.module, self.lam)
         theta: Tensors = tuple(t for _, t in named_weights(self.module))
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
         with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
             pull = proximal_term(evaluated(lam), theta, "imaml")
         trainable = [t.requires_grad for t in theta]
-        if self._weights is not None:  # under no_grad, fast weights do not tell
-            trainable = self._weights.trainable
+        if self._weights is not None:
+            trainable = [self._weights.train(t) for t in theta]
         if tasks is not None:
             theta = stack_parameters(theta, pull, tasks)
         return Weights(module, theta, pull, trainable, self.tasks if tasks is None else tasks)
