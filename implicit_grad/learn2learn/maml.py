@@ -103,6 +103,7 @@ def imaml(
     check: Check = "once",
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
+    keep_steps: bool = False,
 ) -> ImplicitMAML:
     """Give a model, or a learn2learn MAML, MAML's interface with implicit gradients (iMAML).
 
@@ -148,6 +149,10 @@ def imaml(
             for there is nothing to call again.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn", "raise" or "ignore".
+        keep_steps: whether each step keeps the graph of its loss. Without, a step frees that of the
+            one before, unless an outer loss of a call, `loss(learner(x), y)`, is left from between
+            them (MAML++, ProMP). Outer losses of anything else (the weights, a layer, what was
+            adapted to) need it.
 
     Raises:
         InvalidArgumentError: it is neither a model with an lr nor a MAML, or an option cannot work.
@@ -181,6 +186,7 @@ def imaml(
         ),
         curvature=curvature,
         checks=Checks(check),
+        keep_steps=keep_steps,
         wrapped=given.wrapped,
     )
 
@@ -202,6 +208,7 @@ class ImplicitMAML(nn.Module):
         reporting: Reporting,
         curvature: Curvature,
         checks: Checks,
+        keep_steps: bool,
         wrapped: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -215,7 +222,7 @@ class ImplicitMAML(nn.Module):
         self._weights: Weights | None = None
         self._outside: Weights | None = None  # before others were put in
         self._verdict: list[bool] = []
-        self._checks = checks
+        self._checks, self.keep_steps = checks, keep_steps
         self._wrapped: tuple[nn.Module, ...] = (
             () if wrapped is None else (wrapped,)
         )  # a subclass of MAML
@@ -243,6 +250,7 @@ class ImplicitMAML(nn.Module):
                 output = stacked_call(self.module, stacked, self.tasks, args, kwargs)
         if self._method(False, False).needs_outputs:
             output = self._weights.remembered(output)
+        self._weights.watch(output)
         return output
 
     def _called(self, args: Any, kwargs: Any) -> Any:
@@ -295,6 +303,7 @@ class ImplicitMAML(nn.Module):
             reporting=self.reporting,
             curvature=self.curvature,
             checks=self._checks,
+            keep_steps=self.keep_steps,
             wrapped=next(iter(self._wrapped), None),
         )
         learner.training, learner._verdict = self.training, self._verdict
@@ -380,6 +389,7 @@ class ImplicitMAML(nn.Module):
             allow_unused=allow_unused,
             verdict=self._verdict,
             checks=self._checks,
+            keeps_steps=self.keep_steps,
         )
 
     def _weights_of(self, module: nn.Module, tasks: int | None) -> Weights:
