@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -59,13 +60,18 @@ def check_subclass(maml: nn.Module) -> None:
         )
 
 
-def check_lr(where: str, lr: object) -> None:
+def check_lr(where: str, lr: Any) -> None:
     """Raise unless the step length is a number."""
     if not is_number(lr):
         raise InvalidArgumentError(
             f"{where}: MAML's lr must be a number, got {describe(lr)} (a schedule's number goes in "
             "as maml.lr = float(lr)); a learned step length has no implicit gradient, because the "
             f"solution does not depend on it. {_INSTEAD}"
+        )
+    if not 0 <= lr < math.inf:
+        raise InvalidArgumentError(
+            f"{where}: MAML's lr must be a finite number of at least 0, got {lr!r}; to go uphill, "
+            "adapt to the negated loss"
         )
 
 

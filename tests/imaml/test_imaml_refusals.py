@@ -152,7 +152,6 @@ BAD_CALLS = {
     "lam < 0": (lambda: ig.imaml(plain(), -1), NOT_POSITIVE + "-1$"),
     "lam NaN": (lambda: ig.imaml(plain(), float("nan")), NOT_POSITIVE + "nan$"),
     "lam inf": (lambda: ig.imaml(plain(), float("inf")), NOT_POSITIVE + "inf$"),
-    "lam None": (lambda: ig.imaml(plain(), None), NOT_POSITIVE + "None$"),
     "lam True": (lambda: ig.imaml(plain(), True), NOT_POSITIVE + "a bool$"),
     "lam string": (lambda: ig.imaml(plain(), "2"), "lam"),
     "lam integer": (lambda: ig.imaml(plain(), torch.tensor(2)), NOT_POSITIVE + "an int64 tensor"),
