@@ -207,7 +207,15 @@ def implicit(
     )
     check_option(check, "implicit")
     checks = Checks(check)
-    setup = Setup(condition, linear_solver, reporting, curvature, polish, checks, has_aux)
+    setup = Setup(
+        condition=condition,
+        linear_solver=linear_solver,
+        reporting=reporting,
+        curvature=curvature,
+        polish=polish,
+        checks=checks,
+        has_aux=has_aux,
+    )
 
     def wrap(solver: Solver) -> ImplicitSolver:
         return _wrapped(solver, setup, init)
@@ -224,6 +232,15 @@ def _described(condition: object) -> str:
 def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> ImplicitSolver:
     """The solver with its setup, once they are known to go together."""
     handed = isinstance(solver, (Minimizer, RootFinder))
+    if handed and isinstance(solver, type):
+        raise InvalidArgumentError(
+            f"implicit: solver is the class {solver.__name__}; make one: {solver.__name__}(...)"
+        )
+    if init is not None and not callable(init):
+        raise InvalidArgumentError(
+            "implicit: init must be a function of the solver's arguments that returns where to "
+            f"start, got {describe(init)}"
+        )
     if not callable(solver) and not handed:
         raise InvalidArgumentError(
             "implicit: solver must be callable or have a method minimize or find_root, got "

@@ -77,7 +77,8 @@ class proximal(Condition):
         return curvatures(self.model)
 
     def strong_convexity_with(self, curvature: Curvature) -> float | None:
-        return 1.0 if self.convex else None
+        # a loss that is convex in φ need not be so in the model's outputs, as Gauss-Newton needs
+        return 1.0 if self.convex and curvature != "gauss_newton" else None
 
     def apart(self, call: Call) -> Any:
         return call.args[0], call.parameters

@@ -72,8 +72,8 @@ class Probe(NamedTuple):
         outputs: those of the user's function, at φ.
         phi: the tensors that stand for φ in their graph.
         inputs: those that stand for arguments, and what the function captured.
-        elsewhere: the outputs for other φ and other arguments; None changes nothing of them.
-        movable: how many of the inputs, the first ones, `elsewhere` takes.
+        elsewhere: the outputs for other φ and other inputs; without inputs, for those at φ.
+        movable: the places of those inputs that `elsewhere` takes.
     """
 
     outputs: Tensors

@@ -8,7 +8,7 @@ Implicit Gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from implicit_grad.learn2learn.accepted import (
     has_own_forward,
 )
 from implicit_grad.learn2learn.adaptation import (
-    Method,
+    StepMethod,
     means_to_solve,
     minimise_closure,
     minimiser,
@@ -205,7 +205,7 @@ class ImplicitMAML(nn.Module):
         self.reporting, self.curvature = reporting, curvature
         self.tasks: int | None = None
         self._weights: Weights | None = None
-        self._verdict: list[bool] = []
+        self._twice: dict[Hashable, bool] = {}
         self._checks = checks
         self._wrapped: tuple[nn.Module, ...] = (
             () if wrapped is None else (wrapped,)
@@ -285,7 +285,7 @@ class ImplicitMAML(nn.Module):
             checks=self._checks,
             wrapped=next(iter(self._wrapped), None),
         )
-        learner.training, learner._verdict = self.training, self._verdict
+        learner.training, learner._twice = self.training, self._twice
         learner.tasks = self.tasks if tasks is None else tasks
         learner._weights = self._weights_of(learner.module, tasks)
         if tasks is not None:
@@ -342,14 +342,14 @@ class ImplicitMAML(nn.Module):
                 f"returns one, got {describe(loss)}"
             )
 
-    def _method(self, first_order: bool, allow_unused: bool) -> Method:
-        return Method(
+    def _method(self, first_order: bool, allow_unused: bool) -> StepMethod:
+        return StepMethod(
             linear_solver=self.linear_solver,
             reporting=self.reporting,
             curvature=self.curvature,
             first_order=first_order,
             allow_unused=allow_unused,
-            verdict=self._verdict,
+            twice=self._twice,
             checks=self._checks,
         )
 

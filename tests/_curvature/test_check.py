@@ -289,6 +289,18 @@ def test_third_derivatives_that_are_wrong_are_refused(special):
         grad(wavy(solve(theta)), theta, create_graph=True)[0].sum().backward()
 
 
+def test_a_certificate_takes_no_products_that_were_found_wrong():
+    """Differences take over for it as well: its corrected gradient is that of the right cube."""
+    options = {"linear_solver": ig.CG(maxiter=1), "on_failure": "ignore"}  # something to correct
+    solver, theta = ig.solvers.GradientDescent(lr=0.1, steps=300), normal(4, seed=3)
+
+    def corrected(special):
+        solve = ig.implicit(solver, ig.argmin(problem(special)), **options)
+        return ig.certify(solve, (theta,), wavy).corrected[0]
+
+    torch.testing.assert_close(corrected(Detached.apply), corrected(cube), rtol=1e-5, atol=1e-7)
+
+
 # ---------------------------------------------------------------- imaml
 
 
@@ -338,6 +350,49 @@ def test_gauss_newton_does_without_the_models_second_derivative(name, in_loss):
     right = torch.allclose(found, expected, rtol=1e-6, atol=1e-8)
     assert right == (report.status is not ig.Status.WRONG_PRODUCT)
     assert right == (not in_loss and name in ("Detached", "WhereNegative"))
+
+
+def test_learners_refuse_third_derivatives_that_are_wrong():
+    X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
+    for special, refused in ((cube, False), (Once.apply, True)):
+        model = Cubed(special)
+        solver = ig.CG(maxiter=100, rtol=1e-10)
+        maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=2.0, linear_solver=solver)
+        learner = maml.clone()
+        learner.adapt(lambda: (learner(X) - y).square().mean(), steps=50)  # noqa: B023
+        outer, theta = (learner(X.flip(0)) - y).square().mean(), tuple(model.parameters())
+        if not refused:
+            sum(g.square().sum() for g in grad(outer, theta, create_graph=True)).backward()
+            continue
+        with pytest.raises(ig.GraphError, match="third derivative of the objective"):
+            grad(outer, theta, create_graph=True)
+
+
+def test_each_kind_of_loss_is_asked_for_second_derivatives():
+    """The first loss has them; the second, of another clone, has none in torch."""
+    X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
+    monitor = ig.Monitor()
+    model = nn.Linear(4, 1)
+    maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=1.0, monitor=monitor)
+    for loss in (nn.functional.mse_loss, lambda out, y: OnceMarked.apply(out - y).mean()):
+        learner = maml.clone()
+        learner.adapt(lambda: loss(learner(X), y), steps=3)  # noqa: B023
+        learner(X).sum().backward()
+    assert [report.curvature for report in monitor.reports] == ["hessian", "finite_difference"]
+
+
+class OnceMarked(torch.autograd.Function):
+    """x², without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
 
 
 def test_the_check_option_of_imaml():
