@@ -2,7 +2,6 @@
 
 import warnings
 
-import learn2learn as l2l
 import pytest
 import torch
 from problems import PROBLEMS, normal, wavy
@@ -307,9 +306,8 @@ class Cubed(nn.Module):
 def meta_gradient(special, in_loss=False, **options):
     X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
     model, monitor = Cubed(cube if in_loss else special), ig.Monitor()
-    maml = l2l.algorithms.MAML(model, lr=0.05)
     solver = ig.CG(maxiter=100, rtol=1e-10)
-    learner = ig.imaml(maml, linear_solver=solver, monitor=monitor, **options).clone()
+    learner = ig.imaml(model, lr=0.05, linear_solver=solver, monitor=monitor, **options).clone()
     outer = special if in_loss else cube
     learner.adapt(lambda: (outer(learner(X)) - y).square().mean(), steps=50)
     (learner(X.flip(0)) - y).square().mean().backward()
@@ -353,7 +351,7 @@ CTC = {"input_lengths": torch.full((4,), 12), "target_lengths": torch.full((4,),
 @pytest.mark.parametrize("curvature", ["auto", "hessian", "gauss_newton"])
 def test_a_missing_second_derivative_is_said_with_advice(curvature):
     X, targets = normal(4, 12, 5, seed=1, grad=False), torch.randint(1, 6, (4, 3))
-    learner = ig.imaml(l2l.algorithms.MAML(nn.Linear(5, 6), lr=0.05), curvature=curvature).clone()
+    learner = ig.imaml(nn.Linear(5, 6), lr=0.05, curvature=curvature).clone()
 
     def loss():
         return F.ctc_loss(learner(X).log_softmax(-1).transpose(0, 1), targets, **CTC)
