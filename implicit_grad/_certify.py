@@ -84,13 +84,13 @@ def certify(
         raise InvalidArgumentError("certify: none of the arguments requires grad")
     around, targets = _recorded(evaluation, inputs)
     here = _Outer(outer_loss, evaluation, phi, tensors)
-    first = solve_adjoint(evaluation.linear_solver, around, here.v, verify=True)
+    first = solve_adjoint(evaluation.method.linear_solver, around, here.v, verify=True)
     gradients = here.with_implicit(around, first.x, targets)
 
     # what is judged may be truncated, damped or Gauss-Newton; what it is judged by is not
-    curvature: Curvature = (
-        "auto" if evaluation.setup.curvature == "gauss_newton" else (evaluation.setup.curvature)
-    )
+    # products that were found to be wrong stay replaced
+    asked = evaluation.curvature
+    curvature: Curvature = "auto" if asked == "gauss_newton" else asked
     with torch.enable_grad():
         true, _ = evaluation.recorded(curvature)
     solver = default_linear_solver(evaluation.condition)
@@ -110,9 +110,9 @@ def certify(
     corrected = there.with_implicit(around_moved, u, targets)
 
     solves = ((first, around), (newton, true), (second, around_moved))
-    status = min(solved.status(at) for solved, at in solves)
+    status = Status.worst(solved.status(at) for solved, at in solves)
     if not status.ok:
-        evaluation.setup.reporting.say(f"not certified: {status.sentence}")
+        evaluation.method.reporting.say(f"not certified: {status.sentence}")
     error, size = _distance(corrected, gradients), length(gradients)
     return Certificate(
         tensors=tensors,

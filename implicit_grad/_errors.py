@@ -1,4 +1,4 @@
-"""Everything the library says: statuses, exceptions and the warning.
+"""How the library speaks of trouble: statuses with their sentences, exceptions and the warning.
 
 A failed solve is a value with a sentence attached (`Status`); the caller decides whether it warns,
 raises or stays quiet. Bad input is an exception at once, before any work.
@@ -7,6 +7,7 @@ raises or stays quiet. Bad input is an exception at once, before any work.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -67,6 +68,11 @@ class Status(enum.IntEnum):
     UNSOLVED = -13
     INDEFINITE = -14
     NOT_SYMMETRIC = -15
+
+    @staticmethod
+    def worst(statuses: Iterable[Status]) -> Status:
+        """That of several solves: of trouble, the last in this list, or else the least exact."""
+        return min(statuses, key=lambda status: (status.ok, -abs(status)))
 
     @property
     def ok(self) -> bool:

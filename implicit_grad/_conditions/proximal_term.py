@@ -59,7 +59,7 @@ class ProximalTerm(NamedTuple):
         places = list(zip(slots, self.weights, theta, strict=True))
         scale: dict[int, Tensor] = {}
         for slot, weight, _ in places:
-            # tied weights are linear_part at by every θ that stands in their places
+            # a tied weight is pulled by every θ that stands in one of its places
             scale[slot] = scale[slot] + weight if slot in scale else weight
         linear_part: list[Tensor] = []
         if self.factors:

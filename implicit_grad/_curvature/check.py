@@ -1,23 +1,25 @@
 """A check of the first product: whether torch's second derivative is the derivative of the first.
 
 Of some operations it silently is not: of custom Functions whose backward detaches, uses `.data` or
-runs in NumPy, and of a few of torch's own. What is found has a sentence that names the suspects.
+runs in NumPy, and of a few of torch's own. What is found has a sentence that names the operation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from implicit_grad._curvature.comparison import is_wrong, norm, size
+from implicit_grad._curvature.comparison import changes_unseen, direction, dot, is_wrong, units
+from implicit_grad._curvature.culprit import culprit
 from implicit_grad._curvature.finite_difference import FiniteDifference
 from implicit_grad._curvature.hessian import GaussNewton, Hessian
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._errors import GraphError
+from implicit_grad._options import check_one_of
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.graph import (
     custom_functions,
@@ -30,16 +32,17 @@ from implicit_grad._torch.products import gradient, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
 
 Check = Literal["once", "always", "never"]
+_SHOWS_AT = (
+    "on the way back it first shows at {}: its backward, or what it was given, takes for constant "
+    "what is not (.detach(), .data, NumPy, a hook), or torch's own derivative of it is wrong"
+)
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
 Elsewhere = Callable[[Tensors, Tensors], Tensors]
 
 
 def check_option(check: object, where: str) -> None:
     """Raise unless this says when to check."""
-    if check not in ("once", "always", "never"):
-        raise InvalidArgumentError(
-            f'{where}: check={check!r}: expected "once", "always" or "never"'
-        )
+    check_one_of(where, "check", check, get_args(Check))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +68,15 @@ class Checks:
         return self.found[kind]
 
 
-class Problem(NamedTuple):
+class Probe(NamedTuple):
     """What is evaluated again for a check.
 
     Attributes:
         outputs: those of the user's function, at φ.
         phi: the tensors that stand for φ in their graph.
         inputs: those that stand for arguments, and what the function captured.
-        elsewhere: the outputs for other φ and other arguments; None changes nothing of them.
-        movable: how many of the inputs, the first ones, `elsewhere` takes.
+        elsewhere: the outputs for other φ and other inputs; without inputs, for those at φ.
+        movable: the places of those inputs that `elsewhere` takes.
     """
 
     outputs: Tensors
@@ -113,37 +116,37 @@ class Problem(NamedTuple):
         return "suspect a .detach(), a hook on a tensor, or an operation of torch's own"
 
 
-def check_objective(objective: Objective, problem: Problem, curvature: Curvature) -> Finding | None:
+def check_objective(objective: Objective, probe: Probe, curvature: Curvature) -> Finding | None:
     """What is wrong with products around φ, if anything is."""
-    if problem.eps > _COARSE or not problem.phi:
+    if probe.eps > _COARSE or not probe.phi:
         return None
-    if once_differentiable(problem.outputs, problem.phi):
+    if once_differentiable(probe.outputs, probe.phi):
         return None  # which `linearize` knows how to deal with
     try:
-        return _Objective(objective, problem).finding(curvature)
+        return _Objective(objective, probe).finding(curvature)
     except Exception:  # a check must not end what works without it: what is wrong comes again
         return None
 
 
-def check_third(objective: Objective, problem: Problem) -> Finding | None:
+def check_third(objective: Objective, probe: Probe) -> Finding | None:
     """What is wrong with third derivatives by φ, where there is something to suspect."""
-    wrong = wrong_third(problem.outputs, problem.phi)
+    wrong = wrong_third(probe.outputs, probe.phi)
     if wrong:
         return Finding(f"torch's third derivative of {', '.join(wrong)} is wrong", False)
-    if problem.eps > _COARSE or not custom_functions(problem.outputs, problem.phi):
+    if probe.eps > _COARSE or not custom_functions(probe.outputs, probe.phi):
         return None
     try:
-        return _Objective(objective, problem).third()
+        return _Objective(objective, probe).third()
     except Exception:  # as above
         return None
 
 
-def check_residual(around: Linearization, problem: Problem, both_products: bool) -> Finding | None:
+def check_residual(around: Linearization, probe: Probe, both_products: bool) -> Finding | None:
     """The same where F is given, and not the gradient of anything."""
-    if problem.eps > _COARSE or not problem.phi:
+    if probe.eps > _COARSE or not probe.phi:
         return None
     try:
-        return _Residual(around, problem, both_products).finding()
+        return _Residual(around, probe, both_products).finding()
     except Exception:  # as above
         return None
 
@@ -151,12 +154,12 @@ def check_residual(around: Linearization, problem: Problem, both_products: bool)
 class _Objective:
     """∇value along lines through φ and through the arguments."""
 
-    def __init__(self, objective: Objective, problem: Problem) -> None:
-        self._objective, self._problem = objective, problem
-        self._inputs = tuple(t for t in problem.inputs if t.requires_grad)
+    def __init__(self, objective: Objective, probe: Probe) -> None:
+        self._objective, self._probe = objective, probe
+        self._inputs = tuple(t for t in probe.inputs if t.requires_grad)
         self._phi, self._guard = objective.phi, objective.guard
-        self._units = _units(self._phi) + _units(self._inputs)
-        self._along = _direction(self._phi)
+        self._units = units(self._phi) + units(self._inputs)
+        self._along = direction(self._phi)
         hessian = Hessian(objective)
         self._slope = hessian.smooth
         with torch.no_grad():
@@ -168,7 +171,7 @@ class _Objective:
             self._moved_phi,
             self._scaled(gradient_at(self._objective.value, self._all, self._guard)),
             self._scaled((*self._product, *self._cross)),
-            self._problem.eps,
+            self._probe.eps,
         )
         in_phi = any(wrong[: len(self._phi)])
         in_inputs = any(wrong[len(self._phi) :])
@@ -193,10 +196,10 @@ class _Objective:
             here = vjp(self._slope, self._phi, self._along)
         with torch.no_grad():
             claimed = self._scaled(vjp(here, self._phi, self._along))
-        if not any(is_wrong(product, self._scaled(here), claimed, self._problem.eps)):
+        if not any(is_wrong(product, self._scaled(here), claimed, self._probe.eps)):
             return None
         what = "the third derivative of the objective is not the difference of its second"
-        return Finding(f"{what}: {self._problem.suspects}", False)
+        return Finding(f"{what}: {self._probe.suspects}", False)
 
     @property
     def _all(self) -> Tensors:
@@ -214,7 +217,7 @@ class _Objective:
 
     def _value(self, phi: Tensors, inputs: Tensors) -> Tensor:
         with torch.enable_grad():
-            value, *_ = self._problem.elsewhere(phi, inputs)
+            value, *_ = self._probe.elsewhere(phi, inputs)
         take_pieces(value, self._objective.value)
         return value
 
@@ -225,23 +228,23 @@ class _Objective:
 
     def _inputs_are_held(self, crossed: Callable[[Tensors], Tensors]) -> bool:
         """Whether ∇value moves with the arguments, and (∂∇value/∂inputs)ᵀ does not know it."""
-        problem = self._problem
-        targets = tuple(problem.inputs[i] for i in problem.moving)
+        probe = self._probe
+        targets = tuple(probe.inputs[i] for i in probe.moving)
         if not targets:
             return False
-        away = _direction(targets)
+        away = direction(targets)
         own = {id(t): i for i, t in enumerate(self._inputs)}
 
         def slope(t: float) -> Tensors:
             phi = _moved(self._phi, self._along, 0.0)
-            value = self._value(phi, problem.moved_inputs(away, t))
+            value = self._value(phi, probe.moved_inputs(away, t))
             return gradient_at(value, phi, self._guard)
 
         def claimed(u: Tensors) -> Tensor:
             found = crossed(u)
-            return _dot([found[own[id(t)]] for t in targets], away)
+            return dot([found[own[id(t)]] for t in targets], away)
 
-        return _changes_unseen(slope, self._slope, claimed, problem.eps)
+        return changes_unseen(slope, self._slope, claimed, probe.eps)
 
     def _gauss_newton_is_wrong(self) -> bool:
         """Whether it is the loss that has a wrong second derivative, or the model's Jacobian."""
@@ -271,16 +274,27 @@ class _Objective:
             if in_phi
             else "how the objective's gradient changes with an argument is not what differences say"
         )
-        return f"{what}: {self._problem.suspects}"
+        name = self._culprit() if in_phi else None
+        return f"{what}: {self._probe.suspects if name is None else _SHOWS_AT.format(name)}"
+
+    def _culprit(self) -> str | None:
+        """The operation at which the second derivative begins to be wrong, if one shows."""
+
+        def line(t: float) -> tuple[Tensor, Tensors]:
+            phi = _moved(self._phi, self._along, t)
+            return self._value(phi, ()), phi
+
+        with self._guard():
+            return culprit(line, self._along, self._probe.eps)
 
 
 class _Residual:
     """F along lines through φ and through the arguments."""
 
-    def __init__(self, around: Linearization, problem: Problem, both_products: bool) -> None:
-        self._around, self._problem, self._both = around, problem, both_products
-        self._along = _direction(problem.phi)
-        self._here = tuple(f.detach() for f in problem.outputs)
+    def __init__(self, around: Linearization, probe: Probe, both_products: bool) -> None:
+        self._around, self._probe, self._both = around, probe, both_products
+        self._along = direction(probe.phi)
+        self._here = tuple(f.detach() for f in probe.outputs)
 
     def finding(self) -> Finding | None:
         if self._is_wrong_in_phi():
@@ -289,19 +303,19 @@ class _Residual:
             what = "how the residual changes with an argument is not what differences say"
         else:
             return None
-        return Finding(f"{what}: {self._problem.suspects}", False)
+        return Finding(f"{what}: {self._probe.suspects}", False)
 
     def _is_wrong_in_phi(self) -> bool:
-        phi, eps = self._problem.phi, self._problem.eps
+        phi, eps = self._probe.phi, self._probe.eps
 
         def moved(t: float) -> Tensors:
             return self._residual(_moved(phi, self._along, t), ())
 
         def transposed(u: Tensors) -> Tensor:
             with torch.no_grad():
-                return _dot(self._around.transposed(u), self._along)
+                return dot(self._around.transposed(u), self._along)
 
-        if _changes_unseen(moved, self._here, transposed, eps):
+        if changes_unseen(moved, self._here, transposed, eps):
             return True
         if not self._both:
             return False
@@ -310,47 +324,25 @@ class _Residual:
         return any(is_wrong(moved, self._here, product, eps))
 
     def _is_wrong_in_inputs(self) -> bool:
-        problem = self._problem
-        targets = tuple(problem.inputs[i] for i in problem.moving)
+        probe = self._probe
+        targets = tuple(probe.inputs[i] for i in probe.moving)
         if not targets:
             return False
-        away = _direction(targets)
+        away = direction(targets)
 
         def moved(t: float) -> Tensors:
-            return self._residual(problem.phi, problem.moved_inputs(away, t))
+            return self._residual(probe.phi, probe.moved_inputs(away, t))
 
         def claimed(u: Tensors) -> Tensor:
             with torch.no_grad():
-                return _dot(self._around.pullback(u, targets), away)
+                return dot(self._around.pullback(u, targets), away)
 
-        return _changes_unseen(moved, self._here, claimed, problem.eps)
+        return changes_unseen(moved, self._here, claimed, probe.eps)
 
     def _residual(self, phi: Tensors, inputs: Tensors) -> Tensors:
         with torch.enable_grad():
-            outputs = self._problem.elsewhere(phi, inputs)
+            outputs = self._probe.elsewhere(phi, inputs)
         return tuple(f.detach() for f in outputs)
-
-
-def _changes_unseen(
-    at: Callable[[float], Tensors],
-    here: Tensors,
-    claimed: Callable[[Tensors], Tensor],
-    eps: float,
-) -> bool:
-    """Whether uᵀ(derivative of `at`) is certainly not claimed(u), for one u near that derivative.
-
-    A random part keeps u from being blind to what is claimed beyond the derivative.
-    """
-    step = eps ** (1 / 3)
-    change = tuple((a - b) / (2 * step) for a, b in zip(at(step), at(-step), strict=True))
-    u = tuple(map(torch.add, change, _direction(change)))
-    length = norm(u)
-    u = tuple(x / length for x in u)
-
-    def along(t: float) -> Tensors:
-        return (_dot(at(t), u),)
-
-    return any(is_wrong(along, (_dot(here, u),), (claimed(u),), eps))
 
 
 def gradient_at(value: Tensor, inputs: Tensors, guard: Callable[[], Any]) -> Tensors:
@@ -359,30 +351,8 @@ def gradient_at(value: Tensor, inputs: Tensors, guard: Callable[[], Any]) -> Ten
         return gradient(value, inputs)
 
 
-def _units(tensors: Tensors) -> list[float]:
-    """The root mean square of each; of all, where it is zero."""
-    count = max(1, sum(t.numel() for t in tensors))
-    all_of_them = norm(tensors) / count**0.5
-    return [size(t) / max(1, t.numel()) ** 0.5 or all_of_them or 1.0 for t in tensors]
-
-
-def _direction(tensors: Tensors) -> Tensors:
-    """A fixed random direction, as large as the tensors are."""
-    random = torch.Generator().manual_seed(0)
-    return tuple(
-        (torch.randn(t.shape, generator=random) * unit).to(t.device, t.dtype)
-        for t, unit in zip(tensors, _units(tensors), strict=True)
-    )
-
-
 def _moved(tensors: Tensors, along: Tensors, t: float) -> Tensors:
     return tuple(
         torch.add(p.detach(), d, alpha=t).requires_grad_()
         for p, d in zip(tensors, along, strict=True)
     )
-
-
-def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    pairs = zip(xs, ys, strict=True)
-    parts = [(x.detach().double() * y.detach().double()).sum().cpu() for x, y in pairs]
-    return torch.stack(parts).sum()

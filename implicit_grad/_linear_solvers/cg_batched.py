@@ -54,7 +54,7 @@ def first_order(operator: Operator, rhs: Tensor) -> tuple[Tensor, list[LinearSol
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
+class _Iteration:
     """CG's coefficients of one iteration, and the tasks that took it."""
 
     alpha: Tensor
@@ -93,7 +93,7 @@ class _Run:
         self.greatest = torch.full_like(ones, -math.inf)
         self.residual_norm = self.gap = torch.full_like(ones, math.nan)
         self.rounding: float | None = None
-        self.steps: list[_Step] = []
+        self.steps: list[_Iteration] = []
 
     def _end(self, tasks: Tensor, status: Status) -> Tensor:
         """Give the tasks their status; returns the others."""
@@ -131,7 +131,7 @@ class _Run:
             rr, before = dots(r, r), rz
             rz, z = self._preconditioned(r, rr)
             beta = torch.where(going, rz / before, 0.0)
-            self.steps.append(_Step(alpha * scale, beta, rz / scale, going))
+            self.steps.append(_Iteration(alpha * scale, beta, rz / scale, going))
             going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
             gain = alpha * before
             energy, gains = energy + gain, torch.cat([gains[1:], gain[None]])

@@ -46,7 +46,7 @@ class Solved:
 
     def status(self, around: Linearization) -> Status:
         """The worst of all solves."""
-        return min(judged(solution, around) for solution in self.solutions)
+        return Status.worst(judged(solution, around) for solution in self.solutions)
 
 
 def judged(solution: LinearSolution, around: Linearization) -> Status:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from implicit_grad._conditions.base import Again, Call, Condition, Snapshot
 from implicit_grad._curvature import check
-from implicit_grad._curvature.check import Checks
 from implicit_grad._errors import (
     GraphError,
     InvalidArgumentError,
@@ -23,8 +22,7 @@ from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.implicit_function import Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
-from implicit_grad._theorem.reattached import reattached
-from implicit_grad._theorem.report import Reporting, solve_and_record
+from implicit_grad._theorem.report import Reporting
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.graph import leaves_behind, once_differentiable
@@ -37,6 +35,7 @@ from implicit_grad._torch.transforms import (
     is_transformed,
     outside_forward_mode,
 )
+from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import check_determined, checked, naming_phi
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -68,20 +67,16 @@ def is_better(there: Linearization, here: Linearization) -> bool:
         return length(there.residual) < length(here.residual)
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup(Method):
     """What is chosen once for all calls of an implicit solver; see `implicit`."""
 
     condition: Condition
-    linear_solver: LinearSolver
-    reporting: Reporting
-    curvature: Curvature = "auto"
     polish: int = 0
-    checks: Checks = dataclasses.field(default_factory=Checks)
     has_aux: bool = False
 
 
-class Evaluation:
+class Evaluation(Recorded):
     """One call of an implicit solver, as backward needs it: the solution and F's graph there.
 
     It never holds φ or the arguments with their graphs: they would keep their own node alive.
@@ -95,8 +90,9 @@ class Evaluation:
         inputs: Tensors,
         solver: object = None,
     ) -> None:
-        self.run, self.setup, self.condition, self.tree = run, setup, setup.condition, tree
-        self.linear_solver = setup.linear_solver.for_call()
+        self.run, self.condition, self.tree = run, setup.condition, tree
+        self.method: Setup = setup.for_call()
+        self.finding: Finding | None = None
         self.wanted = [t.requires_grad for t in inputs]
         self.devices = {t.device for t in inputs}
         self.captured: Tensors = ()
@@ -107,7 +103,6 @@ class Evaluation:
         self._phi: Tensors | None = None
         self._at_phi: Tensors = ()
         self._record: tuple[Snapshot, Tensors] | None = None
-        self._finding: Finding | None = None
         self._ambient: Ambient  # of when F was first evaluated
 
     def problem(self) -> Problem:
@@ -155,7 +150,7 @@ class Evaluation:
 
     def values(self, inputs: Tensors) -> Tensors:
         """φ for a caller who wants no gradient; polished, F is evaluated as well."""
-        return self.solve_and_record(inputs) if self.setup.polish else self.solve(inputs)
+        return self.solve_and_record(inputs) if self.method.polish else self.solve(inputs)
 
     def solve_and_record(self, inputs: Tensors) -> Tensors:
         """Solve, and evaluate the user's function at φ while what it refers to is still there.
@@ -169,7 +164,7 @@ class Evaluation:
             a = stand_ins(inputs, self.wanted)
             with naming_phi(self.phi_tree, phi):
                 snapshot, at_phi = self._snapshot(phi, a)
-            for _ in range(self.setup.polish):
+            for _ in range(self.method.polish):
                 with own_precision(self.devices):
                     phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
             self._phi, self._at_phi, self._record = phi, at_phi, (snapshot, a)
@@ -188,35 +183,34 @@ class Evaluation:
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
             self._check_captured()
-            self._finding = self.setup.checks.finding(snapshot.outputs, at_phi, self._checked)
+            self.finding = self.method.checks.finding(snapshot.outputs, at_phi, self._checked)
         return tuple(t.detach() for t in self._phi)
 
-    def recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
-        """F around φ from the record, and the tensors that stand for the arguments in it."""
+    def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
         assert self._record is not None
         snapshot, a = self._record
-        around = snapshot.linearize(curvature or self.curvature)
-        around.finding = self._finding
-        return around, (*a, *self.captured)
+        return snapshot.linearize(curvature), (*a, *self.captured)
 
-    @property
-    def curvature(self) -> Curvature:
-        """The kind of products: that asked for, or differences if it was found to be wrong."""
-        found = self._finding
-        if found is not None and found.differences_take_over:
-            return "finite_difference"
-        return self.setup.curvature
+    def _refusal(self) -> str | None:
+        if not self.condition.differentiable_twice:
+            return "second derivatives of a minimum under constraints are not available"
+        assert self._record is not None
+        outputs, at_phi = self._record[0].outputs, self._at_phi
+        third = self.method.checks.finding(outputs, at_phi, self._checked_third, order=3)
+        found = self.finding or third
+        return None if found is None else f"second derivatives are not available: {found.sentence}"
 
     def _checked(self) -> Finding | None:
         """What is wrong with products around φ and with how F changes with the arguments."""
         assert self._record is not None
-        (snapshot, _), setup, problem = self._record, self.setup, self._to_check()
+        (snapshot, _), method, probe = self._record, self.method, self._to_check()
         if snapshot.objective is None:
-            around = snapshot.linearize(setup.curvature)
-            return check.check_residual(around, problem, self.linear_solver.takes_both_products)
-        if setup.curvature == "finite_difference":
+            around = snapshot.linearize(method.curvature)
+            both = method.linear_solver.takes_both_products
+            return check.check_residual(around, probe, both)
+        if method.curvature == "finite_difference":
             return None
-        return check.check_objective(snapshot.objective, problem, setup.curvature)
+        return check.check_objective(snapshot.objective, probe, method.curvature)
 
     def _checked_third(self) -> Finding | None:
         """What is wrong with derivatives of products."""
@@ -224,7 +218,7 @@ class Evaluation:
         objective = self._record[0].objective
         return None if objective is None else check.check_third(objective, self._to_check())
 
-    def _to_check(self) -> check.Problem:
+    def _to_check(self) -> check.Probe:
         assert self._record is not None
         snapshot, a = self._record
         apart = {id(t) for t in pytree.leaves(self.condition.apart(self._call(a)))}
@@ -233,9 +227,7 @@ class Evaluation:
             return self._evaluate(phi, inputs[: len(a)] or a).outputs
 
         movable = [i for i, t in enumerate(a) if id(t) not in apart]
-        return check.Problem(
-            snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable
-        )
+        return check.Probe(snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable)
 
     def around(self, phi: Tensors, curvature: Curvature) -> Linearization:
         """F around another φ, on the recorded arguments."""
@@ -263,31 +255,18 @@ class Evaluation:
             random = not torch.equal(before, torch.get_rng_state())
         return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
 
-    def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
-        """F around φ as recorded, differentiable with respect to φ and the arguments."""
-        if not self.condition.differentiable_twice:
-            raise GraphError("second derivatives of a minimum under constraints are not available")
-        assert self._record is not None
-        outputs, at_phi = self._record[0].outputs, self._at_phi
-        third = self.setup.checks.finding(outputs, at_phi, self._checked_third, order=3)
-        for finding in filter(None, (self._finding, third)):
-            raise GraphError(f"second derivatives are not available: {finding.sentence}")
-        return reattached(self.recorded, self.setup.curvature, phi, inputs)
-
-    def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
-        """u with Aᵀu = v; what came of it is recorded."""
-        return solve_and_record(self.linear_solver, around, v, self.setup.reporting)
-
     def _polished(
         self, phi: Tensors, snapshot: Snapshot, at_phi: Tensors, a: Tensors
     ) -> tuple[Tensors, Snapshot, Tensors]:
         """φ after one safeguarded Newton step, evaluated there."""
         with torch.enable_grad():
-            around = snapshot.linearize(self.setup.curvature)
-        for candidate in newton_candidates(self.linear_solver, around, self.setup.reporting):
+            around = snapshot.linearize(self.method.curvature)
+        for candidate in newton_candidates(
+            self.method.linear_solver, around, self.method.reporting
+        ):
             there, at_there = self._snapshot(candidate[: len(phi)], a)  # without multipliers
             with torch.enable_grad():
-                better = is_better(there.linearize(self.setup.curvature), around)
+                better = is_better(there.linearize(self.method.curvature), around)
             if better:
                 return candidate[: len(phi)], there, at_there
         return phi, snapshot, at_phi
@@ -324,7 +303,7 @@ class Evaluation:
             )
         for tensor in self.captured:
             if tensor.grad is not None and tensor not in self._lent:
-                self.setup.reporting.say(
+                self.method.reporting.say(
                     f"the condition's function captured a tensor ({describe(tensor)}) that could "
                     "not be found before the solver ran: if the solver calls backward(), what that "
                     "added to the tensor's .grad is still there. Pass it to the solver as an "

@@ -62,7 +62,7 @@ class ImplicitSolver:
 
     def __init__(self, solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> None:
         if callable(solver):
-            functools.update_wrapper(self, solver)
+            functools.update_wrapper(self, solver, updated=())  # its attributes are not ours
         self.solver, self.setup, self.init = solver, setup, init
 
     def __get__(self, instance: Any, owner: type | None = None) -> ImplicitSolver:
@@ -129,7 +129,7 @@ class ImplicitSolver:
         if condition is not None and self._takes_tasks():
             setup = dataclasses.replace(self.setup, condition=condition)
             for_tasks = setup, functools.partial(self._run_for_tasks, condition)
-        return Transformed(self.setup, run, tree).phi(inputs, for_tasks)
+        return Transformed(self.setup, run, tree, self.solver).phi(inputs, for_tasks)
 
     def _tell_unread(self, evaluation: Evaluation, inputs: Tensors, tree: Tree) -> None:
         """Warn of arguments whose gradient is asked for and is 0 whatever their values."""
@@ -167,7 +167,7 @@ class ImplicitSolver:
         return self._run(self.setup.condition, call)
 
     def _run(self, condition: Condition, call: Call) -> Any:
-        method = _method(self.solver)
+        method = _method(self.solver, condition)
         if method is None:
             assert callable(self.solver)
             return self.solver(*call.args, **call.kwargs)
@@ -212,7 +212,9 @@ def default_linear_solver(condition: Condition) -> LinearSolver:
     return CG() if condition.definite and condition.is_minimum else MINRES()
 
 
-def _method(solver: Solver) -> str | None:
+def _method(solver: Solver, condition: Condition) -> str | None:
     """The method by which a solver is handed the problem; None for a function."""
-    names = (name for name in ("minimize", "find_root") if hasattr(solver, name))
-    return next(names, None)
+    names = [name for name in ("minimize", "find_root") if hasattr(solver, name)]
+    if len(names) == 2:
+        return "minimize" if condition.is_minimum else "find_root"
+    return names[0] if names else None

@@ -23,8 +23,10 @@ CAPTURED = (
 class Transformed:
     """The call, made of plain calls: of single problems, or of batches of them."""
 
-    def __init__(self, setup: Setup, run: Callable[[Call], Any], tree: Tree) -> None:
-        self.setup, self.run, self.tree = setup, run, tree
+    def __init__(
+        self, setup: Setup, run: Callable[[Call], Any], tree: Tree, solver: object
+    ) -> None:
+        self.setup, self.run, self.tree, self.solver = setup, run, tree, solver
         self._first: Evaluation | None = None
         self._phi_tree: Tree | None = None
 
@@ -52,14 +54,14 @@ class Transformed:
                 self._known(dataclasses.replace(self.setup, polish=0), xs, known), xs
             )
         self.setup.condition.check_call(Call(*self.tree.rebuild(xs)))
-        return self._attached(Evaluation(self.run, self.setup, self.tree, xs), xs)
+        return self._attached(Evaluation(self.run, self.setup, self.tree, xs, self.solver), xs)
 
     def _batch(
         self, setup: Setup, run: Callable[[Call], Any], xs: Tensors, known: Tensors
     ) -> Tensors:
         """Many problems at once. Their solver runs only once, whatever comes of it."""
         if not known:
-            finder = Evaluation(run, setup, self.tree, xs)
+            finder = Evaluation(run, setup, self.tree, xs, self.solver)
             random = RandomState(finder.devices)
             try:
                 setup.condition.check_call(Call(*self.tree.rebuild(xs)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,19 +13,16 @@ from torch import Tensor
 from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
 from implicit_grad._curvature import check
 from implicit_grad._curvature.auto import has_second_derivative, linearize
-from implicit_grad._curvature.check import Checks
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError
-from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
-from implicit_grad._theorem.reattached import reattached
-from implicit_grad._theorem.report import Reporting, solve_and_record
 from implicit_grad._torch.captured import Lent, captured_tensors
-from implicit_grad._torch.graph import leaves_behind, wrong_third
+from implicit_grad._torch.graph import kind_of_graph, leaves_behind
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import plain_gradient, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree
+from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad.learn2learn.fast_weights import Gate, Weights
 from implicit_grad.solvers._descent import Descent
@@ -38,18 +35,14 @@ _NO_GRAPH = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepMethod(Method):
     """How gradients of adapted weights are taken, and which parameters may be left out."""
 
-    linear_solver: LinearSolver
-    reporting: Reporting
-    curvature: Curvature
     first_order: bool
     allow_unused: bool
-    # whether the learners' loss has second derivatives, once that is known; shared by all clones
-    verdict: list[bool]
-    checks: Checks  # shared too
+    # whether losses of a kind have second derivatives, once that is known; shared by all clones
+    twice: dict[Hashable, bool]
     keeps_steps: bool
 
     def takes_differences(self, loss: Tensor, phi: Tensors, finding: Finding | None) -> bool:
@@ -59,9 +52,12 @@ class Method:
         """
         if finding is not None and finding.differences_take_over:
             return True
-        if self.curvature == "auto" and not self.verdict:
-            self.verdict.append(has_second_derivative(Objective(loss, phi)))
-        return self.curvature == "finite_difference" or self.verdict == [False]
+        if self.curvature != "auto":
+            return self.curvature == "finite_difference"
+        kind = kind_of_graph([loss])
+        if kind not in self.twice:
+            self.twice[kind] = has_second_derivative(Objective(loss, phi))
+        return not self.twice[kind]
 
     @property
     def needs_outputs(self) -> bool:
@@ -103,7 +99,7 @@ class Replay:
 
 
 @dataclasses.dataclass
-class Step:
+class Step(Recorded):
     """The inner problem around one generation of weights, kept for backward.
 
     `phi` are the weights in the graph of `loss`; `values` the adapted ones, which are the same if
@@ -117,7 +113,7 @@ class Step:
     values: Tensors
     inputs: Tensors
     inputs_tree: Tree
-    method: Method
+    method: StepMethod
     captured: Tensors
     outputs: Tensors | None
     gate_of_phi: Gate
@@ -125,29 +121,34 @@ class Step:
     tasks: int | None
     replay: weakref.ref[Replay] | None = None
     finding: Finding | None = None
+    third: Finding | None = None  # what is wrong with the loss's third derivatives
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
-        problem = Problem(self._values, self._linearize, self._solve, self._recorded)
+        problem = Problem(self._values, self.linearize, self.solve_adjoint, self.recorded)
         attached: Tensors = ImplicitFunction.apply(problem, *self.inputs, *self.captured)
         return attached
 
-    def checked(self, replay: Replay) -> Finding | None:
-        """What is wrong with products around φ, where the loss can be computed again."""
+    def checked(self, replay: Replay) -> Step:
+        """The step, and what is wrong with products around φ; the loss can be computed again."""
         if self.method.curvature == "finite_difference":
-            return None
+            return self
+        again, outputs, checks = replay.loss_elsewhere, (self.loss,), self.method.checks
+        objective = Objective(
+            self.loss, self.phi, outputs=self.outputs, again=again, tasks=self.tasks
+        )
+        probe = check.Probe(outputs, self.phi, self.captured, lambda phi, _: (again(phi),))
 
-        def look() -> Finding | None:
-            again = replay.loss_elsewhere
-            objective = Objective(
-                self.loss, self.phi, outputs=self.outputs, again=again, tasks=self.tasks
-            )
-            problem = check.Problem(
-                (self.loss,), self.phi, self.captured, lambda phi, _: (again(phi),)
-            )
-            return check.check_objective(objective, problem, self.method.curvature)
+        def second() -> Finding | None:
+            return check.check_objective(objective, probe, self.method.curvature)
 
-        return self.method.checks.finding((self.loss,), self.phi, look)
+        def third() -> Finding | None:
+            return check.check_third(objective, probe)
+
+        finding = checks.finding(outputs, self.phi, second)
+        return dataclasses.replace(
+            self, finding=finding, third=checks.finding(outputs, self.phi, third, order=3)
+        )
 
     def drop(self) -> None:
         """Forget the loss and its graph, so that memory does not grow with the steps."""
@@ -157,21 +158,17 @@ class Step:
     def _values(self, _: Tensors) -> Tensors:
         return tuple(t.detach() for t in self.values)  # objects of their own: no cycle through them
 
-    def _linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
-        """F around φ as recorded, differentiable with respect to φ and the inputs."""
+    def _refusal(self) -> str | None:
         if not self.minimised:
-            raise GraphError(
+            return (
                 "second derivatives through adapt(loss) of a tensor are not available (backward "
                 "was called with create_graph=True): its loss has derivatives before the step, and "
                 "not where it led. Pass a function: learner.adapt(lambda: loss(...))"
             )
-        wrong = wrong_third([self.loss], self.phi)
-        if self.finding is not None or wrong:
-            found = self.finding.sentence if self.finding else f"torch's of {wrong} are wrong"
-            raise GraphError(f"second derivatives are not available: {found}")
-        return reattached(self._recorded, self.method.curvature, phi, inputs)
+        found = self.finding or self.third
+        return None if found is None else f"second derivatives are not available: {found.sentence}"
 
-    def _recorded(self, curvature: Curvature | None = None) -> tuple[Linearization, Tensors]:
+    def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
         inputs = stand_ins(self.inputs, [t.requires_grad for t in self.inputs])
         theta, pull = self.inputs_tree.rebuild(inputs)
         objective = Objective(
@@ -184,16 +181,7 @@ class Step:
             tasks=self.tasks,
             own=self.minimised,
         )
-        around = linearize(objective, curvature or self.curvature)
-        around.finding = self.finding
-        return around, (*inputs, *self.captured)
-
-    @property
-    def curvature(self) -> Curvature:
-        """The kind of products: that asked for, or differences if it was found to be wrong."""
-        if self.finding is not None and self.finding.differences_take_over:
-            return "finite_difference"
-        return self.method.curvature
+        return linearize(objective, curvature), (*inputs, *self.captured)
 
     def _place(self, pull: ProximalTerm) -> Tensors:
         """The adapted weights; where F's linear part is taken from its graph, in terms of φ."""
@@ -213,9 +201,6 @@ class Step:
             )
         return replay.loss_elsewhere(phi)
 
-    def _solve(self, around: Linearization, v: Tensors) -> Tensors:
-        return solve_and_record(self.method.linear_solver, around, v, self.method.reporting)
-
 
 def _step(
     weights: Weights,
@@ -223,7 +208,7 @@ def _step(
     phi: Tensors,
     values: Tensors,
     gate_of_phi: Gate,
-    method: Method,
+    method: StepMethod,
     minimised: bool = False,
 ) -> Step:
     return Step(
@@ -232,7 +217,7 @@ def _step(
         values=values,
         inputs=weights.inputs,
         inputs_tree=weights.inputs_tree,
-        method=dataclasses.replace(method, linear_solver=method.linear_solver.for_call()),
+        method=method.for_call(),
         captured=weights.captured_by(loss),
         outputs=weights.outputs_behind(loss) if method.needs_outputs else None,
         gate_of_phi=gate_of_phi,
@@ -245,7 +230,7 @@ def step_on_tensor(
     weights: Weights,
     loss: Tensor,
     lr: float,
-    method: Method,
+    method: StepMethod,
 ) -> None:
     """φ ← φ − lr (∇loss + λ(φ − θ)); the loss's graph, kept, is what backward linearises."""
     phi, theta = weights.current, weights.theta
@@ -273,7 +258,7 @@ def minimise_closure(
     weights: Weights,
     closure: Callable[[], Tensor],
     minimise: Callable[[Callable[[Tensors], Tensor], Tensors], Tensors],
-    method: Method,
+    method: StepMethod,
 ) -> None:
     """φ = argmin loss + λ/2 ‖φ − θ‖² by any minimiser; backward linearises at φ itself."""
     before, theta = weights.current, weights.theta
@@ -304,10 +289,10 @@ def minimise_closure(
         behind = {id(t) for t in leaves_behind([loss])}
         weights.check_used(tuple(p if id(p) in behind else None for p in phi), method.allow_unused)
         step = _step(weights, loss, phi, values, Gate(), method, True)
-        finding = step.checked(replay)
-        needed = replay if method.takes_differences(loss, phi, finding) else None
-        again = None if needed is None else weakref.ref(needed)
-        step = dataclasses.replace(step, finding=finding, replay=again)
+        step = step.checked(replay)
+        needed = replay if method.takes_differences(loss, phi, step.finding) else None
+        if needed is not None:
+            step = dataclasses.replace(step, replay=weakref.ref(needed))
         weights.attach(values, step.sources(), keeping=needed)
         before = weights.current
     finally:

@@ -8,7 +8,7 @@ Implicit Gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from implicit_grad._torch.modules import named_weights, with_part
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward, held_maml
 from implicit_grad.learn2learn.adaptation import (
-    Method,
+    StepMethod,
     means_to_solve,
     minimise_closure,
     minimiser,
@@ -226,7 +226,7 @@ class ImplicitMAML(nn.Module):
         self.tasks: int | None = None
         self._weights: Weights | None = None
         self._outside: Weights | None = None  # before others were put in
-        self._verdict: list[bool] = []
+        self._twice: dict[Hashable, bool] = {}
         self._checks, self.keep_steps = checks, keep_steps
         self._wrapped: tuple[nn.Module, ...] = (
             () if wrapped is None else (wrapped,)
@@ -311,7 +311,7 @@ class ImplicitMAML(nn.Module):
             keep_steps=self.keep_steps,
             wrapped=next(iter(self._wrapped), None),
         )
-        learner.training, learner._verdict = self.training, self._verdict
+        learner.training, learner._twice = self.training, self._twice
         learner.tasks = self.tasks if tasks is None else tasks
         learner._weights = self._weights_of(learner.module, tasks)
         if tasks is not None:
@@ -385,14 +385,14 @@ class ImplicitMAML(nn.Module):
             self._weights, self._outside = self._weights_of(self.module, None), weights
             self._weights.start()
 
-    def _method(self, first_order: bool, allow_unused: bool) -> Method:
-        return Method(
+    def _method(self, first_order: bool, allow_unused: bool) -> StepMethod:
+        return StepMethod(
             linear_solver=self.linear_solver,
             reporting=self.reporting,
             curvature=self.curvature,
             first_order=first_order,
             allow_unused=allow_unused,
-            verdict=self._verdict,
+            twice=self._twice,
             checks=self._checks,
             keeps_steps=self.keep_steps,
         )

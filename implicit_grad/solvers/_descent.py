@@ -15,7 +15,7 @@ from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError
 from implicit_grad._options import require_count, require_fraction, require_tolerance
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.pytree import Tensors, length, norm
-from implicit_grad.solvers._objective import Objective, Point, moved
+from implicit_grad.solvers._objective import ObjectiveFunction, Point, moved
 
 # A gradient this many times eps·‖∇²objective‖·‖φ‖ is what rounding leaves of one that is zero.
 _ROUNDING = 50.0
@@ -31,7 +31,7 @@ class _Reached(Exception):
 class Watch:
     """Evaluates the objective in one run, and ends the run where the gradient is small enough."""
 
-    def __init__(self, objective: Objective, tol: float | None, rtol: float | None) -> None:
+    def __init__(self, objective: ObjectiveFunction, tol: float | None, rtol: float | None) -> None:
         self.objective, self._tol, self._rtol = objective, tol, rtol
         self._target: float | None = None
         # without a tolerance not even a zero gradient ends the run: momentum may go on
@@ -122,7 +122,7 @@ class Descent(abc.ABC):
     def minimize(self, objective: Callable[[Any], Tensor], init: Any) -> Any:
         """Descend from init; phi has the form of init."""
         with torch.inference_mode(False), torch.no_grad():
-            seen = Objective(self, objective, init)
+            seen = ObjectiveFunction(self, objective, init)
             watch = Watch(seen, self.tol, self.rtol)
             try:
                 phi = self._descend(watch, seen.start)

@@ -19,7 +19,7 @@ from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._torch import pytree
 from implicit_grad._torch.products import gradient, vjp
 from implicit_grad._torch.pytree import Flat, Tensors
-from implicit_grad.solvers._objective import Objective, Variables
+from implicit_grad.solvers._objective import ObjectiveFunction, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Coordinates:
         near: npt.NDArray[np.bool_] = np.abs(distances) <= self.eps**0.5 * max(1.0, np.abs(x).max())
         return near
 
-    def objective(self, objective: Objective) -> FlatFunction:
+    def objective(self, objective: ObjectiveFunction) -> FlatFunction:
         """The objective as a function with one output."""
         return FlatFunction(lambda phi: objective(phi).reshape(1).cpu().double(), self)
 

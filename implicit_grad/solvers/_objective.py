@@ -93,7 +93,7 @@ class Variables:
         return self.tree.rebuild(tuple(t.detach() for t in phi))
 
 
-class Objective(Variables):
+class ObjectiveFunction(Variables):
     """A user's objective, to be evaluated where and as often as a minimiser likes."""
 
     def __init__(self, owner: object, objective: Callable[[Any], Tensor], init: Any) -> None:

@@ -15,7 +15,7 @@ from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, Inv
 from implicit_grad._options import require_options
 from implicit_grad.solvers._flat import Coordinates, FlatBounds, FlatFunction, Vector, flat_bounds
 from implicit_grad.solvers._neighbours import needed_by
-from implicit_grad.solvers._objective import Objective
+from implicit_grad.solvers._objective import ObjectiveFunction
 
 # The simplex method ends in a corner of the active constraints: they hold to rounding error, and
 # can be told from the others. Barrier, Gurobi's own choice, leaves 1e-8.
@@ -66,7 +66,7 @@ class GurobiQP:
     ) -> Any:
         """The minimum with equality(phi) = 0, inequality(phi) ≤ 0 and within bounds."""
         with torch.inference_mode(False), torch.no_grad():
-            seen = Objective(self, objective, init)
+            seen = ObjectiveFunction(self, objective, init)
             at = Coordinates(seen)
             limits = flat_bounds(bounds, seen, at)
             seen.check(seen.at(seen.start), 0)
@@ -125,7 +125,7 @@ def _check_status(model: Any, names: Any) -> None:
         )
 
 
-def _quadratic(seen: Objective, at: Coordinates) -> tuple[Vector, Vector]:
+def _quadratic(seen: ObjectiveFunction, at: Coordinates) -> tuple[Vector, Vector]:
     """Q and c, by the derivatives at init."""
 
     def slope(x: Vector) -> Vector:

@@ -11,12 +11,14 @@ from implicit_grad._options import require_count
 from implicit_grad._theorem.adjoint import solve_adjoint
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Descent, Watch
-from implicit_grad.solvers._objective import Objective, Point, inner, moved
+from implicit_grad.solvers._objective import ObjectiveFunction, Point, inner, moved
 
 # Armijo's condition: the share of the decrease that the slope promises which must come true.
 _SUFFICIENT = 1e-4
 # At rounding level, where values tell nothing, the slope along the step must shrink by this.
 _FLATTER = 0.9
+# Units in the last place by which a value may be off, for it is a sum of some numbers.
+_LAST_PLACES = 16
 _HALVINGS = 40
 _NO_LENGTH = (
     "No step length makes the objective smaller: it has a kink there (ReLU, abs, max), it is "
@@ -72,7 +74,7 @@ class NewtonCG(Descent):
         return phi
 
 
-def _line_search(objective: Objective, here: Point, direction: Tensors) -> Tensors | None:
+def _line_search(objective: ObjectiveFunction, here: Point, direction: Tensors) -> Tensors | None:
     """The first of φ + d, φ + d/2, … that is lower enough; None if there is none.
 
     Near the minimum differences of values are rounding errors. There a step is taken if the slope
@@ -80,7 +82,8 @@ def _line_search(objective: Objective, here: Point, direction: Tensors) -> Tenso
     and an efficient line search).
     """
     slope, length = inner(here.slope, direction), 1.0
-    rounding = max(torch.finfo(p.dtype).eps for p in here.phi) * abs(here.value) if here.phi else 0
+    eps = max((torch.finfo(p.dtype).eps for p in here.phi), default=0.0)
+    rounding = _LAST_PLACES * eps * abs(here.value)
     for _ in range(_HALVINGS):
         phi = moved(here.phi, direction, length)
         value = objective.value(phi)

@@ -15,7 +15,7 @@ from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, Inv
 from implicit_grad._options import require, require_options, require_tolerance
 from implicit_grad.solvers._flat import Coordinates, FlatBounds, FlatFunction, Vector, flat_bounds
 from implicit_grad.solvers._neighbours import needed_by
-from implicit_grad.solvers._objective import Objective
+from implicit_grad.solvers._objective import ObjectiveFunction
 
 _METHODS = {
     name.lower(): name
@@ -82,7 +82,7 @@ class SciPyMinimize:
             from scipy.optimize import Bounds, minimize
         method = _METHODS[self.method.lower()]
         with torch.inference_mode(False), torch.no_grad():
-            seen = Objective(self, objective, init)
+            seen = ObjectiveFunction(self, objective, init)
             at = Coordinates(seen)
             limits = self._limits(bounds, seen, at)
             rows = {
@@ -119,7 +119,7 @@ class SciPyMinimize:
                 )
             return phi
 
-    def _limits(self, bounds: Any, seen: Objective, at: Coordinates) -> FlatBounds:
+    def _limits(self, bounds: Any, seen: ObjectiveFunction, at: Coordinates) -> FlatBounds:
         own, given = (flat_bounds(pair, seen, at) for pair in (self.bounds, bounds))
         if self.bounds is None or bounds is None:
             return given if self.bounds is None else own
@@ -134,14 +134,14 @@ class SciPyMinimize:
         alone = {} if self.tol is None else _BY_GRADIENT_ONLY.get(method, {})
         return {**alone, **(self.options or {})}
 
-    def _slope(self, seen: Objective, at: Coordinates, x: Vector) -> Vector:
+    def _slope(self, seen: ObjectiveFunction, at: Coordinates, x: Vector) -> Vector:
         here = seen.at(at.tensors(x))
         seen.check(here, 0)
         return at.vector(here.slope)
 
 
 def _solved(
-    seen: Objective,
+    seen: ObjectiveFunction,
     at: Coordinates,
     limits: FlatBounds,
     rows: dict[str, FlatFunction],
@@ -188,7 +188,7 @@ def _check_method(method: str, bounds: bool, rows: bool) -> None:
             )
 
 
-def _with_derivatives(method: str, seen: Objective, at: Coordinates) -> dict[str, Any]:
+def _with_derivatives(method: str, seen: ObjectiveFunction, at: Coordinates) -> dict[str, Any]:
     """The objective for SciPy, with the derivatives that the method uses."""
     if method in _WITHOUT_GRADIENT:
         return {"fun": lambda x: seen.value(at.tensors(x))}

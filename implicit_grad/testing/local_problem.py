@@ -40,7 +40,12 @@ class Local:
         self.value = phi
         self.phi, self._phi_tree = pytree.flatten(phi)
         inputs, tree = pytree.flatten((self.args, {}, condition.parameters))
-        setup = Setup(condition, Exact(), Reporting(on_failure="ignore"), checks=Checks("never"))
+        setup = Setup(
+            condition=condition,
+            linear_solver=Exact(),
+            reporting=Reporting(on_failure="ignore"),
+            checks=Checks("never"),
+        )
         evaluation = Evaluation(lambda _: phi, setup, tree, inputs)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             # F is the same function each time, also with dropout

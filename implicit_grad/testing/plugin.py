@@ -18,11 +18,11 @@ import contextlib
 import pytest
 import torch
 
-from implicit_grad.testing.problems import FAMILIES, Operator, Problem
+from implicit_grad.testing.problems import FAMILIES, InnerProblem, SpectralMatrix
 
 _PROBLEMS = {
-    f"{family}-{str(dtype).removeprefix('torch.')}": Problem(
-        family, Operator((1.0, 2.0, 5.0), seed=1, dtype=dtype), form="dict"
+    f"{family}-{str(dtype).removeprefix('torch.')}": InnerProblem(
+        family, SpectralMatrix((1.0, 2.0, 5.0), seed=1, dtype=dtype), form="dict"
     )
     for family in FAMILIES
     for dtype in (torch.float64, torch.float32)
@@ -49,6 +49,6 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(params=_PROBLEMS)
-def implicit_problem(request: pytest.FixtureRequest) -> Problem:
+def implicit_problem(request: pytest.FixtureRequest) -> InnerProblem:
     """An inner problem with its exact solution and hypergradient, one of each kind."""
     return _PROBLEMS[request.param]

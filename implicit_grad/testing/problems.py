@@ -84,14 +84,14 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class Operator:
+class SpectralMatrix:
     """A square matrix with the given eigenvalues.
 
     Q (Λ + N) Qᵀ, with Λ the diagonal of `spectrum`, N strictly upper triangular and 0 but for
     `skew` next to the diagonal, and Q orthogonal, from `seed`; seed 0 stands for Q = I, so that the
     simplest operator is a diagonal matrix.
 
-    >>> Operator((1.0, 3.0)).matrix
+    >>> SpectralMatrix((1.0, 3.0)).matrix
     tensor([[1., 0.],
             [0., 3.]], dtype=torch.float64)
     """
@@ -106,7 +106,7 @@ class Operator:
         parts += [f"seed={self.seed}"] if self.seed else []
         parts += [f"skew={self.skew}"] if self.skew else []
         parts += [f"dtype={self.dtype}"] if self.dtype != torch.float64 else []
-        return f"Operator({', '.join(parts)})"
+        return f"SpectralMatrix({', '.join(parts)})"
 
     @property
     def size(self) -> int:
@@ -139,7 +139,7 @@ SYMMETRIC: tuple[Family, ...] = FAMILIES[:3]
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class InnerProblem:
     """An inner problem, its arguments, and its solution as a differentiable function of them.
 
     With M the operator's matrix, all of it among the arguments, φ is
@@ -154,7 +154,7 @@ class Problem:
     """
 
     family: Family
-    operator: Operator
+    operator: SpectralMatrix
     seed: int = 0
     lam: float = 1.0
     form: Literal["vector", "dict"] = "vector"

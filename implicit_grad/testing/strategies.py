@@ -25,20 +25,21 @@ from torch import Tensor
 from implicit_grad.testing.problems import (
     FAMILIES,
     Family,
+    InnerProblem,
     Kind,
     Network,
-    Operator,
-    Problem,
+    SpectralMatrix,
     Task,
     normal,
 )
 
 Nesting = Literal["tensor", "list", "tuple", "dict"]
 NESTINGS: tuple[Nesting, ...] = ("tensor", "list", "tuple", "dict")
+Problem, Operator = InnerProblem, SpectralMatrix  # their names before
 __all__ = [
+    "InnerProblem",
     "Network",
-    "Operator",
-    "Problem",
+    "SpectralMatrix",
     "Task",
     "networks",
     "operators",
@@ -128,13 +129,13 @@ def operators(
     sizes: st.SearchStrategy[int] | None = None,
     condition_number: float = 10.0,
     dtype: torch.dtype = torch.float64,
-) -> Operator:
+) -> SpectralMatrix:
     """Matrices with a drawn spectrum: a diagonal one is the simplest."""
     if kind == "nonsymmetric" and sizes is None:
         sizes = st.integers(2, 4)  # one number is symmetric
     spectrum = draw(spectra(kind, sizes, condition_number))
     skew = draw(st.sampled_from([1.0, 0.5, 2.0])) if kind == "nonsymmetric" else 0.0
-    return Operator(spectrum, draw(seeds()), skew, dtype)
+    return SpectralMatrix(spectrum, draw(seeds()), skew, dtype)
 
 
 @st.composite
@@ -144,7 +145,7 @@ def problems(
     sizes: st.SearchStrategy[int] | None = None,
     condition_number: float = 10.0,
     dtype: torch.dtype = torch.float64,
-) -> Problem:
+) -> InnerProblem:
     """Inner problems with exact solutions and hypergradients; the objectives are convex."""
     family = draw(st.sampled_from(list(families)))
     general = family in ("root", "fixed_point") and draw(st.booleans())
@@ -152,7 +153,7 @@ def problems(
     operator = draw(operators(kind, sizes, condition_number, dtype))
     lam = draw(st.sampled_from([1.0, 0.1, 0.5, 2.0, 10.0]))
     form: Literal["vector", "dict"] = draw(st.sampled_from(["vector", "dict"]))
-    return Problem(family, operator, draw(seeds()), lam, form)
+    return InnerProblem(family, operator, draw(seeds()), lam, form)
 
 
 def tasks(

@@ -171,6 +171,49 @@ def test_a_pinned_curvature_is_told(name):
         hypergradient(WRONG[name], curvature="hessian", on_failure="raise")
 
 
+class Deep(nn.Module):
+    """Twelve layers, the special function after one of them."""
+
+    def __init__(self, special, place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(12))
+        self.special, self.place = special, place
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x)) if i % 3 else torch.nn.functional.softplus(layer(x))
+            x = self.special(x) if i == self.place else x
+        return x
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype"), [(0, torch.float64), (5, torch.float64), (11, torch.float32)]
+)  # through eleven layers, float32 does not tell
+@pytest.mark.parametrize(
+    ("special", "name"),
+    [
+        (Detached.apply, "Detached"),
+        (InNumPy.apply, "InNumPy"),
+    ],
+)
+def test_the_operation_that_is_wrong_is_named(special, name, place, dtype):
+    net = Deep(special, place).to(dtype)
+    X = normal(20, 4, seed=1, grad=False).to(dtype)
+    theta = {k: v.detach().clone().requires_grad_() for k, v in net.named_parameters()}
+
+    def loss(phi, theta):
+        fit = (torch.func.functional_call(net, phi, (X,)) - 0.3).square().sum()
+        return fit + sum((phi[k] - t).square().sum() for k, t in theta.items())
+
+    monitor = ig.Monitor()
+    solver = ig.solvers.GradientDescent(lr=0.01, steps=3)
+    options = {"linear_solver": ig.CG(maxiter=1), "monitor": monitor, "on_failure": "ignore"}
+    phi = ig.implicit(solver, ig.argmin(loss), **options)(theta)
+    sum(p.sum() for p in phi.values()).backward()
+    assert f"it first shows at {name}:" in monitor.last.check
+
+
 def test_when_products_are_checked():
     calls = []
 
@@ -192,7 +235,7 @@ def test_when_products_are_checked():
     assert counts["once"][0] == 1 + 2  # two gradients
     _, report = hypergradient(Detached.apply, check="never")
     assert (report.curvature, report.check) == ("hessian", None)
-    with pytest.raises(ig.InvalidArgumentError, match='check=True: expected "once", "always"'):
+    with pytest.raises(ig.InvalidArgumentError, match=r'check=True.: expected "once", "always"'):
         ig.implicit(lambda theta: theta, ig.argmin(problem(cube)), check=True)
 
 
@@ -288,6 +331,18 @@ def test_third_derivatives_that_are_wrong_are_refused(special):
         grad(wavy(solve(theta)), theta, create_graph=True)[0].sum().backward()
 
 
+def test_a_certificate_takes_no_products_that_were_found_wrong():
+    """Differences take over for it as well: its corrected gradient is that of the right cube."""
+    options = {"linear_solver": ig.CG(maxiter=1), "on_failure": "ignore"}  # something to correct
+    solver, theta = ig.solvers.GradientDescent(lr=0.1, steps=300), normal(4, seed=3)
+
+    def corrected(special):
+        solve = ig.implicit(solver, ig.argmin(problem(special)), **options)
+        return ig.certify(solve, (theta,), wavy).corrected[0]
+
+    torch.testing.assert_close(corrected(Detached.apply), corrected(cube), rtol=1e-5, atol=1e-7)
+
+
 # ---------------------------------------------------------------- imaml
 
 
@@ -338,10 +393,53 @@ def test_gauss_newton_does_without_the_models_second_derivative(name, in_loss):
     assert right == (not in_loss and name in ("Detached", "WhereNegative"))
 
 
+def test_learners_refuse_third_derivatives_that_are_wrong():
+    X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
+    for special, refused in ((cube, False), (Once.apply, True)):
+        model = Cubed(special)
+        solver = ig.CG(maxiter=100, rtol=1e-10)
+        maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=2.0, linear_solver=solver)
+        learner = maml.clone()
+        learner.adapt(lambda: (learner(X) - y).square().mean(), steps=50)  # noqa: B023
+        outer, theta = (learner(X.flip(0)) - y).square().mean(), tuple(model.parameters())
+        if not refused:
+            sum(g.square().sum() for g in grad(outer, theta, create_graph=True)).backward()
+            continue
+        with pytest.raises(ig.GraphError, match="third derivative of the objective"):
+            grad(outer, theta, create_graph=True)
+
+
+def test_each_kind_of_loss_is_asked_for_second_derivatives():
+    """The first loss has them; the second, of another clone, has none in torch."""
+    X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
+    monitor = ig.Monitor()
+    model = nn.Linear(4, 1)
+    maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=1.0, monitor=monitor)
+    for loss in (nn.functional.mse_loss, lambda out, y: OnceMarked.apply(out - y).mean()):
+        learner = maml.clone()
+        learner.adapt(lambda: loss(learner(X), y), steps=3)  # noqa: B023
+        learner(X).sum().backward()
+    assert [report.curvature for report in monitor.reports] == ["hessian", "finite_difference"]
+
+
+class OnceMarked(torch.autograd.Function):
+    """x², without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
 def test_the_check_option_of_imaml():
     _, report = meta_gradient(Detached.apply, check="never")
     assert report.curvature == "hessian"
-    with pytest.raises(ig.InvalidArgumentError, match="imaml: check='often': expected"):
+    with pytest.raises(ig.InvalidArgumentError, match=r"imaml\(check=.often.\): expected"):
         meta_gradient(cube, check="often")
 
 

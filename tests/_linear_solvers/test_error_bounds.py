@@ -416,3 +416,27 @@ def test_a_loss_is_convex_only_if_that_is_said(said):
     condition = ig.proximal(lambda w: w.square().sum() / 2, 1.0, **said)
     ig.implicit(lambda theta: theta / 2, condition, monitor=monitor)(theta).sum().backward()
     assert (monitor.last.solve_error_bound is not None) == bool(said)
+
+
+def test_gauss_newton_has_no_bound_by_the_convexity_of_the_loss():
+    """log² of exp(φ) is convex in φ and not in the outputs: Gauss-Newton plus λ may be below λ."""
+
+    def bound(curvature):
+        monitor = ig.Monitor()
+        condition = ig.proximal(
+            lambda out: out.log().square().sum(), 1.0, convex=True, model=lambda phi: phi.exp()
+        )
+        theta = torch.tensor([0.0, 4.2], dtype=F64, requires_grad=True)
+        solve = ig.implicit(
+            lambda theta: theta.detach() / 3,
+            condition,
+            linear_solver=ig.CG(maxiter=1),
+            curvature=curvature,
+            monitor=monitor,
+            on_failure="ignore",
+        )
+        solve(theta).backward(torch.tensor([1.0, 1e-3], dtype=F64))
+        return monitor.last.solve_error_bound
+
+    assert bound("gauss_newton") is None
+    assert bound("hessian") > 0

@@ -219,7 +219,7 @@ BAD_CALLS = {
     ),
     "curvature": (
         lambda: imaml(plain(), curvature="gauss-newton"),
-        'curvature=\'gauss-newton\': expected one of "auto", "hessian"',
+        r'curvature=.gauss-newton.\): expected "auto", "hessian"',
     ),
     "monitor": (
         lambda: imaml(plain(), monitor=[]),

@@ -15,7 +15,7 @@ import implicit_grad as ig
 from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, relative_residual
 from implicit_grad.testing import Cause
-from implicit_grad.testing.problems import Operator
+from implicit_grad.testing.problems import SpectralMatrix
 
 F64 = torch.float64
 
@@ -179,7 +179,7 @@ def torchopt_root(residual, **options):
 
 def coupled(p, b):
     x = torch.cat(p)
-    matrix = Operator((1.0, 2.0, 3.0, 4.0), seed=1).matrix
+    matrix = SpectralMatrix((1.0, 2.0, 3.0, 4.0), seed=1).matrix
     return x @ matrix @ x / 2 - (b * x).sum()
 
 
@@ -187,7 +187,7 @@ def coupled(p, b):
 def torchopt_solves_for_the_diagonal_blocks_only():
     @torchopt_root(torch.func.grad(coupled), solve=torchopt.linear_solve.solve_inv())
     def solver(init, b):
-        x = torch.linalg.solve(Operator((1.0, 2.0, 3.0, 4.0), seed=1).matrix, b)
+        x = torch.linalg.solve(SpectralMatrix((1.0, 2.0, 3.0, 4.0), seed=1).matrix, b)
         return x[:2].clone(), x[2:].clone()
 
     init = (torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64))
@@ -211,7 +211,7 @@ def torchopt_has_no_gradient_for_scalars():
 
 @piece
 def torchopt_hands_a_nonsymmetric_system_to_cg():
-    matrix = Operator((1.0, 2.0, 3.0), seed=1, skew=2.0).matrix
+    matrix = SpectralMatrix((1.0, 2.0, 3.0), seed=1, skew=2.0).matrix
 
     def residual(p, b):
         return matrix @ p - b
@@ -226,7 +226,7 @@ def torchopt_hands_a_nonsymmetric_system_to_cg():
 
 @piece
 def imaml_dev_binds_its_damping_elsewhere():
-    H = Operator((0.2, 1.0, 3.0, 7.0), seed=1).matrix
+    H = SpectralMatrix((0.2, 1.0, 3.0, 7.0), seed=1).matrix
     eye = torch.eye(4, dtype=F64)
 
     class Solve(torch.autograd.Function):
@@ -244,7 +244,7 @@ def imaml_dev_binds_its_damping_elsewhere():
 
 @piece
 def imaml_dev_forgets_the_proximal_term():
-    H = Operator((1.0, 2.0, 4.0), seed=1).matrix
+    H = SpectralMatrix((1.0, 2.0, 4.0), seed=1).matrix
     condition = ig.proximal(lambda p, b: p @ H @ p / 2 - b @ p, 2.0)
     solve = ig.implicit(lambda theta, b: torch.linalg.solve(H, b), condition)
     return Piece(solve, (normal(3, seed=1), normal(3, seed=2)), Cause.WRONG_CONDITION)
@@ -285,7 +285,7 @@ def a_minimiser_of_ours_stops_too_early():
 
 @piece
 def a_start_that_still_matters():
-    H = Operator((0.1, 1.0, 2.0), seed=1).matrix
+    H = SpectralMatrix((0.1, 1.0, 2.0), seed=1).matrix
 
     def solver(init, b):
         for _ in range(10):
@@ -312,7 +312,7 @@ def a_mean_in_place_of_the_sum():
 
 @piece
 def half_the_lambda_of_a_proximal_term():
-    H = Operator((1.0, 2.0, 4.0), seed=1).matrix
+    H = SpectralMatrix((1.0, 2.0, 4.0), seed=1).matrix
     eye = torch.eye(3, dtype=F64)
     solve = ig.implicit(
         lambda theta: torch.linalg.solve(H + eye, theta),
@@ -339,7 +339,7 @@ def a_solver_that_depends_on_more_than_the_condition():
 
 @piece
 def a_saddle_point():
-    H = Operator((-1.0, 0.5, 2.0), seed=1).matrix
+    H = SpectralMatrix((-1.0, 0.5, 2.0), seed=1).matrix
     condition = ig.argmin(lambda p, b: p @ H @ p / 2 - b @ p)
     solve = ig.implicit(lambda b: torch.linalg.solve(H, b), condition)
     return Piece(solve, (normal(3),), Cause.NEGATIVE_CURVATURE)
@@ -356,7 +356,7 @@ def one_iteration_of_cg():
 
 @piece
 def a_short_neumann_series():
-    W = Operator((0.9, 0.5, 0.1), seed=1, skew=0.3).matrix
+    W = SpectralMatrix((0.9, 0.5, 0.1), seed=1, skew=0.3).matrix
     solve = ig.implicit(
         lambda b: torch.linalg.solve(torch.eye(3, dtype=F64) - W, b),
         ig.fixed_point(lambda p, b: W @ p + b),
@@ -409,7 +409,7 @@ class Twisted(torch.autograd.Function):
 
 @piece
 def an_objective_with_an_asymmetric_hessian():
-    matrix = Operator((1.0, 2.0, 3.0), seed=1, skew=1.5).matrix
+    matrix = SpectralMatrix((1.0, 2.0, 3.0), seed=1, skew=1.5).matrix
     condition = ig.argmin(lambda p, b: Twisted.apply(p, matrix) - b @ p)
     solve = ig.implicit(lambda b: torch.linalg.solve(matrix, b), condition, check="never")
     return Piece(solve, (normal(3),), Cause.ASYMMETRIC_OPERATOR)
@@ -564,7 +564,7 @@ def a_missing_transpose():
             u = torch.linalg.solve(M, v)
             return -torch.outer(u, x), u
 
-    matrix = Operator((1.0, 2.0, 3.0), seed=1, skew=1.0).matrix.requires_grad_()
+    matrix = SpectralMatrix((1.0, 2.0, 3.0), seed=1, skew=1.0).matrix.requires_grad_()
     options = {"condition": ig.root(lambda x, M, b: M @ x - b)}
     return Piece(Root.apply, (matrix, normal(3)), Cause.MISSING_TRANSPOSE, options)
 
