@@ -398,7 +398,7 @@ def test_learners_refuse_third_derivatives_that_are_wrong():
     for special, refused in ((cube, False), (Once.apply, True)):
         model = Cubed(special)
         solver = ig.CG(maxiter=100, rtol=1e-10)
-        maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=2.0, linear_solver=solver)
+        maml = ig.imaml(model, lr=0.05, lam=2.0, linear_solver=solver)
         learner = maml.clone()
         learner.adapt(lambda: (learner(X) - y).square().mean(), steps=50)  # noqa: B023
         outer, theta = (learner(X.flip(0)) - y).square().mean(), tuple(model.parameters())
@@ -414,7 +414,7 @@ def test_each_kind_of_loss_is_asked_for_second_derivatives():
     X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
     monitor = ig.Monitor()
     model = nn.Linear(4, 1)
-    maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=1.0, monitor=monitor)
+    maml = ig.imaml(model, lr=0.05, lam=1.0, monitor=monitor)
     for loss in (nn.functional.mse_loss, lambda out, y: OnceMarked.apply(out - y).mean()):
         learner = maml.clone()
         learner.adapt(lambda: loss(learner(X), y), steps=3)  # noqa: B023
