@@ -73,7 +73,7 @@ def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
         if not torch.is_tensor(value):
             key: Any = (value, t.dtype, t.device)
             if key not in made:
-                made[key] = torch.tensor(value, dtype=t.dtype, device=t.device)
+                made[key] = torch.full((), value, dtype=t.dtype, device=t.device)
             value = made[key]
         elif value.device != t.device:
             value = made.setdefault((id(value), t.device), value.to(t.device))

@@ -39,12 +39,12 @@ class ProximalTerm(NamedTuple):
         away = [p - t for p, t in zip(phi, theta, strict=True)]
         terms = [(w * d**2).sum() for w, d in zip(self.weights, away, strict=True)]
         if self.factors:
-            terms.append(self._coordinates(away).square().sum())
+            terms.append(self.coordinates(away).square().sum())
         return torch.stack(terms).sum() / 2
 
     def along_factors(self, away: Sequence[Tensor]) -> list[Tensor]:
         """U Uᵀ(φ − θ)."""
-        coordinates = self._coordinates(away)
+        coordinates = self.coordinates(away)
         return [factor @ coordinates for factor in self.factors]
 
     def stationarity(
@@ -83,7 +83,7 @@ class ProximalTerm(NamedTuple):
         scales = tuple(scale[i] for i in range(len(slope)))
         return Stationarity(residual, tuple(linear_part), scales, {} if entangled else anchors)
 
-    def _coordinates(self, away: Sequence[Tensor]) -> Tensor:
+    def coordinates(self, away: Sequence[Tensor]) -> Tensor:
         """Uᵀ(φ − θ)."""
         parts = [
             torch.tensordot(d, u, dims=d.dim()) for d, u in zip(away, self.factors, strict=True)
@@ -91,8 +91,27 @@ class ProximalTerm(NamedTuple):
         return torch.stack(parts).sum(0)
 
 
+@torch.no_grad()
+def gradient_step(phi: Tensors, slope: Sequence[Tensor | None], lr: float) -> Tensors:
+    """φ + (−lr·slope), rounded twice as MAML does it, and without a graph; None is a slope of 0."""
+    moving = [(p, g) for p, g in zip(phi, slope, strict=True) if g is not None]
+    if not moving:
+        return tuple(p.detach().clone() for p in phi)
+    moved = torch._foreach_mul([g for _, g in moving], -lr)
+    torch._foreach_add_(moved, [p for p, _ in moving])
+    there = iter(moved)
+    pairs = zip(phi, slope, strict=True)
+    return tuple(p.detach().clone() if g is None else next(there) for p, g in pairs)
+
+
 class ProximalSteps:
-    """Gradient steps from anywhere, for as long as λ and θ do not change.
+    """Proximal gradient steps from anywhere, for as long as λ and θ do not change.
+
+    φ⁺ = argmin slope·φ⁺ + ‖φ⁺ − φ‖²/(2 lr) + ½ (φ⁺ − θ)ᵀΛ(φ⁺ − θ) rests where slope + Λ(φ − θ) = 0,
+    as a gradient step on the sum would, and is stable for every Λ (Parikh and Boyd, 2014, Proximal
+    Algorithms, 4.2). With E = I + lr·diag(λ), and U Uᵀ by the Woodbury identity,
+
+        φ⁺ − θ = (E + lr·U Uᵀ)⁻¹ (φ − lr·slope − θ).
 
     Steps of the same length as the one before share what does not depend on φ.
     """
@@ -100,28 +119,41 @@ class ProximalSteps:
     def __init__(self, pull: ProximalTerm, theta: Tensors) -> None:
         self._pull, self._theta = pull, theta
         self._lr: float | None = None
-        self._shares: list[Tensor] = []  # λ·lr for each tensor
+        self._shares: list[Tensor] = []  # of θ in φ⁺, 1 − E⁻¹, for each tensor
+        self._along: tuple[list[Tensor], Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, phi: Tensors, slope: Sequence[Tensor | None], lr: float) -> Tensors:
-        """φ − lr (slope + Λ(φ − θ)), without a graph; None is a slope of 0."""
+        """φ⁺, without a graph; None is a slope of 0."""
         if not phi:
             return ()
         if lr != self._lr:
-            self._lr, self._shares = lr, self._shares_of(lr)
-        moved = torch._foreach_lerp(phi, self._theta, self._shares)
-        if self._pull.factors:
-            along = self._pull.along_factors(torch._foreach_sub(phi, self._theta))
-            torch._foreach_sub_(moved, along, alpha=lr)
-        moving = [(p, g) for p, g in zip(moved, slope, strict=True) if g is not None]
-        torch._foreach_sub_([p for p, _ in moving], [g for _, g in moving], alpha=lr)
-        return tuple(moved)
+            self._lr, self._shares, self._along = lr, self._shares_of(lr), self._along_of(lr)
+        moved = gradient_step(phi, slope, lr)
+        torch._foreach_lerp_(moved, self._theta, self._shares)
+        if self._along is not None:
+            factors, inverse = self._along
+            away = torch._foreach_sub(moved, self._theta)
+            coordinates = inverse @ self._pull.coordinates(away)
+            torch._foreach_sub_(moved, [factor @ coordinates for factor in factors])
+        return moved
 
     def _shares_of(self, lr: float) -> list[Tensor]:
-        distinct = {id(w): w for w in self._pull.weights}
-        share = {i: w * lr for i, w in distinct.items()}  # one product for one λ
+        distinct = {id(w): w * lr for w in self._pull.weights}  # one product for one λ
+        share = {i: s / (1 + s) for i, s in distinct.items()}
         weights = zip(self._pull.weights, self._theta, strict=True)
         return [share[id(w)].to(t.dtype) for w, t in weights]
+
+    def _along_of(self, lr: float) -> tuple[list[Tensor], Tensor] | None:
+        """E⁻¹U and (I/lr + UᵀE⁻¹U)⁻¹."""
+        if not self._pull.factors:
+            return None
+        pairs = list(zip(self._pull.factors, self._pull.weights, strict=True))
+        scaled = [u / (1 + lr * w.expand(u.shape[:-1])).unsqueeze(-1) for u, w in pairs]
+        both = zip(self._pull.factors, scaled, strict=True)
+        gram = torch.stack([u.flatten(0, -2).T @ s.flatten(0, -2) for u, s in both]).sum(0)
+        matrix = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / lr
+        return scaled, torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix).L)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,6 +135,8 @@ def check_third(objective: Objective, probe: Probe) -> Finding | None:
         return Finding(f"torch's third derivative of {', '.join(wrong)} is wrong", False)
     if probe.eps > _COARSE or not custom_functions(probe.outputs, probe.phi):
         return None
+    if once_differentiable(probe.outputs, probe.phi):
+        return None  # as above, and its graph may serve one backward pass only
     try:
         return _Objective(objective, probe).third()
     except Exception:  # as above

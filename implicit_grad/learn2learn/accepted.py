@@ -85,8 +85,6 @@ def _check_model(model: nn.Module, lr: Any) -> None:
             "own: say how long the adaptation's steps are, imaml(model, lr=0.5)"
         )
     check_lr("imaml", lr)
-    if not 0 < lr < math.inf:
-        raise InvalidArgumentError(f"imaml(lr={lr!r}): expected a number > 0")
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
         raise InvalidArgumentError(
             "imaml: the weights of a scripted module cannot be replaced by fast ones; pass the "
@@ -132,13 +130,18 @@ def check_subclass(maml: nn.Module) -> None:
         )
 
 
-def check_lr(where: str, lr: object) -> None:
+def check_lr(where: str, lr: Any) -> None:
     """Raise unless the step length is a number."""
     if not is_number(lr):
         raise InvalidArgumentError(
             f"{where}: lr must be a number, got {describe(lr)} (a schedule's number goes in "
             "as maml.lr = float(lr)); a learned step length has no implicit gradient, because the "
             f"solution does not depend on it. {_INSTEAD}"
+        )
+    if not 0 <= lr < math.inf:
+        raise InvalidArgumentError(
+            f"{where}: lr must be a finite number of at least 0, got {lr!r}; to go uphill, adapt to "
+            "the negated loss"
         )
 
 

@@ -209,14 +209,16 @@ def _step(
     values: Tensors,
     gate_of_phi: Gate,
     method: StepMethod,
+    time: float,
     minimised: bool = False,
 ) -> Step:
+    inputs, inputs_tree = weights.inputs(time)
     return Step(
         loss=loss,
         phi=phi,
         values=values,
-        inputs=weights.inputs,
-        inputs_tree=weights.inputs_tree,
+        inputs=inputs,
+        inputs_tree=inputs_tree,
         method=method.for_call(),
         captured=weights.captured_by(loss),
         outputs=weights.outputs_behind(loss) if method.needs_outputs else None,
@@ -232,7 +234,7 @@ def step_on_tensor(
     lr: float,
     method: StepMethod,
 ) -> None:
-    """φ ← φ − lr (∇loss + λ(φ − θ)); the loss's graph, kept, is what backward linearises."""
+    """φ ← φ − lr ∇loss, pulled to θ if λ is given; the loss's graph is what backward linearises."""
     phi, theta = weights.current, weights.theta
     loss = weights.total("adapt: the loss", loss)
     if not loss.requires_grad:
@@ -243,24 +245,29 @@ def step_on_tensor(
     slope = plain_gradient(loss, phi, keep_graph=not method.first_order)
     weights.check_used(slope, method.allow_unused)
     values = weights.moved(slope, lr)
-    if method.first_order:
-        weights.attach(values, theta)
+    time = weights.time + lr
+    if method.first_order or weights.stay(time):
+        weights.attach(values, theta, time=time)
         return
     one_step = dataclasses.replace(method.reporting, inner_solved=False)  # whatever `solver` is
     method = dataclasses.replace(method, reporting=one_step)
-    step = _step(weights, loss, phi, values, weights.gate, method)
+    step = _step(weights, loss, phi, values, weights.gate, method, time)
     weights.supersede(loss)
     release = None if method.keeps_steps else step.drop
-    weights.attach(values, step.sources(), release=release)
+    weights.attach(values, step.sources(), time=time, release=release)
 
 
 def minimise_closure(
     weights: Weights,
     closure: Callable[[], Tensor],
     minimise: Callable[[Callable[[Tensors], Tensor], Tensors], Tensors],
+    time: float,
     method: StepMethod,
 ) -> None:
-    """φ = argmin loss + λ/2 ‖φ − θ‖² by any minimiser; backward linearises at φ itself."""
+    """φ = argmin loss + λ/2 ‖φ − θ‖² by any minimiser; backward linearises at φ itself.
+
+    `time` is the sum of the lengths of its steps, which without a λ are on the loss alone.
+    """
     before, theta = weights.current, weights.theta
 
     def loss_at(phi: Tensors) -> Tensor:
@@ -272,37 +279,44 @@ def minimise_closure(
         return loss
 
     theta_values = tuple(t.detach() for t in theta)
-    objective = ProximalObjective(loss_at, weights.pull.detached(), theta_values)
+    objective: Callable[[Tensors], Tensor] = loss_at
+    if weights.pull is not None:
+        objective = ProximalObjective(loss_at, weights.pull.detached(), theta_values)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             start = tuple(t.detach().clone() for t in before)
             values, _ = checked(minimise(objective, start), theta_values, template=start)
+        time += weights.time
         if not torch.is_grad_enabled():
-            before = values
+            before, weights.time = values, time
             return
-        if method.first_order:
-            weights.attach(values, theta)
+        if method.first_order or weights.stay(time):
+            weights.attach(values, theta, time=time)
             before = weights.current
             return
         phi, replay = variables(values), Replay(weights, closure)
         loss = replay.loss(phi)
         behind = {id(t) for t in leaves_behind([loss])}
         weights.check_used(tuple(p if id(p) in behind else None for p in phi), method.allow_unused)
-        step = _step(weights, loss, phi, values, Gate(), method, True)
+        step = _step(weights, loss, phi, values, Gate(), method, time, True)
         step = step.checked(replay)
         needed = replay if method.takes_differences(loss, phi, step.finding) else None
         if needed is not None:
             step = dataclasses.replace(step, replay=weakref.ref(needed))
-        weights.attach(values, step.sources(), keeping=needed)
+        weights.attach(values, step.sources(), time=time, keeping=needed)
         before = weights.current
     finally:
         weights.install(before)
 
 
-def minimiser(solver: Any, lr: float, steps: int | None) -> Callable[[Any, Any], Any]:
-    """What minimises in `adapt(closure)`: the solver, or gradient steps if there is none."""
+def minimiser(solver: Any, lr: float, steps: int | None) -> tuple[Callable[[Any, Any], Any], float]:
+    """What minimises in `adapt(closure)`, and the sum of its steps' lengths (0 if not known).
+
+    It is the solver, or gradient steps if there is none.
+    """
     if solver is None:
-        return GradientDescent(lr=lr, steps=1 if steps is None else steps).minimize
+        descent = GradientDescent(lr=lr, steps=1 if steps is None else steps)
+        return descent.minimize, descent.time or 0.0
     if steps is not None:
         raise InvalidArgumentError(
             "adapt: steps is for the default gradient descent; this learner has solver="
@@ -315,7 +329,12 @@ def minimiser(solver: Any, lr: float, steps: int | None) -> Callable[[Any, Any],
         with lent.as_they_are():
             return minimise(objective, init)
 
-    return minimised
+    return minimised, time_of(solver) or 0.0
+
+
+def time_of(solver: Any) -> float | None:
+    """The sum of a minimiser's step lengths, if it is gradient descent for a number of steps."""
+    return solver.time if isinstance(solver, GradientDescent) else None
 
 
 def means_to_solve(solver: Any) -> bool:

@@ -46,9 +46,9 @@ def check_tasks(
             )
 
 
-def stack_parameters(theta: Tensors, pull: ProximalTerm, tasks: int) -> Tensors:
+def stack_parameters(theta: Tensors, pull: ProximalTerm | None, tasks: int) -> Tensors:
     """θ once for each task, without a copy."""
-    if pull.factors:
+    if pull is not None and pull.factors:
         raise InvalidArgumentError(f"clone(tasks={tasks}): lam must not be a LowRank matrix")
     return tuple(t.expand(tasks, *t.shape) for t in theta)
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from implicit_grad._conditions.batching import total
-from implicit_grad._conditions.proximal_term import ProximalSteps, ProximalTerm
+from implicit_grad._conditions.lam import proximal_term
+from implicit_grad._conditions.proximal_term import ProximalSteps, ProximalTerm, gradient_step
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, walk
 from implicit_grad._torch.handed_on import HandedOn
 from implicit_grad._torch.modules import Places, ids_of_parameters, named_weights
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.watched import Mark, marks_behind, watched
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
@@ -103,13 +104,19 @@ class Superseded:
 
 
 class Weights:
-    """A learner's trainable weights: where they live, what they came from, what pulls them."""
+    """A learner's trainable weights: where they live, what they came from, what pulls them.
+
+    `pull` holds the steps back, and stands in the inner problem that backward linearises. Without
+    one, the steps are MAML's, and their end stands for the solution under the λ that gradient
+    descent for as long a time is close to: λ = 1/t, t the sum of the steps' lengths (Ali, Kolter
+    and Tibshirani, 2019, A Continuous-Time View of Early Stopping for Least Squares).
+    """
 
     def __init__(
         self,
         module: nn.Module,
         theta: Tensors,
-        pull: ProximalTerm,
+        pull: ProximalTerm | None,
         trainable: list[bool],
         tasks: int | None = None,
     ) -> None:
@@ -122,9 +129,10 @@ class Weights:
         self.frozen, self._fixed = [n for n, _ in fixed], {id(p) for _, p in fixed}
         self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
-        self.pull = pull.of(kept)
+        self.pull = None if pull is None else pull.of(kept)
+        self.time = 0.0
         self._places = Places(module, [named[i][1] for i in kept])
-        self.inputs, self.inputs_tree = pytree.flatten((self.theta, self.pull))
+        self._inputs = None if pull is None else pytree.flatten((self.theta, self.pull))
         self.gate = Gate()
         self.current, self._present = self.theta, {*self._fixed, *map(id, self.theta)}
         self._release: Callable[[], None] | None = None
@@ -151,6 +159,16 @@ class Weights:
         """The loss, if it is one number, or the sum of one for each task."""
         return total(name, loss, self.tasks)
 
+    def inputs(self, time: float) -> tuple[Tensors, Tree]:
+        """(θ, Λ), flat: what weights that were reached in that time depend on."""
+        if self._inputs is not None:
+            return self._inputs
+        return pytree.flatten((self.theta, proximal_term(1 / time, self.theta, "imaml")))
+
+    def stay(self, time: float) -> bool:
+        """Whether weights that were reached in that time are θ, since no step had a length."""
+        return self.pull is None and not time
+
     def start(self) -> None:
         """Begin at copies of θ."""
         self.attach(tuple(t.detach().clone() for t in self.theta), self.theta)
@@ -159,14 +177,17 @@ class Weights:
         self,
         values: Tensors,
         sources: Tensors,
+        time: float = 0.0,
         release: Callable[[], None] | None = None,
         keeping: object = None,
     ) -> None:
         """Install the values as weights whose gradients go to the sources.
 
-        `release` frees what their gradient needs, once they are superseded; `keeping` is kept alive
-        as long as they are in place.
+        `time` is the sum of the lengths of the steps that led to them from θ. `release` frees
+        what their gradient needs, once they are superseded; `keeping` is kept alive as long as
+        they are in place.
         """
+        self.time = time
         self.gate, self._release, self._keeping = Gate(), release, keeping
         self._outer_calls = []
         self.install(FastWeights.apply(self.gate, values, *sources))
@@ -237,7 +258,9 @@ class Weights:
             raise InvalidArgumentError("adapt: the model has no parameter that requires grad")
 
     def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
-        """One gradient step on loss + λ/2 ‖φ − θ‖² from the present weights."""
+        """One step from the present weights: MAML's own, or with a pull a proximal one."""
+        if self.pull is None:
+            return gradient_step(self.current, slope, lr)
         return ProximalSteps(self.pull, self.theta)(self.current, slope, lr)
 
     def captured_by(self, loss: Tensor) -> Tensors:

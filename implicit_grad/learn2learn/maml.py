@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_grad._conditions.lam import LowRank, evaluated, proximal_term
+from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
@@ -35,6 +36,7 @@ from implicit_grad.learn2learn.adaptation import (
     minimise_closure,
     minimiser,
     step_on_tensor,
+    time_of,
 )
 from implicit_grad.learn2learn.batching import (
     check_tasks,
@@ -53,6 +55,8 @@ from implicit_grad.learn2learn.replaced import (
 
 def registrable(lam: Any, module: nn.Module) -> Any:
     """λ, checked against the model, in a form that nn.Module registers if it is to be learned."""
+    if lam is None:
+        return None
     names, theta = zip(*named_weights(module), strict=True) if named_weights(module) else ((), ())
     if callable(lam) or isinstance(lam, LowRank):
         held = [] if callable(lam) else pytree.leaves(lam)
@@ -94,7 +98,7 @@ def registrable(lam: Any, module: nn.Module) -> Any:
 
 def imaml(
     module_or_maml: nn.Module,
-    lam: Any = 2.0,
+    lam: Any = None,
     *,
     lr: float | None = None,
     linear_solver: LinearSolver | SolveFunction | None = None,
@@ -169,7 +173,7 @@ def imaml(
         linear_solver = CG(maxiter=5)
     check_option(check, "imaml")
     linear_solver = as_linear_solver(linear_solver, "imaml", "CG(), MINRES(), Neumann(), Exact()")
-    _check(module_or_maml, solver, curvature)
+    _check(module_or_maml, lam, solver, curvature)
     held = held_maml(module_or_maml)
     given = accepted(module_or_maml if held is None else getattr(module_or_maml, held), lr)
     learner = ImplicitMAML(
@@ -364,7 +368,7 @@ class ImplicitMAML(nn.Module):
                 raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
             step_on_tensor(self._weights, loss, self.lr, method)
         elif callable(loss):
-            minimise_closure(self._weights, loss, minimiser(self.solver, self.lr, steps), method)
+            minimise_closure(self._weights, loss, *minimiser(self.solver, self.lr, steps), method)
         else:
             raise InvalidArgumentError(
                 "adapt: loss must be a scalar tensor, or a function without arguments that "
@@ -402,9 +406,7 @@ class ImplicitMAML(nn.Module):
         if self._weights is not None:
             check_names(self._weights, self.module, self.lam)
         theta: Tensors = tuple(t for _, t in named_weights(self.module))
-        lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
-        with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
-            pull = proximal_term(evaluated(lam), theta, "imaml")
+        pull = self._pull_on(theta)
         trainable = [t.requires_grad for t in theta]
         if self._weights is not None:
             trainable = [self._weights.train(t) for t in theta]
@@ -412,12 +414,19 @@ class ImplicitMAML(nn.Module):
             theta = stack_parameters(theta, pull, tasks)
         return Weights(module, theta, pull, trainable, self.tasks if tasks is None else tasks)
 
+    def _pull_on(self, theta: Tensors) -> ProximalTerm | None:
+        if self.lam is None:
+            return None
+        lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam
+        with torch.inference_mode(False):  # adapt(closure) needs tensors that autograd may save
+            return proximal_term(evaluated(lam), theta, "imaml")
+
 
 def _either(given: bool | None, default: bool) -> bool:
     return default if given is None else given
 
 
-def _check(module_or_maml: Any, solver: Any, curvature: str) -> None:
+def _check(module_or_maml: Any, lam: Any, solver: Any, curvature: str) -> None:
     """Raise unless `imaml` can work with its arguments."""
     if isinstance(module_or_maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
@@ -425,5 +434,12 @@ def _check(module_or_maml: Any, solver: Any, curvature: str) -> None:
         raise InvalidArgumentError(
             "imaml: solver must have minimize(objective, init) or be such a function, got "
             f"{describe(solver)}"
+        )
+    if lam is None and solver is not None and time_of(solver) is None:
+        raise InvalidArgumentError(
+            f"imaml: with solver={solver!r} a lam is needed, the pull towards theta, such as "
+            "lam=2.0: without it a minimum does not depend on theta. (By default lam is 1 over "
+            "the sum of the step lengths, known for MAML's own steps and for "
+            "GradientDescent(lr=..., steps=...) without a tolerance.)"
         )
     check_curvature(curvature, "imaml")

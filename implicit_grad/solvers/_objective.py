@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import scalar
-from implicit_grad._conditions.proximal_term import ProximalObjective
+from implicit_grad._conditions.proximal_term import ProximalObjective, gradient_step
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
@@ -57,9 +57,9 @@ class Point:
         return float(size) if math.isfinite(size) else pytree.length(self.slope)
 
     def step(self, lr: float) -> Tensors:
-        """φ − lr slope."""
+        """φ − lr slope; with a proximal term the step that is stable for every λ."""
         if self._proximal is None:
-            return moved(self.phi, self.slope, -lr)
+            return gradient_step(self.phi, self.slope, lr)
         return self._proximal.steps(self.phi, self._of_loss, lr)
 
     def _value(self) -> Tensor:

@@ -38,6 +38,12 @@ class GradientDescent(Stepwise):
         """Whether it descends a batch of problems just as each of them alone."""
         return self.tol is None and self.rtol is None
 
+    @property
+    def time(self) -> float | None:
+        """The sum of the steps' lengths, where it is known beforehand."""
+        counted = self.steps is not None and not self.has_tolerance
+        return self.lr * self.most_steps if counted else None
+
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         phi = start
         for step in range(self.most_steps):

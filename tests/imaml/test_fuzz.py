@@ -26,7 +26,7 @@ from torch.nn.functional import mse_loss
 import implicit_grad as ig
 
 IN, SIZE = 2, 3  # inputs; parameters, with the bias
-LR, LAM = 0.1, 1.5
+LR, LAMS = 0.1, (1.5, None)
 
 
 class Line(nn.Module):
@@ -66,20 +66,24 @@ class Reference:
     """What a learner is: weights, their Jacobian by θ, and what pulls them where.
 
     For a step or a minimisation, ∂φ/∂θ' = (H + λ)⁻¹λ with θ' the weights of the learner that this
-    one was cloned from, as they were then; the chain rule through θ' does the rest.
+    one was cloned from, as they were then; the chain rule through θ' does the rest. Without a λ,
+    nothing pulls the steps, and λ = 1/(the sum of their lengths).
     """
 
-    def __init__(self, weights: Tensor, jacobian: Tensor) -> None:
+    def __init__(self, weights: Tensor, jacobian: Tensor, lam: float | None) -> None:
+        self.lam, self.time = lam, 0.0
         self.weights = self.anchor = weights.clone()
         self.jacobian = self.anchor_jacobian = jacobian.clone()
 
     def step(self, task: Task, training: bool, steps: int, first_order: bool) -> None:
         w = self.weights
         for _ in range(steps):
-            w = w - LR * (task.slope(w, training) + LAM * (w - self.anchor))
-        self.weights = w
+            pull = 0.0 if self.lam is None else LR * self.lam
+            w = (w - LR * task.slope(w, training) + pull * self.anchor) / (1 + pull)
+        self.weights, self.time = w, self.time + LR * steps
+        lam = 1 / self.time if self.lam is None else self.lam
         hessian, _ = task.dense(training)
-        implicit = torch.linalg.solve(hessian + LAM * torch.eye(SIZE), LAM * torch.eye(SIZE))
+        implicit = torch.linalg.solve(hessian + lam * torch.eye(SIZE), lam * torch.eye(SIZE))
         self.jacobian = self.anchor_jacobian if first_order else implicit @ self.anchor_jacobian
 
 
@@ -119,9 +123,9 @@ class Learner:
     def __init__(self, real: Any, parent: Learner | None, theta: Tensor, generation: int) -> None:
         self.real, self.generation = real, generation
         if parent is None:
-            self.ideal, anchor = Reference(theta, torch.eye(SIZE)), None
+            self.ideal, anchor = Reference(theta, torch.eye(SIZE), real.lam), None
         else:
-            self.ideal = Reference(parent.ideal.weights, parent.ideal.jacobian)
+            self.ideal = Reference(parent.ideal.weights, parent.ideal.jacobian, real.lam)
             anchor = parent.version
         self.version = Version(anchor)
 
@@ -154,14 +158,18 @@ class Calls(RuleBasedStateMachine):
         torch.set_default_dtype(torch.float64)
         self.learners: list[Learner] = []
 
-    @initialize(seed=seeds, backend=st.sampled_from([ig.CG(rtol=1e-14), ig.Exact(), ig.MINRES()]))
-    def begin(self, seed: int, backend: Any) -> None:
+    @initialize(
+        seed=seeds,
+        lam=st.sampled_from(LAMS),
+        backend=st.sampled_from([ig.CG(rtol=1e-14), ig.Exact(), ig.MINRES()]),
+    )
+    def begin(self, seed: int, lam: float | None, backend: Any) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = Line()
         self.monitor = ig.Monitor()
         options = {"linear_solver": backend, "monitor": self.monitor, "on_failure": "raise"}
-        self.maml = ig.imaml(model, LAM, lr=LR, **options)
+        self.maml = ig.imaml(model, lam, lr=LR, **options)
         self.training = True
         self.gradient: Tensor | None = None  # what .grad has to be
         self.generation = 0  # of θ: graphs do not survive an optimizer's step
@@ -300,7 +308,7 @@ class Calls(RuleBasedStateMachine):
     def load_state_dict(self, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(100 + seed)
-            other = ig.imaml(Line(), LAM, lr=LR)
+            other = ig.imaml(Line(), self.maml.lam, lr=LR)
         stream = io.BytesIO()
         torch.save(other.state_dict(), stream)
         stream.seek(0)

@@ -463,7 +463,7 @@ def test_each_step_takes_lam_as_it_is_then():
     learner.adapt(loss)
     tensors = zip(before, slope, model.parameters(), learner.module.parameters(), strict=True)
     for p, g, theta, found in tensors:
-        torch.testing.assert_close(found, p - 0.1 * (g + 0.01 * (p - theta)))
+        torch.testing.assert_close(found, (p - 0.1 * g + 0.1 * 0.01 * theta) / (1 + 0.1 * 0.01))
 
 
 def test_a_learner_may_be_cloned_and_called_inside_a_transform():

@@ -102,9 +102,8 @@ def test_it_is_told_through_implicit_and_imaml():
         solve(a)
     l2l = pytest.importorskip("learn2learn")
     model = torch.nn.Linear(2, 1)
-    learner = ig.imaml(
-        l2l.algorithms.MAML(model, lr=0.1), solver=NewtonCG(tol=1e-12, maxiter=1, cg=1)
-    ).clone()
+    solver = NewtonCG(tol=1e-12, maxiter=1, cg=1)
+    learner = ig.imaml(l2l.algorithms.MAML(model, lr=0.1), lam=2.0, solver=solver).clone()
     X = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with pytest.warns(ig.ImplicitGradWarning, match="NewtonCG: tol=1e-12"):
         learner.adapt(lambda: logcosh(learner(X)))
