@@ -140,8 +140,8 @@ def check_lr(where: str, lr: Any) -> None:
         )
     if not 0 <= lr < math.inf:
         raise InvalidArgumentError(
-            f"{where}: lr must be a finite number of at least 0, got {lr!r}; to go uphill, adapt to "
-            "the negated loss"
+            f"{where}: lr must be a finite number of at least 0, got {lr!r}; to go uphill, "
+            "adapt to the negated loss"
         )
 
 
