@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import learn2learn as l2l
 import pytest
 import torch
 from fingerprint import untouched
@@ -70,7 +69,7 @@ def batch(seed: int = 5) -> tuple[Tensor, Tensor]:
 
 def wrapped(model: nn.Module, lam: float = 100.0, lr: float = 0.005, **options: Any) -> Any:
     options = {"linear_solver": ig.CG(rtol=1e-13), "on_failure": "raise", **options}
-    return ig.imaml(l2l.algorithms.MAML(model, lr=lr), lam=lam, **options)
+    return ig.imaml(model, lr=lr, lam=lam, **options)
 
 
 def adapted(maml: Any, style: str, steps: int = 2, data: Any = None) -> Any:
@@ -515,7 +514,7 @@ def test_copies_of_a_wrapped_solver_give_the_same_gradients():
 def test_a_state_dict_goes_through_a_file():
     model = network().train()
     lam = nn.Parameter(torch.tensor(50.0))
-    maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.005), lam=lam, on_failure="ignore")
+    maml = ig.imaml(model, lr=0.005, lam=lam, on_failure="ignore")
     x, y = batch()
     learner = adapted(maml, "tensor")
     mse_loss(learner(x), y).backward()
@@ -524,7 +523,8 @@ def test_a_state_dict_goes_through_a_file():
     torch.save(maml.state_dict(), stream)
     stream.seek(0)
     other = ig.imaml(
-        l2l.algorithms.MAML(network(), lr=0.005),
+        network(),
+        lr=0.005,
         lam=nn.Parameter(torch.tensor(1.0)),
         on_failure="ignore",
     )

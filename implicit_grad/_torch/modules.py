@@ -35,10 +35,10 @@ def ids_of_parameters(module: nn.Module) -> set[int]:
     return found
 
 
-def with_module(learner: nn.Module, module: nn.Module) -> nn.Module:
-    """A shallow copy of a learner around another `module`."""
-    other = copy.copy(learner)
-    other._modules = {**learner._modules, "module": module}
+def with_part(whole: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """A shallow copy of a module with another part of that name."""
+    other = copy.copy(whole)
+    other._modules = {**whole._modules, name: part}
     return other
 
 

@@ -41,10 +41,22 @@ def accepted(module_or_maml: Any, lr: Any) -> Accepted:
             "imaml: the first argument must be a model, an nn.Module, or a "
             f"learn2learn.algorithms.MAML, got {describe(module_or_maml)}"
         )
-    if all(hasattr(module_or_maml, name) for name in _FIELDS):
+    if _is_maml(module_or_maml):
         return _of_maml(module_or_maml, lr)
     _check_model(module_or_maml, lr)
     return Accepted(module=module_or_maml, lr=lr)
+
+
+def held_maml(module: Any) -> str | None:
+    """Where a learn2learn LightningMAML or LightningANIL has its MAML; None for all else."""
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    if not kinds & {"LightningMAML", "LightningANIL"} or not isinstance(module, nn.Module):
+        return None
+    return next((name for name, part in module.named_children() if _is_maml(part)), None)
+
+
+def _is_maml(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in _FIELDS)
 
 
 def _of_maml(maml: Any, lr: Any) -> Accepted:
@@ -128,8 +140,8 @@ def check_lr(where: str, lr: Any) -> None:
         )
     if not 0 <= lr < math.inf:
         raise InvalidArgumentError(
-            f"{where}: lr must be a finite number of at least 0, got {lr!r}; to go uphill, adapt to "
-            "the negated loss"
+            f"{where}: lr must be a finite number of at least 0, got {lr!r}; to go uphill, "
+            "adapt to the negated loss"
         )
 
 

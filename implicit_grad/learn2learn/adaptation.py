@@ -30,7 +30,8 @@ from implicit_grad.solvers.gradient_descent import GradientDescent
 
 _NO_GRAPH = (
     "adapt: the loss has no graph to the learner's weights; it was computed under "
-    "torch.no_grad(), or detached"
+    "torch.no_grad(), detached, or computed in inference mode (Lightning validates without it if "
+    "asked to: Trainer(inference_mode=False))"
 )
 
 

@@ -27,9 +27,9 @@ from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch import pytree
 from implicit_grad._torch.clone import cloned
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
-from implicit_grad._torch.modules import named_weights, with_module
+from implicit_grad._torch.modules import named_weights, with_part
 from implicit_grad._torch.pytree import Tensors
-from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward
+from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward, held_maml
 from implicit_grad.learn2learn.adaptation import (
     StepMethod,
     means_to_solve,
@@ -130,7 +130,8 @@ def imaml(
         module_or_maml: a model; or a `learn2learn.algorithms.MAML`, or a subclass without an
             adaptation or parameters of its own, whose lr, first_order, allow_unused and
             allow_nograd then apply here too. (For a model, these three are False; they are
-            attributes of the result, and options of `clone` and `adapt`.)
+            attributes of the result, and options of `clone` and `adapt`.) Of learn2learn's
+            LightningMAML or LightningANIL, a copy is returned whose MAML is switched.
         lam: λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor,
             a `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
             by parameter name of these, one for each floating-point parameter of the model;
@@ -173,8 +174,9 @@ def imaml(
     check_option(check, "imaml")
     linear_solver = as_linear_solver(linear_solver, "imaml", "CG(), MINRES(), Neumann(), Exact()")
     _check(module_or_maml, lam, solver, curvature)
-    given = accepted(module_or_maml, lr)
-    return ImplicitMAML(
+    held = held_maml(module_or_maml)
+    given = accepted(module_or_maml if held is None else getattr(module_or_maml, held), lr)
+    learner = ImplicitMAML(
         given.module,
         lr=given.lr,
         first_order=given.first_order,
@@ -193,6 +195,9 @@ def imaml(
         keep_steps=keep_steps,
         wrapped=given.wrapped,
     )
+    if held is not None:  # learn2learn has no types
+        return with_part(module_or_maml, held, learner)  # type: ignore[return-value]
+    return learner
 
 
 class ImplicitMAML(nn.Module):
@@ -237,7 +242,7 @@ class ImplicitMAML(nn.Module):
         except AttributeError:
             module = self.__dict__["_modules"]["module"]
             for wrapped in self.__dict__.get("_wrapped", ()):  # what a subclass adds
-                return getattr(with_module(wrapped, module), name)
+                return getattr(with_part(wrapped, "module", module), name)
             return getattr(module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -259,7 +264,7 @@ class ImplicitMAML(nn.Module):
 
     def _called(self, args: Any, kwargs: Any) -> Any:
         for wrapped in self._wrapped:
-            learner = with_module(wrapped, self.module)
+            learner = with_part(wrapped, "module", self.module)
             learner.training = self.training
             return learner(*args, **kwargs)
         return self.module(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 import warnings
 
-import learn2learn as l2l
 import pytest
 import torch
 from problems import PROBLEMS, normal, wavy
@@ -362,10 +361,9 @@ class Cubed(nn.Module):
 def meta_gradient(special, in_loss=False, **options):
     X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
     model, monitor = Cubed(cube if in_loss else special), ig.Monitor()
-    maml = l2l.algorithms.MAML(model, lr=0.05)
     solver = ig.CG(maxiter=100, rtol=1e-10)
-    maml = ig.imaml(maml, lam=2.0, linear_solver=solver, monitor=monitor, **options)
-    learner = maml.clone()
+    options = {"lam": 2.0, "linear_solver": solver, "monitor": monitor} | options
+    learner = ig.imaml(model, lr=0.05, **options).clone()
     outer = special if in_loss else cube
     learner.adapt(lambda: (outer(learner(X)) - y).square().mean(), steps=50)
     (learner(X.flip(0)) - y).square().mean().backward()
@@ -401,7 +399,7 @@ def test_learners_refuse_third_derivatives_that_are_wrong():
     for special, refused in ((cube, False), (Once.apply, True)):
         model = Cubed(special)
         solver = ig.CG(maxiter=100, rtol=1e-10)
-        maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=2.0, linear_solver=solver)
+        maml = ig.imaml(model, lr=0.05, lam=2.0, linear_solver=solver)
         learner = maml.clone()
         learner.adapt(lambda: (learner(X) - y).square().mean(), steps=50)  # noqa: B023
         outer, theta = (learner(X.flip(0)) - y).square().mean(), tuple(model.parameters())
@@ -417,7 +415,7 @@ def test_each_kind_of_loss_is_asked_for_second_derivatives():
     X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
     monitor = ig.Monitor()
     model = nn.Linear(4, 1)
-    maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=1.0, monitor=monitor)
+    maml = ig.imaml(model, lr=0.05, lam=1.0, monitor=monitor)
     for loss in (nn.functional.mse_loss, lambda out, y: OnceMarked.apply(out - y).mean()):
         learner = maml.clone()
         learner.adapt(lambda: loss(learner(X), y), steps=3)  # noqa: B023
@@ -452,7 +450,7 @@ CTC = {"input_lengths": torch.full((4,), 12), "target_lengths": torch.full((4,),
 @pytest.mark.parametrize("curvature", ["auto", "hessian", "gauss_newton"])
 def test_a_missing_second_derivative_is_said_with_advice(curvature):
     X, targets = normal(4, 12, 5, seed=1, grad=False), torch.randint(1, 6, (4, 3))
-    learner = ig.imaml(l2l.algorithms.MAML(nn.Linear(5, 6), lr=0.05), curvature=curvature).clone()
+    learner = ig.imaml(nn.Linear(5, 6), lr=0.05, curvature=curvature).clone()
 
     def loss():
         return F.ctc_loss(learner(X).log_softmax(-1).transpose(0, 1), targets, **CTC)

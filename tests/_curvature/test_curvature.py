@@ -4,7 +4,6 @@ import copy
 import gc
 import weakref
 
-import learn2learn as l2l
 import optree
 import pytest
 import torch
@@ -18,7 +17,7 @@ import implicit_grad as ig
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
-    # of learn2learn's clones of recurrent layers, and of torch.compile
+    # of torch.compile
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 SOLVED = {"linear_solver": ig.CG(rtol=1e-12), "on_failure": "raise"}
@@ -266,7 +265,7 @@ def check_against_the_solver(found, model, x):
 
 
 def meta(model, **options):
-    return ig.imaml(l2l.algorithms.MAML(model, lr=LR), lam=LAM, **options)
+    return ig.imaml(model, lr=LR, lam=LAM, **options)
 
 
 def weights(learner):
@@ -540,7 +539,7 @@ def test_what_takes_the_place_of_an_indefinite_system(substitute, style):
         phi = ig.implicit(here, ig.proximal(far_off, lam, model=output), **options)(start)
         found = torch.autograd.grad(wavy(phi), start)
     else:
-        maml = ig.imaml(l2l.algorithms.MAML(model, lr=1e-9), lam=lam, **options)
+        maml = ig.imaml(model, lr=1e-9, lam=lam, **options)
         learner = maml.clone()
         learner.adapt((lambda: far_off(learner(x))) if style == "function" else far_off(learner(x)))
         found = gradients(weights(learner), list(model.parameters()))

@@ -9,7 +9,6 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
-from learn2learn.algorithms import MAML
 from torch import Tensor
 
 import implicit_grad as ig
@@ -283,7 +282,7 @@ def test_imaml_takes_a_function():
     for linear_solver in (ig.Exact(), dense):
         torch.manual_seed(0)
         net = torch.nn.Linear(3, 1).double()
-        maml = ig.imaml(MAML(net, lr=0.1), lam=2.0, linear_solver=linear_solver)
+        maml = ig.imaml(net, lr=0.1, lam=2.0, linear_solver=linear_solver)
         x, y = torch.randn(8, 3, dtype=F64), torch.randn(8, 1, dtype=F64)
         learner = maml.clone()
         with warnings.catch_warnings():

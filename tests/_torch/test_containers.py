@@ -114,14 +114,13 @@ class Net(nn.Module):
 @pytest.mark.parametrize("style", ["tensor", "function"])
 @pytest.mark.parametrize("tasks", [None, 3])
 def test_a_learner_may_return_an_object(kind, style, tasks):
-    l2l = pytest.importorskip("learn2learn")
     torch.manual_seed(1)
     x = torch.randn(*(() if tasks is None else (tasks,)), 6, 4, dtype=torch.float64)
     y = torch.randn(*x.shape[:-1], 2, dtype=torch.float64)
 
     def gradients(kind: Any) -> tuple[Tensor, ...]:
         model = Net(kind)
-        maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.1), lam=2.0, curvature="gauss_newton")
+        maml = ig.imaml(model, lr=0.1, lam=2.0, curvature="gauss_newton")
         learner = maml.clone(tasks=tasks)
 
         def loss() -> Tensor:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import learn2learn as l2l
 import pytest
 import torch
 from fingerprint import differences, fingerprint
@@ -136,7 +135,7 @@ def learner_of(model: nn.Module, lam: Any = 20.0, lr: float = 0.01, **options: A
     """A clone, ready to adapt, with a linear solve to rounding error."""
     options = {"linear_solver": ig.CG(rtol=1e-13), "on_failure": "raise", **options}
     theirs = {k: options.pop(k) for k in ("allow_unused", "allow_nograd") if k in options}
-    return ig.imaml(l2l.algorithms.MAML(model, lr=lr, **theirs), lam=lam, **options).clone()
+    return ig.imaml(model, lr=lr, lam=lam, **options).clone(**theirs)
 
 
 def adapt(learner: Any, criterion: Callable[[], Tensor], style: str, steps: int = 1) -> None:

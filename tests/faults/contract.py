@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import learn2learn as l2l
 import pytest
 import torch
 from problems import errors_of_torch, in_threads, normal, prox
@@ -403,7 +402,7 @@ def copies(user: User) -> None:
         torch.load(stream, weights_only=False),
     ):
         assert torch.equal(grad(other(theta, X).sum(), theta)[0], expected)
-    maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.01), lam=100.0)
+    maml = ig.imaml(model, lr=0.01, lam=100.0)
     x, y = batch()
     found = []
     for other in (maml, pickle.loads(pickle.dumps(maml)), copy.deepcopy(maml)):
@@ -445,7 +444,7 @@ def three_threads(user: User) -> None:
         ig.proximal(lambda phi, X: (norm(X) @ phi).square().sum(), 30.0),
         on_failure="ignore",
     )
-    maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.01), lam=100.0)
+    maml = ig.imaml(model, lr=0.01, lam=100.0)
 
     def by_imaml() -> Tensor:
         learner = maml.clone()

@@ -412,9 +412,7 @@ def recurrent(user: User, device: str) -> None:
         assert curvature == "hessian" or device == "cuda"
         all_near(rough, exact, 1e-7)
         for style in STYLES:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # learn2learn looks at .grad
-                learner = learner_of(model, lam=50.0, on_failure="ignore")
+            learner = learner_of(model, lam=50.0, on_failure="ignore")
             adapt(learner, lambda: learner(x).square().mean(), style)  # noqa: B023
             weights = dict(learner.module.named_parameters())  # cuDNN's flat ones must be these
             near(learner(x), functional_call(model, weights, (x,)), 1e-12)

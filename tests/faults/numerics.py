@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import learn2learn as l2l
 import pytest
 import torch
 from problems import normal
@@ -258,7 +257,7 @@ def complex_parameters(user: User) -> None:
     with pytest.raises(
         ig.InvalidArgumentError, match=r"theta.*floating-point tensors only.*complex"
     ):
-        ig.imaml(l2l.algorithms.MAML(model, lr=0.1)).clone()
+        ig.imaml(model, lr=0.1).clone()
     near(grad(ig.implicit(lambda z: z.abs() ** 2, modulus)(z).sum(), z)[0], 2 * z.detach())
 
 

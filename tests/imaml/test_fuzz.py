@@ -1,4 +1,4 @@
-"""Any sequence of learn2learn's calls of `imaml`, against a small model that is plainly right.
+"""Any sequence of a MAML pipeline's calls of `imaml`, against a small model that is plainly right.
 
 The model is linear regression, whose Hessian is a constant matrix: what a learner's weights are,
 and their Jacobian by θ and by those of the learner it was cloned from, follow from dense algebra.
@@ -14,7 +14,6 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-import learn2learn as l2l
 import pytest
 import torch
 from fingerprint import surroundings
@@ -151,7 +150,7 @@ picks = st.integers(0, 1000)
 
 
 class Calls(RuleBasedStateMachine):
-    """learn2learn's calls, in any order."""
+    """MAML's calls, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,10 +168,8 @@ class Calls(RuleBasedStateMachine):
             torch.manual_seed(seed)
             model = Line()
         self.monitor = ig.Monitor()
-        maml = l2l.algorithms.MAML(model, lr=LR)
-        self.maml = ig.imaml(
-            maml, lam=lam, linear_solver=backend, monitor=self.monitor, on_failure="raise"
-        )
+        options = {"linear_solver": backend, "monitor": self.monitor, "on_failure": "raise"}
+        self.maml = ig.imaml(model, lam, lr=LR, **options)
         self.training = True
         self.gradient: Tensor | None = None  # what .grad has to be
         self.generation = 0  # of θ: graphs do not survive an optimizer's step
@@ -311,7 +308,7 @@ class Calls(RuleBasedStateMachine):
     def load_state_dict(self, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(100 + seed)
-            other = ig.imaml(l2l.algorithms.MAML(Line(), lr=LR), lam=self.maml.lam)
+            other = ig.imaml(Line(), self.maml.lam, lr=LR)
         stream = io.BytesIO()
         torch.save(other.state_dict(), stream)
         stream.seek(0)
