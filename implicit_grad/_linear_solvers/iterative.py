@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ LOST = 100
 RESTART_GAIN = 0.5
 # A recomputed residual may be this many times the tolerance that the carried one satisfied.
 SLACK = 2
+
+
+S = TypeVar("S", bound="Iterative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,18 @@ class Iterative(LinearSolver):
         good = is_number(self.atol) and 0 <= self.atol < math.inf
         require(self, "atol", good, "a number of at least 0")
 
+    def to_tolerance(self: S) -> S:
+        """The default tolerance in place of a number of iterations (0 is none: first order)."""
+        if not (self.is_truncation and self.maxiter):
+            return self
+        return dataclasses.replace(self, maxiter=None)
+
+    @property
+    def is_truncation(self) -> bool:
+        """Whether it is for a fixed number of iterations, and no tolerance was asked for."""
+        asked = self.rtol is not None or self.atol != 0.0
+        return self.truncates and self.maxiter is not None and not asked
+
     def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
         """These rules for a right-hand side that was divided by `unit`."""
         relative = self.relative_budget(operator, rhs, rhs.numel())
@@ -61,8 +76,7 @@ class Iterative(LinearSolver):
     def relative_budget(self, operator: Operator, rhs: Tensor, unknowns: int) -> Budget:
         """The rules but for `atol`, for a right-hand side of norm 1."""
         eps = operator.precision(rhs)
-        fixed = self.truncates and self.maxiter is not None and self.rtol is None
-        fixed = fixed and self.atol == 0.0
+        fixed = self.is_truncation
         rtol = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
         maxiter = min(10 * unknowns, self.most_iterations) if self.maxiter is None else self.maxiter
         return Budget(eps if fixed else rtol, maxiter, fixed)

@@ -321,7 +321,7 @@ def meta_gradient(special, in_loss=False, **options):
     model, monitor = Cubed(cube if in_loss else special), ig.Monitor()
     maml = l2l.algorithms.MAML(model, lr=0.05)
     solver = ig.CG(maxiter=100, rtol=1e-10)
-    learner = ig.imaml(maml, linear_solver=solver, monitor=monitor, **options).clone()
+    learner = ig.imaml(maml, 2.0, linear_solver=solver, monitor=monitor, **options).clone()
     outer = special if in_loss else cube
     learner.adapt(lambda: (outer(learner(X)) - y).square().mean(), steps=50)
     (learner(X.flip(0)) - y).square().mean().backward()
