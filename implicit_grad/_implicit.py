@@ -13,7 +13,7 @@ from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
-from implicit_grad._options import is_integer, is_number
+from implicit_grad._options import check_value, is_integer, is_number
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._wrapper.evaluation import Setup
@@ -182,16 +182,11 @@ def implicit(
             "multipliers of constraints make it indefinite: use MINRES() or Exact()"
         )
     _check_curvature(curvature, condition, linear_solver)
-    if not is_integer(polish, 0):
-        raise InvalidArgumentError(
-            f"implicit: polish={polish!r}: expected a number of Newton steps of at least 0"
-        )
-    if not isinstance(has_aux, bool):
-        raise InvalidArgumentError(f"implicit: has_aux={has_aux!r}: expected True or False")
-    if rtol_gradient is not None and not (is_number(rtol_gradient) and 0 < rtol_gradient < 1):
-        raise InvalidArgumentError(
-            f"implicit: rtol_gradient={rtol_gradient!r}: expected None or a number between 0 and 1"
-        )
+    check_value("implicit", "polish", polish, is_integer(polish, 0), "a number of Newton steps")
+    check_value("implicit", "has_aux", has_aux, isinstance(has_aux, bool), "True or False")
+    good = rtol_gradient is None or (is_number(rtol_gradient) and 0 < rtol_gradient < 1)
+    expected = "None or a number between 0 and 1"
+    check_value("implicit", "rtol_gradient", rtol_gradient, good, expected)
     if rtol_gradient is not None and not linear_solver.tells_error:
         raise InvalidArgumentError(
             f"implicit: rtol_gradient={rtol_gradient!r} is for CG, whose coefficients tell the "
@@ -294,7 +289,7 @@ def _check_curvature(
             "implicit: Gauss-Newton products need to know where the model ends and the loss "
             f"begins: pass {name}(loss, ..., model=model) with loss(model(phi, *args), *args)"
         )
-    check_curvature(curvature, f"implicit: with {name}", offered)
+    check_curvature(curvature, "implicit", offered)
 
 
 def _with_bounds_of(solver: Any, condition: Condition) -> Condition:

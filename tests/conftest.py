@@ -52,7 +52,7 @@ def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # what imports learn2learn, by itself or through a helper; the README's program does too
 NEEDS_LEARN2LEARN = re.compile(
-    r"^\s*(import|from) (learn2learn|learners|faults|characters|few_shot|paper_\w+)\b|README",
+    r"^\s*(import|from) (learn2learn|faults|characters|few_shot|paper_\w+)\b|README",
     re.MULTILINE,
 )
 if importlib.util.find_spec("learn2learn") is None:  # there is none for Python >= 3.13

@@ -458,12 +458,12 @@ BAD = {
     ),
     "outer_loss must return a scalar.*shape": lambda: certified(outer=lambda phi: phi),
     "outer_loss must return a scalar.*float": lambda: certified(outer=lambda phi: 1.0),
-    "polish=-1: expected a number of Newton steps": lambda: ig.implicit(
+    r"polish=-1\): expected a number of Newton steps": lambda: ig.implicit(
         torch.clone, QUARTIC, polish=-1
     ),
-    "polish=True: exp": lambda: ig.implicit(torch.clone, QUARTIC, polish=True),
-    "rtol_gradient=0: exp": lambda: ig.implicit(torch.clone, QUARTIC, rtol_gradient=0),
-    "rtol_gradient=1.0: exp": lambda: ig.implicit(torch.clone, QUARTIC, rtol_gradient=1.0),
+    r"polish=True\): exp": lambda: ig.implicit(torch.clone, QUARTIC, polish=True),
+    r"rtol_gradient=0\): exp": lambda: ig.implicit(torch.clone, QUARTIC, rtol_gradient=0),
+    r"rtol_gradient=1.0\): exp": lambda: ig.implicit(torch.clone, QUARTIC, rtol_gradient=1.0),
 }
 
 

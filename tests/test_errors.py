@@ -218,12 +218,12 @@ BAD = {
     "strong_convexity inf": (
         with_condition(lambda: ig.argmin(loss, strong_convexity=float("inf"))),
         ARGUMENT,
-        r"argmin\(strong_convexity=inf\): expected a number > 0",
+        r"argmin\(strong_convexity=inf\): expected None or a number > 0",
     ),
     "strong_convexity 0": (
         with_condition(lambda: ig.argmin(loss, strong_convexity=0.0)),
         ARGUMENT,
-        r"argmin\(strong_convexity=0.0\): expected a number > 0",
+        r"argmin\(strong_convexity=0.0\): expected None or a number > 0",
     ),
     "no condition": (made(condition=loss), ARGUMENT, "condition must be argmin.*got a function"),
     "condition None": (made(condition=None), ARGUMENT, "condition must be argmin.*got None"),

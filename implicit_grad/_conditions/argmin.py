@@ -26,6 +26,7 @@ from implicit_grad._conditions.constraints import Constraints
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._options import is_number, require, require_flag
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._torch.pytree import Tensors
 
@@ -74,14 +75,15 @@ class argmin(Condition):
         check_callable("argmin", "objective", self.objective)
         check_model("argmin", self.model)
         mu = self.strong_convexity
-        if mu is not None and not 0 < mu < math.inf:
-            raise InvalidArgumentError(f"argmin(strong_convexity={mu!r}): expected a number > 0")
+        good = mu is None or (is_number(mu) and 0 < mu < math.inf)
+        require(self, "strong_convexity", good, "None or a number > 0")
+        require_flag(self, "tasks")
         if self.constraints and self.model is not None:
             raise InvalidArgumentError("argmin: model does not go with constraints")
         if self.constraints and self.tasks:
             raise InvalidArgumentError("argmin: tasks does not go with constraints")
 
-    @property
+    @functools.cached_property
     def constraints(self) -> Constraints:
         """Those that were given."""
         return Constraints(self.bounds, self.equality, self.inequality)

@@ -25,6 +25,7 @@ from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalT
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._options import require_flag
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors
@@ -64,6 +65,8 @@ class proximal(Condition):
     def __post_init__(self) -> None:
         check_callable("proximal", "loss", self.loss)
         check_model("proximal", self.model)
+        require_flag(self, "convex")
+        require_flag(self, "tasks")
         diagonal = self.lam.diagonal if isinstance(self.lam, LowRank) else self.lam
         for leaf in () if callable(diagonal) else pytree.leaves(diagonal):
             check_lam(leaf, "proximal")

@@ -33,8 +33,9 @@ class root(Condition):
             elasticity: then `MINRES` is the default, for one product an iteration and the root of
             the condition number. `CG`, with its preconditioners and warm starts, goes with it
             where the matrix is definite, positive or negative; where it is neither, CG stops and
-            says so. A residual that was not symmetric is told if a solve fails or is truncated;
-            one that succeeds is right anyhow, for its residual is recomputed.
+            says so. If the matrix is not symmetric after all, a solve that fails or is truncated
+            ends as NOT_SYMMETRIC; one that succeeds is right anyhow, for its residual is
+            recomputed.
     """
 
     residual: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Which A: the kind asked for, or the Hessian until some operation turns out not to have one."""
+"""Which A: the kind asked for, or the Hessian until an operation lacks a second derivative."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from implicit_grad._curvature.finite_difference import FiniteDifference
 from implicit_grad._curvature.hessian import GaussNewton, Hessian
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._errors import GraphError
+from implicit_grad._options import check_one_of
 from implicit_grad._theorem.linearization import (
     CURVATURES,
     Curvature,
@@ -180,9 +181,7 @@ class AutoCurvature(Linearization):
 
 def check_curvature(curvature: object, where: str, offered: Sequence[str] = CURVATURES) -> None:
     """Raise unless this is one of the kinds of products offered."""
-    if curvature not in offered:
-        names = ", ".join(f'"{name}"' for name in offered)
-        raise InvalidArgumentError(f"{where}: curvature={curvature!r}: expected one of {names}")
+    check_one_of(where, "curvature", curvature, offered)
 
 
 def has_second_derivative(objective: Objective) -> bool:

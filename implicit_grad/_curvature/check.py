@@ -1,23 +1,25 @@
 """A check of the first product: whether torch's second derivative is the derivative of the first.
 
 Of some operations it silently is not: of custom Functions whose backward detaches, uses `.data` or
-runs in NumPy, and of a few of torch's own. What is found has a sentence that names the suspects.
+runs in NumPy, and of a few of torch's own. What is found has a sentence that names the operation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from implicit_grad._curvature.comparison import is_wrong, norm, size
+from implicit_grad._curvature.comparison import changes_unseen, direction, dot, is_wrong, units
+from implicit_grad._curvature.culprit import culprit
 from implicit_grad._curvature.finite_difference import FiniteDifference
 from implicit_grad._curvature.hessian import GaussNewton, Hessian
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._errors import GraphError
+from implicit_grad._options import check_one_of
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.graph import (
     custom_functions,
@@ -30,16 +32,17 @@ from implicit_grad._torch.products import gradient, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
 
 Check = Literal["once", "always", "never"]
+_SHOWS_AT = (
+    "on the way back it first shows at {}: its backward, or what it was given, takes for constant "
+    "what is not (.detach(), .data, NumPy, a hook), or torch's own derivative of it is wrong"
+)
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
 Elsewhere = Callable[[Tensors, Tensors], Tensors]
 
 
 def check_option(check: object, where: str) -> None:
     """Raise unless this says when to check."""
-    if check not in ("once", "always", "never"):
-        raise InvalidArgumentError(
-            f'{where}: check={check!r}: expected "once", "always" or "never"'
-        )
+    check_one_of(where, "check", check, get_args(Check))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +158,8 @@ class _Objective:
         self._objective, self._probe = objective, probe
         self._inputs = tuple(t for t in probe.inputs if t.requires_grad)
         self._phi, self._guard = objective.phi, objective.guard
-        self._units = _units(self._phi) + _units(self._inputs)
-        self._along = _direction(self._phi)
+        self._units = units(self._phi) + units(self._inputs)
+        self._along = direction(self._phi)
         hessian = Hessian(objective)
         self._slope = hessian.smooth
         with torch.no_grad():
@@ -229,7 +232,7 @@ class _Objective:
         targets = tuple(probe.inputs[i] for i in probe.moving)
         if not targets:
             return False
-        away = _direction(targets)
+        away = direction(targets)
         own = {id(t): i for i, t in enumerate(self._inputs)}
 
         def slope(t: float) -> Tensors:
@@ -239,9 +242,9 @@ class _Objective:
 
         def claimed(u: Tensors) -> Tensor:
             found = crossed(u)
-            return _dot([found[own[id(t)]] for t in targets], away)
+            return dot([found[own[id(t)]] for t in targets], away)
 
-        return _changes_unseen(slope, self._slope, claimed, probe.eps)
+        return changes_unseen(slope, self._slope, claimed, probe.eps)
 
     def _gauss_newton_is_wrong(self) -> bool:
         """Whether it is the loss that has a wrong second derivative, or the model's Jacobian."""
@@ -271,7 +274,18 @@ class _Objective:
             if in_phi
             else "how the objective's gradient changes with an argument is not what differences say"
         )
-        return f"{what}: {self._probe.suspects}"
+        name = self._culprit() if in_phi else None
+        return f"{what}: {self._probe.suspects if name is None else _SHOWS_AT.format(name)}"
+
+    def _culprit(self) -> str | None:
+        """The operation at which the second derivative begins to be wrong, if one shows."""
+
+        def line(t: float) -> tuple[Tensor, Tensors]:
+            phi = _moved(self._phi, self._along, t)
+            return self._value(phi, ()), phi
+
+        with self._guard():
+            return culprit(line, self._along, self._probe.eps)
 
 
 class _Residual:
@@ -279,7 +293,7 @@ class _Residual:
 
     def __init__(self, around: Linearization, probe: Probe, both_products: bool) -> None:
         self._around, self._probe, self._both = around, probe, both_products
-        self._along = _direction(probe.phi)
+        self._along = direction(probe.phi)
         self._here = tuple(f.detach() for f in probe.outputs)
 
     def finding(self) -> Finding | None:
@@ -299,9 +313,9 @@ class _Residual:
 
         def transposed(u: Tensors) -> Tensor:
             with torch.no_grad():
-                return _dot(self._around.transposed(u), self._along)
+                return dot(self._around.transposed(u), self._along)
 
-        if _changes_unseen(moved, self._here, transposed, eps):
+        if changes_unseen(moved, self._here, transposed, eps):
             return True
         if not self._both:
             return False
@@ -314,43 +328,21 @@ class _Residual:
         targets = tuple(probe.inputs[i] for i in probe.moving)
         if not targets:
             return False
-        away = _direction(targets)
+        away = direction(targets)
 
         def moved(t: float) -> Tensors:
             return self._residual(probe.phi, probe.moved_inputs(away, t))
 
         def claimed(u: Tensors) -> Tensor:
             with torch.no_grad():
-                return _dot(self._around.pullback(u, targets), away)
+                return dot(self._around.pullback(u, targets), away)
 
-        return _changes_unseen(moved, self._here, claimed, probe.eps)
+        return changes_unseen(moved, self._here, claimed, probe.eps)
 
     def _residual(self, phi: Tensors, inputs: Tensors) -> Tensors:
         with torch.enable_grad():
             outputs = self._probe.elsewhere(phi, inputs)
         return tuple(f.detach() for f in outputs)
-
-
-def _changes_unseen(
-    at: Callable[[float], Tensors],
-    here: Tensors,
-    claimed: Callable[[Tensors], Tensor],
-    eps: float,
-) -> bool:
-    """Whether uᵀ(derivative of `at`) is certainly not claimed(u), for one u near that derivative.
-
-    A random part keeps u from being blind to what is claimed beyond the derivative.
-    """
-    step = eps ** (1 / 3)
-    change = tuple((a - b) / (2 * step) for a, b in zip(at(step), at(-step), strict=True))
-    u = tuple(map(torch.add, change, _direction(change)))
-    length = norm(u)
-    u = tuple(x / length for x in u)
-
-    def along(t: float) -> Tensors:
-        return (_dot(at(t), u),)
-
-    return any(is_wrong(along, (_dot(here, u),), (claimed(u),), eps))
 
 
 def gradient_at(value: Tensor, inputs: Tensors, guard: Callable[[], Any]) -> Tensors:
@@ -359,30 +351,8 @@ def gradient_at(value: Tensor, inputs: Tensors, guard: Callable[[], Any]) -> Ten
         return gradient(value, inputs)
 
 
-def _units(tensors: Tensors) -> list[float]:
-    """The root mean square of each; of all, where it is zero."""
-    count = max(1, sum(t.numel() for t in tensors))
-    all_of_them = norm(tensors) / count**0.5
-    return [size(t) / max(1, t.numel()) ** 0.5 or all_of_them or 1.0 for t in tensors]
-
-
-def _direction(tensors: Tensors) -> Tensors:
-    """A fixed random direction, as large as the tensors are."""
-    random = torch.Generator().manual_seed(0)
-    return tuple(
-        (torch.randn(t.shape, generator=random) * unit).to(t.device, t.dtype)
-        for t, unit in zip(tensors, _units(tensors), strict=True)
-    )
-
-
 def _moved(tensors: Tensors, along: Tensors, t: float) -> Tensors:
     return tuple(
         torch.add(p.detach(), d, alpha=t).requires_grad_()
         for p, d in zip(tensors, along, strict=True)
     )
-
-
-def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    pairs = zip(xs, ys, strict=True)
-    parts = [(x.detach().double() * y.detach().double()).sum().cpu() for x, y in pairs]
-    return torch.stack(parts).sum()

@@ -98,3 +98,48 @@ def size(tensor: Tensor) -> float:
 def norm(tensors: Tensors) -> float:
     """That of all together."""
     return math.hypot(*map(size, tensors))
+
+
+def changes_unseen(
+    at: Callable[[float], Tensors],
+    here: Tensors,
+    claimed: Callable[[Tensors], Tensor],
+    eps: float,
+) -> bool:
+    """Whether uᵀ(derivative of `at`) is certainly not claimed(u), for one u near that derivative.
+
+    A random part keeps u from being blind to what is claimed beyond the derivative.
+    """
+    step = eps ** (1 / 3)
+    change = tuple((a - b) / (2 * step) for a, b in zip(at(step), at(-step), strict=True))
+    u = tuple(map(torch.add, change, direction(change)))
+    length = norm(u)
+    u = tuple(x / length for x in u)
+
+    def along(t: float) -> Tensors:
+        return (dot(at(t), u),)
+
+    return any(is_wrong(along, (dot(here, u),), (claimed(u),), eps))
+
+
+def units(tensors: Tensors) -> list[float]:
+    """The root mean square of each; of all, where it is zero."""
+    count = max(1, sum(t.numel() for t in tensors))
+    all_of_them = norm(tensors) / count**0.5
+    return [size(t) / max(1, t.numel()) ** 0.5 or all_of_them or 1.0 for t in tensors]
+
+
+def direction(tensors: Tensors) -> Tensors:
+    """A fixed random direction, as large as the tensors are."""
+    random = torch.Generator().manual_seed(0)
+    return tuple(
+        (torch.randn(t.shape, generator=random) * unit).to(t.device, t.dtype)
+        for t, unit in zip(tensors, units(tensors), strict=True)
+    )
+
+
+def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """xᵀy over all tensors, in double precision."""
+    pairs = zip(xs, ys, strict=True)
+    parts = [(x.detach().double() * y.detach().double()).sum().cpu() for x, y in pairs]
+    return torch.stack(parts).sum()

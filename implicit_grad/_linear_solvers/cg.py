@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, SLACK, Budge
 from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._linear_solvers.preconditioners import Precondition, Preconditioner, checked
 from implicit_grad._linear_solvers.warm_start import Slot, WarmStart
-from implicit_grad._options import require_nonnegative
+from implicit_grad._options import check_one_of, require_nonnegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,6 @@ class ConjugateGradients(Run):
 
 _NOT_POSITIVE = (Status.NEGATIVE_CURVATURE, Status.INDEFINITE)
 OnNegativeCurvature = Literal["stop", "raise", "minres", "gauss_newton"]
-_POLICIES = ("stop", "raise", "minres", "gauss_newton")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,11 +232,8 @@ class CG(Iterative):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_nonnegative(self, "damping")
-        if self.on_negative_curvature not in _POLICIES:
-            names = " or ".join(f'"{name}"' for name in _POLICIES)
-            raise InvalidArgumentError(
-                f"CG(on_negative_curvature={self.on_negative_curvature!r}): expected {names}"
-            )
+        policy = self.on_negative_curvature
+        check_one_of("CG", "on_negative_curvature", policy, get_args(OnNegativeCurvature))
         given = self.preconditioner
         usable = callable(given) or isinstance(given, Preconditioner)
         if given is not None and (isinstance(given, type) or not usable):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, norm
+from implicit_grad._options import require_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,7 @@ class Exact(LinearSolver):
     symmetric_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.max_size < 1:
-            raise InvalidArgumentError(f"Exact(max_size={self.max_size}): expected at least 1")
+        require_count(self, "max_size", 1)
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         n = rhs.numel()

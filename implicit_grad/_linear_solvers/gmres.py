@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import InvalidArgumentError, Status
+from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, Operator, norm
 from implicit_grad._linear_solvers.iterative import Budget, Iterative, Run
 from implicit_grad._linear_solvers.preconditioners import Precondition, checked
-from implicit_grad._options import is_integer
+from implicit_grad._options import require, require_count_or_none
 
 # By default the basis may hold as many numbers as this (128 MB in float64), or _LEAST vectors.
 _NUMBERS, _LEAST = 2**24, 20
@@ -56,16 +56,12 @@ class GMRES(Iterative):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.restart is not None and not is_integer(self.restart, 1):
-            raise InvalidArgumentError(
-                f"GMRES(restart={self.restart!r}): expected None or an integer of at least 1"
-            )
+        require_count_or_none(self, "restart", 1)
         given = self.preconditioner
-        if given is not None and (isinstance(given, type) or not callable(given)):
-            raise InvalidArgumentError(
-                f"GMRES(preconditioner={given!r}): expected None or a function of a flat vector; "
-                "Jacobi(), Nystrom(...) and Cholesky() are for symmetric systems, with CG"
-            )
+        good = given is None or (callable(given) and not isinstance(given, type))
+        expected = "None or a function of a flat vector; "
+        expected += "Jacobi(), Nystrom(...) and Cholesky() are for symmetric systems, with CG"
+        require(self, "preconditioner", good, expected)
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         given = self.preconditioner

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, drift, norm
-from implicit_grad._options import is_integer, is_number, require, require_fraction
+from implicit_grad._options import (
+    require_count_or_none,
+    require_fraction,
+    require_nonnegative,
+)
 
 # Energy gained over this many iterations decides whether CG still makes progress.
 PATIENCE = 5
@@ -20,7 +24,7 @@ PATIENCE = 5
 LOST = 100
 # A restart from the recomputed residual must cut it by this factor to be worth the products.
 RESTART_GAIN = 0.5
-# A recomputed residual may be this many times the tolerance that the carried one satisfied.
+# A recomputed residual may exceed the tolerance by this factor.
 SLACK = 2
 
 
@@ -47,12 +51,9 @@ class Iterative(LinearSolver):
     most_iterations: ClassVar[int] = 1000
 
     def __post_init__(self) -> None:
-        least = self.least_maxiter
-        good = self.maxiter is None or is_integer(self.maxiter, least)
-        require(self, "maxiter", good, f"None or an integer of at least {least}")
+        require_count_or_none(self, "maxiter", self.least_maxiter)
         require_fraction(self, "rtol")
-        good = is_number(self.atol) and 0 <= self.atol < math.inf
-        require(self, "atol", good, "a number of at least 0")
+        require_nonnegative(self, "atol")
 
     def to_tolerance(self: S) -> S:
         """The default tolerance in place of a number of iterations (0 is none: first order)."""

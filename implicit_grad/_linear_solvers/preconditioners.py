@@ -13,7 +13,7 @@ from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import Operator
-from implicit_grad._options import is_integer
+from implicit_grad._options import check_value, is_integer, require_count, require_count_or_none
 
 Precondition = Callable[[Tensor], Tensor]
 
@@ -47,10 +47,8 @@ class Jacobi:
     max_size: int = 2000
 
     def __post_init__(self) -> None:
-        if self.probes is not None and not is_integer(self.probes, 2):
-            raise InvalidArgumentError(
-                f"Jacobi(probes={self.probes!r}): expected None or an integer of at least 2"
-            )
+        require_count_or_none(self, "probes", 2)
+        require_count(self, "max_size", 1)
 
     def build(self, operator: Operator, like: Tensor) -> Precondition:
         """Division by the diagonal."""
@@ -99,10 +97,7 @@ class Nystrom:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not is_integer(self.rank, 1):
-            raise InvalidArgumentError(
-                f"Nystrom(rank={self.rank!r}): expected an integer of at least 1"
-            )
+        require_count(self, "rank", 1)
 
     def build(self, operator: Operator, like: Tensor) -> Precondition:
         """r ↦ (UΛUᵀ + S)⁻¹r."""
@@ -147,10 +142,7 @@ class Cholesky:
     max_size: int = 2000
 
     def __post_init__(self) -> None:
-        if not is_integer(self.max_size, 1):
-            raise InvalidArgumentError(
-                f"Cholesky(max_size={self.max_size!r}): expected an integer of at least 1"
-            )
+        require_count(self, "max_size", 1)
 
     def build(self, operator: Operator, like: Tensor) -> Precondition:
         """r ↦ A⁻¹r; the function holds on to no graph, for `Reuse` keeps it."""
@@ -199,10 +191,7 @@ class Reuse:
             raise InvalidArgumentError(
                 f"Reuse({preconditioner!r}): expected Cholesky(), Nystrom(rank=...) or Jacobi()"
             )
-        if not is_integer(solves, 1):
-            raise InvalidArgumentError(
-                f"Reuse(solves={solves!r}): expected an integer of at least 1"
-            )
+        check_value("Reuse", "solves", solves, is_integer(solves, 1), "an integer of at least 1")
         self.preconditioner, self.solves = preconditioner, solves
         self._kept: tuple[object, Precondition] | None = None
         self._left = 0

@@ -55,8 +55,8 @@ class Linearization:
         linear_part: what λ adds when it is a matrix, linear in φ.
         scale: the diagonal of a proximal term. It is kept out of the graph: linear solvers add it
             themselves, and take it for the natural unit of A.
-        anchors: of tensors θ that enter F as −λθ and not otherwise, by their ids: the place in φ
-            that each holds back, and λ. Products with ∂F/∂θ then need no graph.
+        anchors: for tensors θ that enter F as −λθ only, id(θ) ↦ (the place in φ of what θ holds
+            back, λ). Products with ∂F/∂θ then need no graph.
         tasks: how many tasks there are along φ's first dimension; None if φ is one solution.
         convex: makes the same problem with an operator that is never indefinite, where it can.
         is_adjoint: whether F is itself the residual of an adjoint problem.

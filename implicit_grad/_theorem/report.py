@@ -228,7 +228,7 @@ class Reporting:
         return math.sqrt(largest) * bound
 
 
-def solve_and_record(
+def solve_and_report(
     solver: LinearSolver, around: Linearization, v: Tensors, reporting: Reporting
 ) -> Tensors:
     """u with Aᵀu = v; what came of the solve goes where news of it is wanted."""

@@ -77,6 +77,12 @@ def kind_of_graph(values: Sequence[Tensor]) -> frozenset[str]:
     return frozenset(node.name() for node in walk(values))
 
 
+def name_of(node: Any) -> str:
+    """The operation's: a custom Function's own name, or torch's without "Backward"."""
+    function = _below_vmap(getattr(node, "_forward_cls", None))
+    return str(node.name().partition("Backward")[0] if function is None else function.__name__)
+
+
 def custom_functions(values: Sequence[Tensor], phi: Sequence[Tensor]) -> tuple[str, ...]:
     """The names of custom Functions through which the values depend on φ."""
     functions = {_below_vmap(getattr(n, "_forward_cls", None)) for n in between(values, phi)}
@@ -91,8 +97,8 @@ def wrong_third(values: Sequence[Tensor], phi: Sequence[Tensor]) -> tuple[str, .
 def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool:
     """Whether a custom Function between φ and the values is marked as differentiable once.
 
-    Or is compiled, or one of torch's own that should be marked. torch may take it, without a word,
-    for a function without curvature.
+    Compiled functions count as marked, and so does torch's chunked cross-entropy: torch may take
+    them, without a word, for functions without curvature.
     """
 
     def is_marked(node: Any) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from implicit_grad._torch.clone import refresh_recurrent
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -17,6 +20,19 @@ def named_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
         for name, p in module.named_parameters()
         if p.is_floating_point() or p.is_complex()
     ]
+
+
+def ids_of_parameters(module: nn.Module) -> set[int]:
+    """The identities of a module's parameters, for each step (`parameters()` takes longer)."""
+    found: set[int] = set()
+    pending: list[nn.Module | None] = [module]
+    while pending:
+        part = pending.pop()
+        if part is not None:
+            found.update(map(id, part._parameters.values()))
+            pending.extend(part._modules.values())
+    found.discard(id(None))
+    return found
 
 
 def with_module(learner: nn.Module, module: nn.Module) -> nn.Module:
@@ -51,19 +67,48 @@ class Places:
         """Put the tensors into the places of the parameters, as they are (not `Parameter`s)."""
         for parameters, name, i in self._places:
             parameters[name] = tensors[i]  # type: ignore[assignment]  # as learn2learn does
-        for rnn in self._recurrent:
-            rnn._flat_weights = [getattr(rnn, name, None) for name in rnn._flat_weights_names]
+        for layer in self._recurrent:
+            refresh_recurrent(layer)
 
 
-def eager(clone: nn.Module) -> nn.Module:
-    """A module's clone, without the compiled calls of `module.compile()`, which are the module's.
+class Contents:
+    """All tensors of a module and of the modules in it, each once, and the places that hold it."""
 
-    What is compiled has no second derivative anyway.
-    """
-    for part in clone.modules():
-        if part._compiled_call_impl is not None:
-            part._compiled_call_impl = None
-    return clone
+    def __init__(self, module: nn.Module) -> None:
+        self.tensors: list[Tensor] = []
+        self._places: list[tuple[dict[str, Any], str, int]] = []
+        index: dict[int, int] = {}
+        for owner in module.modules():
+            for held in (owner._parameters, owner._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        if id(tensor) not in index:
+                            index[id(tensor)] = len(self.tensors)
+                            self.tensors.append(tensor)
+                        self._places.append((held, name, index[id(tensor)]))
+
+    @contextlib.contextmanager
+    def replaced_by(self, tensors: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+        """Others in their places; yields what is found there in the end that was put there since.
+
+        That are buffers which are assigned, and not written into.
+        """
+        assigned: dict[int, Tensor] = {}
+        for held, name, i in self._places:
+            held[name] = tensors[i]
+        try:
+            yield assigned
+        finally:
+            for held, name, i in self._places:
+                if held[name] is not tensors[i] and held[name] is not None:
+                    assigned[i] = held[name]
+                held[name] = self.tensors[i]
+
+    def put(self, index: int, tensor: Tensor) -> None:
+        """A tensor in the places of that one."""
+        for held, name, i in self._places:
+            if i == index:
+                held[name] = tensor
 
 
 def replace_buffers(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
@@ -75,9 +120,3 @@ def replace_buffers(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> N
                 if id(buffer) not in replaced:
                     replaced[id(buffer)] = replace(buffer)
                 owner._buffers[name] = replaced[id(buffer)]
-
-
-def set_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
-    """Put a tensor in the place of the buffer of that dotted name."""
-    owner, _, last = name.rpartition(".")
-    module.get_submodule(owner)._buffers[last] = buffer

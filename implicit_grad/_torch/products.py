@@ -1,4 +1,4 @@
-"""Products with Jacobians: the only file that calls `torch.autograd.grad`."""
+"""Products with Jacobians: gradients and vector–Jacobian products, and in which precision."""
 
 from __future__ import annotations
 

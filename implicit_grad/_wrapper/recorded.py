@@ -11,7 +11,7 @@ from implicit_grad._errors import GraphError
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._theorem.reattached import reattached
-from implicit_grad._theorem.report import Reporting, solve_and_record
+from implicit_grad._theorem.report import Reporting, solve_and_report
 from implicit_grad._torch.pytree import Tensors
 
 M = TypeVar("M", bound="Method")
@@ -67,7 +67,7 @@ class Recorded(abc.ABC):
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
         """u with Aᵀu = v; what came of it is reported."""
-        return solve_and_record(self.method.linear_solver, around, v, self.method.reporting)
+        return solve_and_report(self.method.linear_solver, around, v, self.method.reporting)
 
     @abc.abstractmethod
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:

@@ -1,7 +1,8 @@
-"""`imaml`: a learn2learn MAML pipeline with implicit gradients, by wrapping one object.
+"""`imaml`: a MAML pipeline with implicit gradients, by wrapping one object.
 
 Adaptation is a solver and the adapted weights are its φ; this folder may import from
-`_conditions`, `solvers` and what is below, and learn2learn itself only where it is used.
+`_wrapper`, `solvers` and what these may import. learn2learn's MAML is recognised by its attributes,
+and learn2learn itself is never imported.
 """
 
 from implicit_grad.learn2learn.maml import ImplicitMAML, imaml

@@ -1,10 +1,12 @@
-"""Which learners `imaml` takes: a MAML, and subclasses that lose nothing by it."""
+"""What `imaml` takes: a model, a MAML, and subclasses of it that lose nothing by it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from implicit_grad._errors import InvalidArgumentError, describe
@@ -15,12 +17,77 @@ _FIELDS = ("module", "lr", "first_order", "allow_unused", "allow_nograd", "clone
 _REPLACED = ("adapt", "clone", "parameters", "named_parameters")
 _INSTEAD = (
     'What takes the place of learned step lengths is lam=ig.LearnedLam(model, per="element"), a '
-    "learned pull towards theta for each weight: imaml(l2l.algorithms.MAML(model, lr=0.5), lam=...)"
+    "learned pull towards theta for each weight: imaml(model, lr=0.5, lam=...)"
 )
 
 
-def check_maml(maml: Any) -> None:
-    """Raise unless it is a MAML of which imaml leaves nothing out."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """A model and how it adapts; `wrapped` is the learner itself if its class adds to MAML."""
+
+    module: nn.Module
+    lr: float
+    first_order: bool = False
+    allow_unused: bool = False
+    allow_nograd: bool = False
+    wrapped: nn.Module | None = None
+
+
+def accepted(module_or_maml: Any, lr: Any) -> Accepted:
+    """What `imaml` is to work with, unless it would leave something out."""
+    _check_nothing_is_lost(module_or_maml)
+    if not isinstance(module_or_maml, nn.Module):
+        raise InvalidArgumentError(
+            "imaml: the first argument must be a model, an nn.Module, or a "
+            f"learn2learn.algorithms.MAML, got {describe(module_or_maml)}"
+        )
+    if all(hasattr(module_or_maml, name) for name in _FIELDS):
+        return _of_maml(module_or_maml, lr)
+    _check_model(module_or_maml, lr)
+    return Accepted(module=module_or_maml, lr=lr)
+
+
+def _of_maml(maml: Any, lr: Any) -> Accepted:
+    if lr is not None:
+        raise InvalidArgumentError(
+            f"imaml: lr={lr!r} is for a model; this {type(maml).__name__} has a step length of its "
+            f"own, lr={maml.lr!r}: leave lr= out, or set that of the {type(maml).__name__}"
+        )
+    check_lr("imaml", maml.lr)
+    check_subclass(maml)
+    return Accepted(
+        module=maml.module,
+        lr=maml.lr,
+        first_order=maml.first_order,
+        allow_unused=maml.allow_unused,
+        allow_nograd=maml.allow_nograd,
+        wrapped=None if type(maml).__name__ == "MAML" else maml,
+    )
+
+
+def _check_model(model: nn.Module, lr: Any) -> None:
+    """Raise unless copies of the model can adapt by steps of this length."""
+    if lr is None:
+        raise InvalidArgumentError(
+            f"imaml: {describe(model)} is no learn2learn.algorithms.MAML, which has an lr of its "
+            "own: say how long the adaptation's steps are, imaml(model, lr=0.5)"
+        )
+    check_lr("imaml", lr)
+    if not 0 < lr < math.inf:
+        raise InvalidArgumentError(f"imaml(lr={lr!r}): expected a number > 0")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise InvalidArgumentError(
+            "imaml: the weights of a scripted module cannot be replaced by fast ones; pass the "
+            "module that was scripted"
+        )
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        raise InvalidArgumentError(
+            "imaml: the model has lazy layers, whose weights have no shape yet; call it once first"
+        )
+
+
+def _check_nothing_is_lost(maml: Any) -> None:
+    """Raise if it learns how it steps."""
     kinds = {kind.__name__ for kind in type(maml).__mro__}
     if "MetaSGD" in kinds and hasattr(maml, "lrs"):
         raise InvalidArgumentError(
@@ -32,13 +99,6 @@ def check_maml(maml: Any) -> None:
             "imaml: GBML learns a transform of its steps, which has no implicit gradient: the "
             f"solution of the inner problem does not depend on how it was reached. {_INSTEAD}"
         )
-    if not isinstance(maml, nn.Module) or not all(hasattr(maml, name) for name in _FIELDS):
-        raise InvalidArgumentError(
-            "imaml: the first argument must be a learn2learn.algorithms.MAML, got "
-            f"{describe(maml)}. Wrap your model first: imaml(l2l.algorithms.MAML(model, lr=0.5)); "
-            'learn2learn comes with pip install "implicit-grad[learn2learn]"'
-        )
-    check_lr("imaml", maml.lr)
 
 
 def check_subclass(maml: nn.Module) -> None:
@@ -64,20 +124,15 @@ def check_lr(where: str, lr: Any) -> None:
     """Raise unless the step length is a number."""
     if not is_number(lr):
         raise InvalidArgumentError(
-            f"{where}: MAML's lr must be a number, got {describe(lr)} (a schedule's number goes in "
+            f"{where}: lr must be a number, got {describe(lr)} (a schedule's number goes in "
             "as maml.lr = float(lr)); a learned step length has no implicit gradient, because the "
             f"solution does not depend on it. {_INSTEAD}"
         )
     if not 0 <= lr < math.inf:
         raise InvalidArgumentError(
-            f"{where}: MAML's lr must be a finite number of at least 0, got {lr!r}; to go uphill, "
+            f"{where}: lr must be a finite number of at least 0, got {lr!r}; to go uphill, "
             "adapt to the negated loss"
         )
-
-
-def extended(maml: nn.Module) -> nn.Module | None:
-    """The learner itself if its class adds to MAML: what it adds is then to be called."""
-    return None if type(maml).__name__ == "MAML" else maml
 
 
 def has_own_forward(maml: nn.Module) -> bool:

@@ -42,6 +42,7 @@ class StepMethod(Method):
     allow_unused: bool
     # whether losses of a kind have second derivatives, once that is known; shared by all clones
     twice: dict[Hashable, bool]
+    keeps_steps: bool
 
     def takes_differences(self, loss: Tensor, phi: Tensors, finding: Finding | None) -> bool:
         """Whether finite differences are asked for, or are the first kind of product that works.
@@ -250,8 +251,9 @@ def step_on_tensor(
     one_step = dataclasses.replace(method.reporting, inner_solved=False)  # whatever `solver` is
     method = dataclasses.replace(method, reporting=one_step)
     step = _step(weights, loss, phi, values, weights.gate, method, time)
-    weights.supersede()
-    weights.attach(values, step.sources(), time=time, release=step.drop)
+    weights.supersede(loss)
+    release = None if method.keeps_steps else step.drop
+    weights.attach(values, step.sources(), time=time, release=release)
 
 
 def minimise_closure(

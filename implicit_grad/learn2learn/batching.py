@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._options import is_integer
 from implicit_grad._torch import pytree
-from implicit_grad._torch.modules import replace_buffers, set_buffer
+from implicit_grad._torch.modules import Contents, replace_buffers
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -70,24 +70,22 @@ def stacked_call(module: nn.Module, stacked: Tensors, tasks: int, args: Any, kwa
                 f"learner: with tasks={tasks}, the first dimension of each input counts the tasks, "
                 f"got {describe(tensor)}"
             )
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    state = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
-    inputs, tree = pytree.flatten((state, args, kwargs))
-    shared = {id(p) for p in parameters.values()} - {id(t) for t in stacked}
+    contents = Contents(module)
+    inputs, tree = pytree.flatten((contents.tensors, args, kwargs))
+    shared = {id(p) for p in module.parameters()} - {id(t) for t in stacked}
     output_tree = tree
 
-    def one(*inputs: Tensor) -> tuple[Tensors, dict[str, Tensor]]:
+    def one(*inputs: Tensor) -> tuple[Tensors, dict[int, Tensor]]:
         nonlocal output_tree
-        state, args, kwargs = tree.rebuild(inputs)
-        output = functional_call(module, state, args, kwargs, tie_weights=False)
+        tensors, args, kwargs = tree.rebuild(inputs)
+        with contents.replaced_by(tensors) as assigned:
+            output = module(*args, **kwargs)
         outputs, output_tree = pytree.flatten(output)
-        # a buffer that was assigned, and not written into, has been put into `state`
-        known = {id(t) for t in inputs}
-        return outputs, {name: t for name, t in state.items() if id(t) not in known}
+        return outputs, assigned
 
     # one flat tuple: vmap walks containers slowly
     dims = tuple(None if id(t) in shared else 0 for t in inputs)
     outputs, assigned = vmap(one, in_dims=dims, randomness="different")(*inputs)
-    for name, buffer in assigned.items():
-        set_buffer(module, name, buffer)
+    for index, buffer in assigned.items():
+        contents.put(index, buffer)
     return output_tree.rebuild(outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +19,9 @@ from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, walk
 from implicit_grad._torch.handed_on import HandedOn
-from implicit_grad._torch.modules import Places, named_weights
+from implicit_grad._torch.modules import Places, ids_of_parameters, named_weights
 from implicit_grad._torch.pytree import Tensors, Tree
+from implicit_grad._torch.watched import Mark, marks_behind, watched
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
 _REMEMBERED_CALLS = 4
@@ -74,10 +76,31 @@ class FastWeights(torch.autograd.Function):
         if ctx.gate.superseded:
             raise GraphError(
                 "an outer loss reaches weights that a later adapt(loss) has replaced, and what "
-                "their gradient needs is gone. For outer losses of several adaptation steps "
-                "(MAML++) pass functions that compute the loss: learner.adapt(lambda: loss(...))"
+                "their gradient needs is gone. It is kept for outer losses that come from a call "
+                "of their own, learner(x), before that adapt; for others (of the weights, of a "
+                "layer, of what was adapted to) pass keep_steps=True to imaml, or functions: "
+                "learner.adapt(lambda: loss(...))"
             )
         return None, None, *v
+
+
+@dataclasses.dataclass(eq=False)
+class Superseded:
+    """A generation of weights that is no more in place, but that an outer loss may still reach."""
+
+    gate: Gate
+    release: Callable[[], None]
+    calls: list[weakref.ref[Mark]]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the graph of a call with these weights is still there."""
+        return any(call() is not None for call in self.calls)
+
+    def drop(self) -> None:
+        """Free what their gradient needs."""
+        self.gate.superseded = True
+        self.release()
 
 
 class Weights:
@@ -102,7 +125,8 @@ class Weights:
         named = named_weights(module)
         kept = [i for i, trains in enumerate(trainable) if trains]
         adapted = {named[i][0] for i in kept}
-        self.frozen = [n for n, _ in module.named_parameters() if n not in adapted]
+        fixed = [(n, p) for n, p in module.named_parameters() if n not in adapted]
+        self.frozen, self._fixed = [n for n, _ in fixed], {id(p) for _, p in fixed}
         self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
         self.pull = None if pull is None else pull.of(kept)
@@ -110,15 +134,26 @@ class Weights:
         self._places = Places(module, [named[i][1] for i in kept])
         self._inputs = None if pull is None else pytree.flatten((self.theta, self.pull))
         self.gate = Gate()
-        self.current = self.theta
+        self.current, self._present = self.theta, {*self._fixed, *map(id, self.theta)}
         self._release: Callable[[], None] | None = None
         self._keeping: object = None
+        self._outer_calls: list[weakref.ref[Mark]] = []
+        self._superseded: list[Superseded] = []
         self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
 
     @property
     def recurrent(self) -> bool:
         """Whether the module has recurrent layers."""
         return self._places.recurrent
+
+    def are_in(self, module: nn.Module) -> bool:
+        """Whether these, and those that do not train, are the weights that the module has."""
+        return ids_of_parameters(module) == self._present
+
+    def train(self, tensor: Tensor) -> bool:
+        """Whether one of the module's weights trains: under no_grad, fast weights do not tell."""
+        own = any(tensor is t for t in self.current)
+        return own or (tensor.requires_grad and id(tensor) not in self._fixed)
 
     def total(self, name: str, loss: object) -> Tensor:
         """The loss, if it is one number, or the sum of one for each task."""
@@ -154,17 +189,33 @@ class Weights:
         """
         self.time = time
         self.gate, self._release, self._keeping = Gate(), release, keeping
+        self._outer_calls = []
         self.install(FastWeights.apply(self.gate, values, *sources))
 
-    def supersede(self) -> None:
-        """Free what the present weights' gradient needs, if that may be: it cannot be taken now."""
+    def supersede(self, loss: Tensor) -> None:
+        """Free what the gradients of the weights up to now need, unless an outer loss is left.
+
+        That is one from another call of the learner than the loss that they were adapted to.
+        """
         if self._release is not None:
-            self.gate.superseded = True
-            self._release()
+            own = marks_behind(loss, self.is_own)
+            calls = [call for call in self._outer_calls if call() not in own]
+            self._superseded.append(Superseded(self.gate, self._release, calls))
+        for past in self._superseded:
+            if not past.wanted:
+                past.drop()
+        self._superseded = [past for past in self._superseded if past.wanted]
+
+    def watch(self, output: Any) -> None:
+        """Note a call's output: as long as its graph is there, an outer loss may be made of it."""
+        if self._release is not None:
+            for tensor in filter(torch.is_tensor, pytree.leaves(output)):
+                if tensor.grad_fn is not None and not self.is_own(tensor.grad_fn):
+                    self._outer_calls.append(watched(tensor))
 
     def install(self, weights: Tensors) -> None:
         """Put the tensors into the module."""
-        self.current = weights
+        self.current, self._present = weights, {*self._fixed, *map(id, weights)}
         self._places.fill(weights)
         self.calls.clear()
 

@@ -1,4 +1,4 @@
-"""`imaml`: a learn2learn MAML pipeline with implicit gradients, by wrapping one object.
+"""`imaml`: a MAML pipeline with implicit gradients, by wrapping one object.
 
 MAML differentiates through its adaptation steps. Here the adapted weights φ are taken as the
 solution of the inner problem min loss(φ) + λ/2 ‖φ − θ‖², and backward is one linear solve around
@@ -25,16 +25,11 @@ from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch import pytree
+from implicit_grad._torch.clone import cloned
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
-from implicit_grad._torch.modules import eager, named_weights, with_module
+from implicit_grad._torch.modules import named_weights, with_module
 from implicit_grad._torch.pytree import Tensors
-from implicit_grad.learn2learn.accepted import (
-    check_lr,
-    check_maml,
-    check_subclass,
-    extended,
-    has_own_forward,
-)
+from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward
 from implicit_grad.learn2learn.adaptation import (
     StepMethod,
     means_to_solve,
@@ -50,6 +45,12 @@ from implicit_grad.learn2learn.batching import (
     stacked_call,
 )
 from implicit_grad.learn2learn.fast_weights import Weights
+from implicit_grad.learn2learn.replaced import (
+    check_assigned,
+    check_moved,
+    check_names,
+    check_replaced,
+)
 
 
 def registrable(lam: Any, module: nn.Module) -> Any:
@@ -96,24 +97,27 @@ def registrable(lam: Any, module: nn.Module) -> Any:
 
 
 def imaml(
-    maml: nn.Module,
+    module_or_maml: nn.Module,
     lam: Any = None,
     *,
+    lr: float | None = None,
     linear_solver: LinearSolver | SolveFunction | None = None,
     solver: Any = None,
     curvature: Curvature = "auto",
     check: Check = "once",
     monitor: Monitor | None = None,
     on_failure: OnFailure = "warn",
+    keep_steps: bool = False,
 ) -> ImplicitMAML:
-    """Switch a learn2learn MAML to implicit gradients (iMAML); the pipeline stays as it is.
+    """Give a model, or a learn2learn MAML, MAML's interface with implicit gradients (iMAML).
 
-    The result has MAML's interface (`clone`, `adapt`, calls, attributes) and shares the model's
-    parameters. `learner.adapt(loss)` takes the step φ ← φ − lr (∇loss(φ) + λ(φ − θ)), and backward
-    through the adapted learner solves (∇²loss + λ) u = v for dθ = λu. A tensor is all that
-    `adapt(loss)` is given, so ∇²loss is taken where that loss was computed, at the last iterate
-    but one. `learner.adapt(closure, steps=16)` takes a function that computes the loss instead
-    (as in `torch.optim`) and linearises at the solution itself.
+    A pipeline that was written for MAML stays as it is; learn2learn is not needed. The result has
+    MAML's interface (`clone`, `adapt`, calls, attributes) and shares the model's parameters.
+    `learner.adapt(loss)` takes the step φ ← φ − lr (∇loss(φ) + λ(φ − θ)), and backward through the
+    adapted learner solves (∇²loss + λ) u = v for dθ = λu. A tensor is all that `adapt(loss)` is
+    given, so ∇²loss is taken where that loss was computed, at the last iterate but one.
+    `learner.adapt(closure, steps=16)` takes a function that computes the loss instead (as in
+    `torch.optim`) and linearises at the solution itself.
 
     Choosing: a step of length lr is stable while lr·(λ + the loss's curvature) < 2, so keep lr·λ
     well below 1; and the pull to θ adds up, so keep steps · lr · λ around 1 or below. After a few
@@ -123,14 +127,16 @@ def imaml(
     (`monitor`), lower it if adaptation gets nowhere.
 
     Args:
-        maml: a `learn2learn.algorithms.MAML`, or a subclass without an adaptation or parameters
-            of its own; its lr, first_order, allow_unused and allow_nograd apply here too.
-            `first_order=True` asks for first-order MAML's gradient, dθ = v.
+        module_or_maml: a model; or a `learn2learn.algorithms.MAML`, or a subclass without an
+            adaptation or parameters of its own, whose lr, first_order, allow_unused and
+            allow_nograd then apply here too. (For a model, these three are False; they are
+            attributes of the result, and options of `clone` and `adapt`.)
         lam: λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor,
             a `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
             by parameter name of these, one for each floating-point parameter of the model;
             `LearnedLam(model)`, learned and positive, for each tensor or element; or `LowRank`,
             a matrix.
+        lr: the length of the adaptation's steps, for a model. A MAML has its own.
         linear_solver: by default `CG(maxiter=5)`, the paper's; or a function `solve(matvec, b)`,
             see `implicit`.
         solver: minimises the inner objective in `adapt(closure)`: an object with
@@ -147,23 +153,34 @@ def imaml(
             for there is nothing to call again.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn", "raise" or "ignore".
+        keep_steps: whether each step keeps the graph of its loss. Without, a step frees that of the
+            one before, unless an outer loss of a call, `loss(learner(x), y)`, is left from between
+            them (MAML++, ProMP). Outer losses of anything else (the weights, a layer, what was
+            adapted to) need it.
 
     Raises:
-        InvalidArgumentError: maml is not a MAML, or an option cannot work.
+        InvalidArgumentError: it is neither a model with an lr nor a MAML, or an option cannot work.
+
+    >>> maml = imaml(nn.Linear(2, 1), lr=0.1)
+    >>> learner = maml.clone()
+    >>> learner.adapt(learner(torch.ones(3, 2)).square().mean())
+    >>> learner(torch.ones(3, 2)).sum().backward()
+    >>> [p.grad is not None for p in maml.parameters()]
+    [True, True]
     """
     if linear_solver is None:
         linear_solver = CG(maxiter=5)
     check_option(check, "imaml")
     linear_solver = as_linear_solver(linear_solver, "imaml", "CG(), MINRES(), Neumann(), Exact()")
-    _check(maml, lam, solver, curvature)
-    options: Any = maml  # learn2learn has no types
+    _check(module_or_maml, lam, solver, curvature)
+    given = accepted(module_or_maml, lr)
     return ImplicitMAML(
-        options.module,
-        lr=options.lr,
-        first_order=options.first_order,
-        allow_unused=options.allow_unused,
-        allow_nograd=options.allow_nograd,
-        lam=registrable(lam, options.module),
+        given.module,
+        lr=given.lr,
+        first_order=given.first_order,
+        allow_unused=given.allow_unused,
+        allow_nograd=given.allow_nograd,
+        lam=registrable(lam, given.module),
         linear_solver=linear_solver,
         solver=solver,
         reporting=Reporting(
@@ -173,12 +190,13 @@ def imaml(
         ),
         curvature=curvature,
         checks=Checks(check),
-        wrapped=extended(maml),
+        keep_steps=keep_steps,
+        wrapped=given.wrapped,
     )
 
 
 class ImplicitMAML(nn.Module):
-    """What `imaml` returns: learn2learn's MAML, except for its gradients."""
+    """What `imaml` returns: MAML, except for its gradients."""
 
     def __init__(
         self,
@@ -194,6 +212,7 @@ class ImplicitMAML(nn.Module):
         reporting: Reporting,
         curvature: Curvature,
         checks: Checks,
+        keep_steps: bool,
         wrapped: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -205,8 +224,9 @@ class ImplicitMAML(nn.Module):
         self.reporting, self.curvature = reporting, curvature
         self.tasks: int | None = None
         self._weights: Weights | None = None
+        self._outside: Weights | None = None  # before others were put in
         self._twice: dict[Hashable, bool] = {}
-        self._checks = checks
+        self._checks, self.keep_steps = checks, keep_steps
         self._wrapped: tuple[nn.Module, ...] = (
             () if wrapped is None else (wrapped,)
         )  # a subclass of MAML
@@ -224,6 +244,8 @@ class ImplicitMAML(nn.Module):
         """The wrapped module's output."""
         if self._weights is None:
             return self._called(args, kwargs)
+        if torch.is_grad_enabled():
+            self._take_in(self._weights)
         with differentiable_twice(self._weights.recurrent):
             if self.tasks is None:
                 output = self._called(args, kwargs)
@@ -232,6 +254,7 @@ class ImplicitMAML(nn.Module):
                 output = stacked_call(self.module, stacked, self.tasks, args, kwargs)
         if self._method(False, False).needs_outputs:
             output = self._weights.remembered(output)
+        self._weights.watch(output)
         return output
 
     def _called(self, args: Any, kwargs: Any) -> Any:
@@ -251,6 +274,9 @@ class ImplicitMAML(nn.Module):
     ) -> ImplicitMAML:
         """A learner to adapt to one task; gradients of its losses arrive in this one's parameters.
 
+        Layers and weights that are put into its `module` (a new head for each task) are its own
+        from its next call on, as if it were cloned then: gradients arrive in what was put in.
+
         Args:
             first_order, allow_unused, allow_nograd: override those of the MAML that was wrapped.
             tasks: make it a learner for a batch of so many tasks, each with weights and a linear
@@ -269,10 +295,8 @@ class ImplicitMAML(nn.Module):
             )
         if tasks is not None:
             check_tasks(tasks, self.tasks, self.linear_solver, self.curvature, self.module)
-        from learn2learn import clone_module  # an optional neighbour, there if a MAML is
-
         learner = ImplicitMAML(
-            eager(clone_module(self.module)),
+            cloned(self.module),
             lr=self.lr,
             first_order=_either(first_order, self.first_order),
             allow_unused=_either(allow_unused, self.allow_unused),
@@ -283,6 +307,7 @@ class ImplicitMAML(nn.Module):
             reporting=self.reporting,
             curvature=self.curvature,
             checks=self._checks,
+            keep_steps=self.keep_steps,
             wrapped=next(iter(self._wrapped), None),
         )
         learner.training, learner._twice = self.training, self._twice
@@ -327,6 +352,9 @@ class ImplicitMAML(nn.Module):
         allow_unused = _either(allow_unused, self.allow_unused)
         if self._weights is None:  # adapting the original itself, as MAML allows
             self._weights = self._weights_of(self.module, None)
+        check_assigned(self)
+        check_moved(self._weights)
+        self._take_in(self._weights, past_call=torch.is_tensor(loss))
         self._weights.check_trainable(allow_nograd)
         check_lr("adapt", self.lr)
         method = self._method(first_order, allow_unused)
@@ -342,6 +370,20 @@ class ImplicitMAML(nn.Module):
                 f"returns one, got {describe(loss)}"
             )
 
+    def _take_in(self, weights: Weights, past_call: bool = False) -> None:
+        """Go on from the weights that the module has now, if others were put into it.
+
+        As a clone does: they are new fast weights, whose gradients go to what was put in.
+        """
+        if weights.are_in(self.module):
+            return
+        if self._outside is not None and self._outside.are_in(self.module):
+            self._weights, self._outside = self._outside, None  # back from functional_call
+            return
+        if check_replaced(weights, self.module, past_call):
+            self._weights, self._outside = self._weights_of(self.module, None), weights
+            self._weights.start()
+
     def _method(self, first_order: bool, allow_unused: bool) -> StepMethod:
         return StepMethod(
             linear_solver=self.linear_solver,
@@ -351,15 +393,18 @@ class ImplicitMAML(nn.Module):
             allow_unused=allow_unused,
             twice=self._twice,
             checks=self._checks,
+            keeps_steps=self.keep_steps,
         )
 
     def _weights_of(self, module: nn.Module, tasks: int | None) -> Weights:
         """The weights of `module`, which come from this module's, as often as there are tasks."""
+        if self._weights is not None:
+            check_names(self._weights, self.module, self.lam)
         theta: Tensors = tuple(t for _, t in named_weights(self.module))
         pull = self._pull_on(theta)
         trainable = [t.requires_grad for t in theta]
-        if self._weights is not None:  # under no_grad, fast weights do not tell
-            trainable = self._weights.trainable
+        if self._weights is not None:
+            trainable = [self._weights.train(t) for t in theta]
         if tasks is not None:
             theta = stack_parameters(theta, pull, tasks)
         return Weights(module, theta, pull, trainable, self.tasks if tasks is None else tasks)
@@ -376,12 +421,10 @@ def _either(given: bool | None, default: bool) -> bool:
     return default if given is None else given
 
 
-def _check(maml: Any, lam: Any, solver: Any, curvature: str) -> None:
+def _check(module_or_maml: Any, lam: Any, solver: Any, curvature: str) -> None:
     """Raise unless `imaml` can work with its arguments."""
-    check_maml(maml)
-    if isinstance(maml, ImplicitMAML):
+    if isinstance(module_or_maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
-    check_subclass(maml)
     if solver is not None and not callable(getattr(solver, "minimize", solver)):
         raise InvalidArgumentError(
             "imaml: solver must have minimize(objective, init) or be such a function, got "

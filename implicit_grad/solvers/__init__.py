@@ -1,8 +1,7 @@
 """Solvers for when you bring none: `minimize(objective, init)` or `find_root(residual, init)`.
 
-One file each; they know neither conditions nor gradients of φ (but for the proximal term, whose
-gradient they take without a graph), may import from `_conditions` and what is below, and other
-people's packages only where they are used.
+One file each. Of `_conditions` they know the proximal term and bounds only; they may import from
+there and from what that may import, and other people's packages only where they are used.
 """
 
 from implicit_grad._errors import MissingPackageError

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from implicit_grad._conditions.base import Condition
 from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._options import check_one_of, check_value, is_integer, is_number
 from implicit_grad.testing.check_report import ArgumentCheck, CheckReport, GradientCheckError
 from implicit_grad.testing.diagnosis import Diagnosis, is_finite
 from implicit_grad.testing.local_problem import LARGEST, Local
@@ -178,10 +179,7 @@ def _exact(subject: Subject) -> list[Tensor | None]:
 
 
 def _check_arguments(reference: object, unrolled: object, rtol: float, directions: int) -> None:
-    if reference not in REFERENCES:
-        raise InvalidArgumentError(
-            f"check_implicit: reference={reference!r}: expected one of {', '.join(REFERENCES)}"
-        )
+    check_one_of("check_implicit", "reference", reference, REFERENCES)
     if (reference == "unrolled") != (unrolled is not None) or (
         unrolled is not None and not callable(unrolled)
     ):
@@ -189,9 +187,7 @@ def _check_arguments(reference: object, unrolled: object, rtol: float, direction
             'check_implicit: reference="unrolled" goes with unrolled=, a differentiable function '
             f"of the same arguments, got {describe(unrolled)}"
         )
-    if not 0 < rtol < 1:
-        raise InvalidArgumentError(f"check_implicit: rtol={rtol!r}: expected between 0 and 1")
-    if directions < 1:
-        raise InvalidArgumentError(
-            f"check_implicit: directions={directions!r}: expected at least 1"
-        )
+    good = is_number(rtol) and 0 < rtol < 1
+    check_value("check_implicit", "rtol", rtol, good, "a number between 0 and 1")
+    good = is_integer(directions, 1)
+    check_value("check_implicit", "directions", directions, good, "an integer of at least 1")

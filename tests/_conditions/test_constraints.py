@@ -446,10 +446,10 @@ BAD = {
         solving(ig.CG(), equality=sums)
     ),
     r"Neumann needs a positive definite": lambda: solving(ig.Neumann(), inequality=sums),
-    r"curvature='finite_difference': expected one of \"auto\", \"hessian\"$": lambda: solving(
+    r"curvature='finite_difference'\): expected \"auto\" or \"hessian\"$": lambda: solving(
         curvature="finite_difference", bounds=(0, 1)
     ),
-    r"with argmin: curvature='finite_difference'": lambda: solving(
+    r"implicit\(curvature='finite_difference'\)": lambda: solving(
         solver=SciPyMinimize(bounds=(0, 1)), curvature="finite_difference"
     ),
     r"equality must return floating-point tensors, got a float": lambda: solving(

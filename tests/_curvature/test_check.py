@@ -172,6 +172,49 @@ def test_a_pinned_curvature_is_told(name):
         hypergradient(WRONG[name], curvature="hessian", on_failure="raise")
 
 
+class Deep(nn.Module):
+    """Twelve layers, the special function after one of them."""
+
+    def __init__(self, special, place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(12))
+        self.special, self.place = special, place
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x)) if i % 3 else torch.nn.functional.softplus(layer(x))
+            x = self.special(x) if i == self.place else x
+        return x
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype"), [(0, torch.float64), (5, torch.float64), (11, torch.float32)]
+)  # through eleven layers, float32 does not tell
+@pytest.mark.parametrize(
+    ("special", "name"),
+    [
+        (Detached.apply, "Detached"),
+        (InNumPy.apply, "InNumPy"),
+    ],
+)
+def test_the_operation_that_is_wrong_is_named(special, name, place, dtype):
+    net = Deep(special, place).to(dtype)
+    X = normal(20, 4, seed=1, grad=False).to(dtype)
+    theta = {k: v.detach().clone().requires_grad_() for k, v in net.named_parameters()}
+
+    def loss(phi, theta):
+        fit = (torch.func.functional_call(net, phi, (X,)) - 0.3).square().sum()
+        return fit + sum((phi[k] - t).square().sum() for k, t in theta.items())
+
+    monitor = ig.Monitor()
+    solver = ig.solvers.GradientDescent(lr=0.01, steps=3)
+    options = {"linear_solver": ig.CG(maxiter=1), "monitor": monitor, "on_failure": "ignore"}
+    phi = ig.implicit(solver, ig.argmin(loss), **options)(theta)
+    sum(p.sum() for p in phi.values()).backward()
+    assert f"it first shows at {name}:" in monitor.last.check
+
+
 def test_when_products_are_checked():
     calls = []
 
@@ -193,7 +236,7 @@ def test_when_products_are_checked():
     assert counts["once"][0] == 1 + 2  # two gradients
     _, report = hypergradient(Detached.apply, check="never")
     assert (report.curvature, report.check) == ("hessian", None)
-    with pytest.raises(ig.InvalidArgumentError, match='check=True: expected "once", "always"'):
+    with pytest.raises(ig.InvalidArgumentError, match=r'check=True.: expected "once", "always"'):
         ig.implicit(lambda theta: theta, ig.argmin(problem(cube)), check=True)
 
 
@@ -398,7 +441,7 @@ class OnceMarked(torch.autograd.Function):
 def test_the_check_option_of_imaml():
     _, report = meta_gradient(Detached.apply, check="never")
     assert report.curvature == "hessian"
-    with pytest.raises(ig.InvalidArgumentError, match="imaml: check='often': expected"):
+    with pytest.raises(ig.InvalidArgumentError, match=r"imaml\(check=.often.\): expected"):
         meta_gradient(cube, check="often")
 
 

@@ -453,7 +453,7 @@ def test_options_go_by_name(solver):
         (lambda: ig.MINRES(atol=-1.0), r"MINRES\(atol=-1.0\)"),
         (lambda: ig.MINRES(damping=-1.0), r"MINRES\(damping=-1.0\): expected a finite"),
         (lambda: ig.CG(damping=math.nan), r"CG\(damping=nan\)"),
-        (lambda: ig.CG(on_negative_curvature="ggn"), r'"stop" or "raise" or "minres" or "gauss'),
+        (lambda: ig.CG(on_negative_curvature="ggn"), r'"stop", "raise", "minres" or "gauss'),
         (lambda: ig.CG(preconditioner=ig.Jacobi), r"CG\(preconditioner=<class .*Jacobi\(\)"),
         (lambda: ig.CG(preconditioner=3), r"CG\(preconditioner=3\): expected None, Jacobi\(\)"),
         (lambda: ig.CG(warm_start=True), r"CG\(warm_start=True\): expected None or a WarmStart"),
@@ -467,7 +467,7 @@ def test_options_go_by_name(solver):
         (lambda: ig.Reuse(ig.Jacobi), r"Reuse\(<class .*expected Cholesky\(\), Nystrom\(rank="),
         (lambda: ig.Reuse(lambda r: r), r"Reuse\(<function"),
         (lambda: ig.Reuse(ig.Jacobi(), solves=0), r"Reuse\(solves=0\): expected an integer of at"),
-        (lambda: ig.Exact(max_size=0), r"Exact\(max_size=0\): expected at least 1"),
+        (lambda: ig.Exact(max_size=0), r"Exact\(max_size=0\): expected an integer of at least 1"),
     ],
 )
 def test_options_are_checked(make, message):

@@ -1,6 +1,6 @@
 """Small networks as imaml's learners, and the outer problem of most tests."""
 
-import learn2learn as l2l
+import pytest
 import torch
 from problems import minimize, normal, wavy
 from torch import nn
@@ -19,10 +19,17 @@ EXACT = {"linear_solver": ig.Exact(), "on_failure": "raise"}
 
 
 def wrapped(model, lam=2.0, lr=0.2, **options):
-    """The model as an imaml; MAML's options and imaml's together."""
+    """The model as an imaml; MAML's options, which are attributes, and imaml's together."""
     names = ("first_order", "allow_unused", "allow_nograd")
     theirs = {k: options.pop(k) for k in names if k in options}
-    return ig.imaml(l2l.algorithms.MAML(model, lr=lr, **theirs), lam=lam, **options)
+    maml = ig.imaml(model, lam, lr=lr, **options)
+    vars(maml).update(theirs)
+    return maml
+
+
+def learn2learn():
+    """learn2learn, for tests that compare with it or need its networks; they wait for it else."""
+    return pytest.importorskip("learn2learn", reason="learn2learn is not installed")
 
 
 def network(inputs=3, hidden=4, outputs=2):

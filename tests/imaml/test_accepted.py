@@ -142,7 +142,7 @@ def test_anything_else_is_named_in_adapt(make):
     maml.lr = make(0.1)
     learner = maml.clone()
     for loss in (loss_of(learner), lambda: loss_of(learner)):
-        with pytest.raises(ig.InvalidArgumentError, match="adapt: MAML's lr must be a number"):
+        with pytest.raises(ig.InvalidArgumentError, match="adapt: lr must be a number"):
             learner.adapt(loss)
 
 

@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 import implicit_grad as ig
 
-l2l = pytest.importorskip("learn2learn")
-
 
 class Model(nn.Module):
     """Layers behind a checkpoint, or not."""
@@ -54,7 +52,7 @@ def test_checkpoints_change_nothing(style, layer, reentrant):
     def run(reentrant: bool | None) -> tuple[list[Tensor], list[Tensor]]:
         model = Model(layer, reentrant)
         torch.manual_seed(2)  # the masks of dropout
-        maml = ig.imaml(l2l.algorithms.MAML(model, lr=0.05), lam=5.0, on_failure="ignore")
+        maml = ig.imaml(model, lr=0.05, lam=5.0, on_failure="ignore")
         learner = maml.clone()
         if style == "function":
             learner.adapt(lambda: cross_entropy(learner(x), y), steps=2)
@@ -123,7 +121,7 @@ def test_features_under_autocast(style):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             z, zq = body(x), body(xq)
             if style == "closure":
-                learner = ig.imaml(l2l.algorithms.MAML(head, lr=0.1), lam=2.0).clone()
+                learner = ig.imaml(head, lr=0.1, lam=2.0).clone()
                 learner.adapt(lambda: cross_entropy(learner(z), y), steps=5)
                 outer = cross_entropy(learner(zq), y)
             else:
@@ -145,7 +143,7 @@ def test_features_under_autocast(style):
 def test_the_call_after_the_last_step_is_named(error):
     torch.manual_seed(0)
     batches = [torch.randn(4, 3) for _ in range(3)]
-    learner = ig.imaml(l2l.algorithms.MAML(nn.Linear(3, 1), lr=0.1)).clone()
+    learner = ig.imaml(nn.Linear(3, 1), lr=0.1).clone()
     before = [p.detach().clone() for p in learner.parameters()]
     step = iter(batches).__next__ if error is StopIteration else batches.pop
     with pytest.raises(ig.InvalidArgumentError, match=r"once more .* steps \+ 1"):
@@ -168,9 +166,7 @@ def test_a_solver_of_ones_own_leaves_no_gradient_in_what_the_loss_captured():
         return tuple(w)
 
     model = nn.Linear(3, 1)
-    maml = ig.imaml(
-        l2l.algorithms.MAML(model, lr=0.1), lam=2.0, solver=descend, on_failure="ignore"
-    )
+    maml = ig.imaml(model, lr=0.1, lam=2.0, solver=descend, on_failure="ignore")
     learner = maml.clone()
     learner.adapt(lambda: mse_loss(learner(x * scale), y))
     assert scale.grad is None and all(p.grad is None for p in model.parameters())
@@ -187,7 +183,7 @@ def test_a_model_compiled_in_place():
         model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
         if compiled:
             model.compile(backend="eager")
-        learner = ig.imaml(l2l.algorithms.MAML(model, lr=0.1)).clone()
+        learner = ig.imaml(model, lr=0.1).clone()
         learner.adapt(lambda: mse_loss(learner(x), y), steps=2)
         found = grad(mse_loss(learner(x), y), list(model.parameters()))
         assert (model._compiled_call_impl is not None) == compiled
@@ -201,7 +197,7 @@ def test_attention_past_the_learner_is_told_how_to_be_reached():
     torch.manual_seed(0)
     x, y = torch.randn(6, 5, 8), torch.randint(0, 3, (6,))
     model = Model(lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), None)
-    learner = ig.imaml(l2l.algorithms.MAML(model.float(), lr=0.1), lam=20.0).clone()
+    learner = ig.imaml(model.float(), lr=0.1, lam=20.0).clone()
     learner.adapt(cross_entropy(learner.module(x), y))
     with pytest.raises(ig.GraphError, match=r"call the learner, learner\(x\)"):
         cross_entropy(learner(x), y).backward()

@@ -266,6 +266,23 @@ class Calls(RuleBasedStateMachine):
         old = torch.zeros(SIZE) if self.gradient is None else self.gradient
         self.gradient = old + gradient
 
+    @rule(pick=picks, seed=seeds, steps=st.integers(2, 4))
+    @precondition(lambda self: self.live)
+    def outer_losses_at_each_step(self, pick: int, seed: int, steps: int) -> None:
+        """MAML++: what their gradients need is kept for as long as they are there."""
+        learner, task = self.live[pick % len(self.live)], Task(seed)
+        outer, gradient = torch.zeros(()), torch.zeros(SIZE)
+        for weight in range(1, steps + 1):
+            learner.real.adapt(task.of(learner.real), first_order=False)
+            learner.adapted(task, "tensor", 1, False)
+            outer = outer + weight * task.of(learner.real)
+            slope = task.slope(learner.ideal.weights, learner.real.training)
+            gradient = gradient + weight * learner.ideal.jacobian.T @ slope
+        if not learner.cut_off:
+            outer.backward(retain_graph=True)
+            old = torch.zeros(SIZE) if self.gradient is None else self.gradient
+            self.gradient = old + gradient
+
     @rule()
     def zero_grad(self) -> None:
         self.maml.zero_grad()

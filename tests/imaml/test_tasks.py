@@ -7,9 +7,9 @@ import math
 import warnings
 import weakref
 
-import learn2learn as l2l
 import pytest
 import torch
+from learners import learn2learn
 from problems import Tied, count_tensors, no_garbage_collector, normal
 from torch import nn
 from torch.func import vmap
@@ -30,8 +30,9 @@ def wrapped(model, lam=2.0, lr=0.1, **options):
     """The model as an imaml; MAML's options and imaml's together."""
     names = ("first_order", "allow_unused", "allow_nograd")
     theirs = {k: options.pop(k) for k in names if k in options}
-    options = {"on_failure": "ignore", **options}
-    return ig.imaml(l2l.algorithms.MAML(model, lr=lr, **theirs), lam=lam, **options)
+    maml = ig.imaml(model, lam, lr=lr, **{"on_failure": "ignore", **options})
+    vars(maml).update(theirs)
+    return maml
 
 
 def network(inputs=3, hidden=4, outputs=2):
@@ -328,9 +329,9 @@ def test_containers_of_inputs_and_outputs(style, curvature):
 
 
 MODELS = {
-    "MiniImagenetCNN": (lambda: l2l.vision.models.MiniImagenetCNN(3, hidden_size=4), (3, 84, 84)),
-    "OmniglotCNN": (lambda: l2l.vision.models.OmniglotCNN(3, hidden_size=4), (28, 28)),
-    "OmniglotFC": (lambda: l2l.vision.models.OmniglotFC(49, 3, sizes=[8, 6]), (1, 7, 7)),
+    "MiniImagenetCNN": (lambda m: m.MiniImagenetCNN(3, hidden_size=4), (3, 84, 84)),
+    "OmniglotCNN": (lambda m: m.OmniglotCNN(3, hidden_size=4), (28, 28)),
+    "OmniglotFC": (lambda m: m.OmniglotFC(49, 3, sizes=[8, 6]), (1, 7, 7)),
 }
 
 
@@ -341,6 +342,7 @@ MODELS = {
 def test_learn2learns_networks(dtype, name, style, curvature, double_precision):
     torch.set_default_dtype(dtype)
     make, shape = MODELS[name]
+    model = make(learn2learn().vision.models)
     labels = torch.arange(3).expand(TASKS, 3)
     batches = tuple((torch.rand(TASKS, 3, *shape), labels) for _ in range(2))
 
@@ -348,7 +350,7 @@ def test_learn2learns_networks(dtype, name, style, curvature, double_precision):
         each = cross_entropy if learner.tasks is None else vmap(cross_entropy)
         return each(learner(batch[0]), batch[1])
 
-    maml = wrapped(make(), 1.0, 0.05, curvature=curvature, linear_solver=CG(maxiter=2))
+    maml = wrapped(model, 1.0, 0.05, curvature=curvature, linear_solver=CG(maxiter=2))
     # in float32 rounding may choose between almost equal maxima of a pool: a kink in the loss
     compare(maml, style, 2, loss, batches, 1e-9 if dtype == F64 else 0.2)
 

@@ -389,12 +389,12 @@ def test_a_gradient_without_known_cause_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reference": "numeric"}, "expected one of finite-difference, unrolled, exact"),
+        ({"reference": "numeric"}, 'expected "finite-difference", "unrolled" or "exact"'),
         ({"reference": "unrolled"}, 'reference="unrolled" goes with unrolled='),
         ({"unrolled": ridge}, 'reference="unrolled" goes with unrolled='),
         ({"reference": "exact"}, "pass condition="),
-        ({"rtol": 0.0}, "rtol=0.0: expected between 0 and 1"),
-        ({"directions": 0}, "directions=0: expected at least 1"),
+        ({"rtol": 0.0}, r"rtol=0.0\): expected a number between 0 and 1"),
+        ({"directions": 0}, r"directions=0\): expected an integer of at least 1"),
         ({"outer": lambda w: w}, "outer must return a scalar tensor, got a float64 tensor"),
     ],
 )

@@ -1,0 +1,59 @@
+"""A module's copy that computes with tensors of its own, as learn2learn's learners do."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def cloned(module: nn.Module) -> nn.Module:
+    """A copy of a module, with copies of its parameters that pass their gradients on to them.
+
+    What is one in the module is one in the copy: a submodule under two names, a tensor in two
+    places. Buffers stay the module's, so that it collects BatchNorm's statistics, unless they
+    require grad. Attributes and hooks are shared, too. (`copy.deepcopy` would cut the graph, and
+    fail on whatever has one; `functional_call` leaves fast weights in a submodule that has two
+    names.)
+    """
+    return _copy_of(module, {}, {})
+
+
+def _copy_of(
+    module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Tensor]
+) -> nn.Module:
+    """The one copy of a module; `modules` and `tensors` are those that are copied already."""
+    if id(module) in modules:
+        return modules[id(module)]
+    modules[id(module)] = copy = object.__new__(type(module))
+    own = vars(copy)
+    own.update(vars(module))
+    for kind in ("_parameters", "_buffers", "_modules"):
+        own[kind] = own[kind].copy()
+    for held in (copy._parameters, copy._buffers):
+        for name, tensor in held.items():
+            if tensor is not None and (held is copy._parameters or tensor.requires_grad):
+                if id(tensor) not in tensors:
+                    tensors[id(tensor)] = tensor.clone()
+                held[name] = tensors[id(tensor)]  # type: ignore[assignment]
+    for name, part in module._modules.items():
+        if part is not None:
+            copy._modules[name] = _copy_of(part, modules, tensors)
+    _complete(copy)
+    return copy
+
+
+def _complete(copy: nn.Module) -> None:
+    """Let nothing that a copy holds besides its tensors compute with those of the original.
+
+    What is compiled has no second derivative anyway.
+    """
+    vars(copy).pop("_compiled_call_impl", None)  # of module.compile()
+    compiled = copy._modules.get("_orig_mod")
+    if compiled is not None and "forward" in vars(copy):  # what torch.compile(module) returns
+        vars(copy)["forward"] = compiled.__call__
+    if isinstance(copy, nn.RNNBase):
+        refresh_recurrent(copy)
+
+
+def refresh_recurrent(layer: nn.RNNBase) -> None:
+    """Make the second list that a recurrent layer keeps of its weights that of its present ones."""
+    layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]
