@@ -192,8 +192,8 @@ def test_a_certificate_judges_the_solver_that_was_chosen(double_precision, linea
     assert certificate.error == pytest.approx(error, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("linear_solver", [ig.CG(maxiter=0), ig.CG(maxiter=2), ig.CG(damping=0.5)])
-def test_second_derivatives_of_an_approximate_solve_are_refused(double_precision, linear_solver):
+@pytest.mark.parametrize("linear_solver", [ig.CG(maxiter=0), ig.CG(damping=0.5)])
+def test_second_derivatives_of_another_solve_are_refused(double_precision, linear_solver):
     solve, theta, _ = ridge_at(0.0, linear_solver=linear_solver)
     slope = torch.autograd.grad(solve(theta).square().sum(), theta, create_graph=True)[0]
     with pytest.raises(ig.GraphError, match="truncated or damped"):

@@ -206,6 +206,13 @@ class LinearSolver(abc.ABC):
         """The solver for the backward pass of one call; asked for when that call runs forward."""
         return self
 
+    def to_tolerance(self) -> LinearSolver:
+        """What solves for a solution that is differentiated: this solver, without a fixed budget.
+
+        The derivative of A⁻¹v is not that of what a number of iterations leave of it.
+        """
+        return self
+
     def solve(self, operator: Operator, rhs: Tensor, verify: bool = True) -> LinearSolution:
         """Solve operator · x = rhs.
 

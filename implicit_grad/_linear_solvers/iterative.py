@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ LOST = 100
 RESTART_GAIN = 0.5
 # A recomputed residual may exceed the tolerance by this factor.
 SLACK = 2
+
+
+S = TypeVar("S", bound="Iterative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,18 @@ class Iterative(LinearSolver):
         require_fraction(self, "rtol")
         require_nonnegative(self, "atol")
 
+    def to_tolerance(self: S) -> S:
+        """The default tolerance in place of a number of iterations (0 is none: first order)."""
+        if not (self.is_truncation and self.maxiter):
+            return self
+        return dataclasses.replace(self, maxiter=None)
+
+    @property
+    def is_truncation(self) -> bool:
+        """Whether it is for a fixed number of iterations, and no tolerance was asked for."""
+        asked = self.rtol is not None or self.atol != 0.0
+        return self.truncates and self.maxiter is not None and not asked
+
     def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
         """These rules for a right-hand side that was divided by `unit`."""
         relative = self.relative_budget(operator, rhs, rhs.numel())
@@ -62,8 +77,7 @@ class Iterative(LinearSolver):
     def relative_budget(self, operator: Operator, rhs: Tensor, unknowns: int) -> Budget:
         """The rules but for `atol`, for a right-hand side of norm 1."""
         eps = operator.precision(rhs)
-        fixed = self.truncates and self.maxiter is not None and self.rtol is None
-        fixed = fixed and self.atol == 0.0
+        fixed = self.is_truncation
         rtol = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
         maxiter = min(10 * unknowns, self.most_iterations) if self.maxiter is None else self.maxiter
         return Budget(eps if fixed else rtol, maxiter, fixed)

@@ -68,18 +68,20 @@ def solve_adjoint(
     verify: bool,
     accuracy: Accuracy = Accuracy(),
 ) -> Solved:
-    """Solve Aᵀu = v.
+    """Solve Aᵀu = v; to a tolerance where u is differentiated, or v is itself a derivative.
 
     Raises:
         GraphError: v is itself a derivative, and u would not be linear in it.
     """
+    if around.is_differentiated or around.is_adjoint:
+        solver = solver.to_tolerance()
     with torch.no_grad():
         solved = _solve(solver, around, around.augment(v), verify, accuracy, transposed=True)
         truncated = {Status.TRUNCATED, Status.FIRST_ORDER} & {s.status for s in solved.solutions}
         if around.is_adjoint and (truncated or solved.damping):
             raise GraphError(
                 "second derivatives of a truncated or damped solve would not be those of its first "
-                "derivatives: solve to a tolerance, CG(rtol=...), without damping"
+                "derivatives: solve to a tolerance, such as CG() without damping"
             )
         return dataclasses.replace(solved, x=around.recover(solved.x, v))
 

@@ -46,14 +46,18 @@ class Problem:
     linearize: Callable[[Tensors, Tensors], Linearization]
     solve_adjoint: Callable[[Linearization, Tensors], Tensors]
     snapshot: Callable[[], tuple[Linearization, Tensors]] | None = None
+    is_differentiated = False  # whether derivatives of its gradients were asked for
 
     def recorded(self, phi: Tensors, inputs: Tensors) -> tuple[Linearization, Tensors]:
         """F around φ on tensors of its own, cut off from the graph that φ and a came from."""
         with torch.enable_grad():
             if self.snapshot is not None:
-                return self.snapshot()
-            phi, inputs = variables(phi), variables(inputs)
-            return self.linearize(phi, inputs), inputs
+                around, inputs = self.snapshot()
+            else:
+                phi, inputs = variables(phi), variables(inputs)
+                around = self.linearize(phi, inputs)
+        around.is_differentiated = self.is_differentiated
+        return around, inputs
 
     def adjoint(self, size: int) -> Problem:
         """The problem whose solution is u: Aᵀu − v = 0, with arguments (φ, a, v)."""
@@ -110,6 +114,7 @@ class ImplicitFunction(torch.autograd.Function):
         )
         with own_precision(x.device for x in (*phi, *a)):
             if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+                problem.is_differentiated = True
                 phi, a = connected(phi), connected(a)
                 u = ImplicitFunction.apply(problem.adjoint(ctx.size), *phi, *a, *v)
                 around = problem.linearize(phi, a)

@@ -71,6 +71,7 @@ class Linearization:
     is_hessian = False  # A is the second derivative of an objective, or stands for it
     precision: float | None = None  # relative, of the products; None: that of the tensors
     finding: Finding | None = None
+    is_differentiated = False  # solutions of its linear systems will be, or are derivatives
 
     def __init__(
         self,

@@ -222,7 +222,7 @@ def test_features_outside_get_the_cross_derivative_under_the_same_lam():
 
 @pytest.mark.usefixtures("double_precision")
 def test_steps_of_no_length_leave_everything_as_it_is():
-    maml, support = wrapped(network(), None, 0.0), data()
+    maml, support = ig.imaml(l2l.algorithms.MAML(network(), lr=0.0)), data()
     learner = maml.clone()
     adapt(learner, lambda it: error(it, support), "tensor", steps=2)
     same(weights_of(learner), maml.parameters())
