@@ -18,6 +18,7 @@ from implicit_grad._errors import (
 )
 from implicit_grad._implicit import implicit
 from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.exact import Exact
 from implicit_grad._linear_solvers.gmres import GMRES
 from implicit_grad._linear_solvers.minres import MINRES
@@ -36,6 +37,7 @@ __all__ = [
     "MINRES",
     "Certificate",
     "Cholesky",
+    "EarlyStopped",
     "Exact",
     "GraphError",
     "ImplicitGradError",

@@ -181,6 +181,11 @@ def implicit(
             f"implicit: {type(linear_solver).__name__} needs a positive definite system, but "
             "multipliers of constraints make it indefinite: use MINRES() or Exact()"
         )
+    if linear_solver.keeps_start and not condition.is_minimum:
+        raise InvalidArgumentError(
+            f"implicit: EarlyStopped is for argmin and proximal, whose phi gradient steps find; "
+            f"with {type(condition).__name__} use GMRES() or MINRES()"
+        )
     _check_curvature(curvature, condition, linear_solver)
     if not is_integer(polish, 0):
         raise InvalidArgumentError(

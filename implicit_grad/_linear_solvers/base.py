@@ -144,6 +144,8 @@ class LinearSolution:
         error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
             was a bound, or an estimate for want of μ.
         norm: an estimate of ‖M‖₂ where the curvature is not known.
+        filter_error: where x is another function of M times rhs than M⁻¹rhs (`EarlyStopped`), an
+            estimate of its relative error as that; None for solutions.
         rounding: `Operator.rounding`, where the residual was recomputed.
     """
 
@@ -159,6 +161,7 @@ class LinearSolution:
     error_is_bound: bool | None = None
     norm: float | None = None
     rounding: float | None = None
+    filter_error: float | None = None
 
     def of_negated(self) -> LinearSolution:
         """The solution of M x = rhs, found as that of (−M) x = −rhs."""
@@ -189,6 +192,7 @@ class LinearSolver(abc.ABC):
         tells_error: whether it can stop by `Operator.rtol_error`.
         takes_tasks: whether it has `solve_tasks`, with its present options.
         needs_convex: whether it may ask for `Operator.convex`.
+        keeps_start: whether it is for φ that still depend on where their training started.
         takes_both_products: whether it needs products with Mᵀ as well as with M.
         damping: what it adds to M's diagonal.
     """
@@ -199,6 +203,7 @@ class LinearSolver(abc.ABC):
     when_indefinite: ClassVar[str] = ""  # what it does with negative curvature, in a sentence
     takes_tasks: bool = False
     needs_convex: bool = False
+    keeps_start: ClassVar[bool] = False
     takes_both_products: ClassVar[bool] = False
     damping: float = 0.0
 

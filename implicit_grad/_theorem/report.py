@@ -55,6 +55,8 @@ class Report:
             a minimum under constraints) or "jacobian".
         substitute: what CG solved instead, once it had met negative curvature and was told to:
             "minres" or "gauss_newton"; None if nothing.
+        filter_error: with `EarlyStopped`, an estimate of u's relative error: by how much the last
+            products changed it. None for solutions of the linear system.
         damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
         check: what the check of products found (see `implicit`), None if nothing: why they are
             differences of gradients, or why the status is WRONG_PRODUCT.
@@ -75,6 +77,7 @@ class Report:
     substitute: str | None
     damping: float
     check: str | None = None
+    filter_error: float | None = None
 
 
 class Monitor:
@@ -188,7 +191,8 @@ class Reporting:
         size_of_A = solution.norm
         if size_of_A is None and least is not None and greatest is not None:
             size_of_A = max(abs(least), abs(greatest))
-        if status.ok and self.inner_solved and size_of_A is not None and not around.is_adjoint:
+        promised = self.inner_solved and solution.filter_error is None
+        if status.ok and promised and size_of_A is not None and not around.is_adjoint:
             # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
             if not inner <= INNER_TOLERANCE * size_of_A * max(size, SMALL):
                 status = Status.INNER_NOT_STATIONARY
@@ -209,6 +213,7 @@ class Reporting:
             substitute=solution.substitute,
             damping=solved.damping,
             check=None if around.finding is None else around.finding.sentence,
+            filter_error=solution.filter_error,
         )
 
     def _mu(self, around: Linearization) -> float | None:

@@ -112,7 +112,13 @@ class Evaluation:
 
     def problem(self) -> Problem:
         """The problem whose F is recorded where the solver's φ is."""
-        return Problem(self.solve_and_record, self.linearize, self.solve_adjoint, self.recorded)
+        return Problem(
+            self.solve_and_record,
+            self.linearize,
+            self.solve_adjoint,
+            self.recorded,
+            self.linear_solver.keeps_start,
+        )
 
     def solve(self, inputs: Tensors) -> Tensors:
         """Run the solver on tensors of its own with gradients on, as any training loop expects."""

@@ -126,7 +126,8 @@ class Step:
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
-        problem = Problem(self._values, self._linearize, self._solve, self._recorded)
+        keeps_start = self.method.linear_solver.keeps_start
+        problem = Problem(self._values, self._linearize, self._solve, self._recorded, keeps_start)
         attached: Tensors = ImplicitFunction.apply(problem, *self.inputs, *self.captured)
         return attached
 
