@@ -45,6 +45,7 @@ class Operator:
             indefinite (Gauss-Newton, S included); None where there is none.
         mu: μ > 0 with M ⪰ μS, where it is known.
         rtol_error: x is good enough when ‖x − M⁻¹rhs‖ ≤ rtol_error·‖x‖, ‖x‖² = xᵀSx.
+        is_hessian: whether M is an objective's second derivative, or stands for it.
         either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
             as well as positive definite.
     """
@@ -56,6 +57,7 @@ class Operator:
     convex: Callable[[Tensor], Tensor] | None = None
     mu: float | None = None
     rtol_error: float | None = None
+    is_hessian: bool = False
     either_sign: bool = False
 
     def precision(self, like: Tensor) -> float:

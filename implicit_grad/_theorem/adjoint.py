@@ -149,6 +149,7 @@ class _System:
             convex=self._convex(),
             mu=accuracy.mu,
             rtol_error=accuracy.rtol_error,
+            is_hessian=self._around.is_hessian,
             either_sign=self._around.said_symmetric,
         )
 

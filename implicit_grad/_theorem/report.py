@@ -56,7 +56,8 @@ class Report:
         substitute: what CG solved instead, once it had met negative curvature and was told to:
             "minres" or "gauss_newton"; None if nothing.
         filter_error: with `EarlyStopped`, an estimate of u's relative error: by how much the last
-            products changed it. None for solutions of the linear system.
+            products changed it (0 for the steps of a `Neumann` series whose scale was given). None
+            for solutions of the linear system.
         damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
         check: what the check of products found (see `implicit`), None if nothing: why they are
             differences of gradients, or why the status is WRONG_PRODUCT.

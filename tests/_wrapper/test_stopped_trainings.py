@@ -244,3 +244,43 @@ def test_where_it_does_not_belong():
     solve = ig.implicit(lambda a: a, ig.argmin(bent), linear_solver=stopped)
     with pytest.raises(ig.InvalidArgumentError, match=r"EarlyStopped .* CG\(\)"):
         ig.certify(solve, (torch.ones(2, requires_grad=True),), torch.sum)
+
+
+def half_trained(steps, lr):
+    """Steps down the saddle from a start beside it: both ends of the path are far from settled."""
+
+    def solver(a):
+        phi = torch.tensor([0.3, 0.4], dtype=F64)
+        for _ in range(steps):
+            phi = phi - lr * (torch.tensor([1.0, -0.5], dtype=F64) * phi + a)
+        return phi
+
+    return solver
+
+
+def test_a_neumann_series_with_the_steps_length_is_the_derivative_of_the_steps():
+    """Its terms grow along negative curvature as the steps do: that is no trouble."""
+    solver, monitor = half_trained(9, 0.2), ig.Monitor()
+
+    def quadratic(phi, a):
+        return (phi[0] ** 2 - phi[1] ** 2 / 2) / 2 + phi @ a
+
+    solve = ig.implicit(
+        solver,
+        ig.argmin(quadratic),
+        linear_solver=ig.Neumann(terms=9, scale=0.2),
+        monitor=monitor,
+    )
+    a = normal(2, seed=4)
+    close(
+        gradients(lambda a: solve(a).pow(3).sum(), a),
+        gradients(lambda a: solver(a).pow(3).sum(), a),
+    )
+    assert monitor.last.status == ig.Status.TRUNCATED
+    long = ig.implicit(
+        solver,
+        ig.argmin(lambda phi, a: phi.square().sum() / 2 + phi @ a),
+        linear_solver=ig.Neumann(terms=30, scale=2.5),
+    )
+    with pytest.warns(ig.ImplicitGradWarning, match="a scale too large"):
+        gradients(lambda a: long(a).sum(), a)
