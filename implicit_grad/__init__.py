@@ -28,6 +28,7 @@ from implicit_grad._linear_solvers.preconditioners import Cholesky, Jacobi, Nyst
 from implicit_grad._linear_solvers.warm_start import WarmStart
 from implicit_grad.learn2learn.maml import imaml
 from implicit_grad.monitor import Monitor, Report
+from implicit_grad.solvers.training_time import training_time
 
 __version__ = "0.1.0"
 
@@ -66,4 +67,5 @@ __all__ = [
     "root",
     "solvers",
     "testing",
+    "training_time",
 ]

@@ -247,7 +247,8 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
     if handed:
         condition = _with_bounds_of(solver, setup.condition)
         _check_curvature(setup.curvature, condition, setup.linear_solver)
-        setup = dataclasses.replace(setup, condition=condition)
+        training = solver.training if isinstance(solver, Descent) else None
+        setup = dataclasses.replace(setup, condition=condition, training=training)
         solver = _to_accuracy(solver, setup.reporting.rtol_gradient)
     return ImplicitSolver(solver, setup, init)
 

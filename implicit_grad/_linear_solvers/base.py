@@ -27,6 +27,8 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 T = TypeVar("T", float, Tensor)
+# A function of a symmetric matrix, by its values at eigenvalues.
+Filter = Callable[[Tensor], Tensor]
 # More terms than these do not make a sum less precise: see `Operator.rounding`.
 _LONG_SUM = 16
 
@@ -46,6 +48,8 @@ class Operator:
         mu: μ > 0 with M ⪰ μS, where it is known.
         rtol_error: x is good enough when ‖x − M⁻¹rhs‖ ≤ rtol_error·‖x‖, ‖x‖² = xᵀSx.
         is_hessian: whether M is an objective's second derivative, or stands for it.
+        training: makes the filter g of a training that was stopped, g(M) rhs for M⁻¹rhs, where it
+            is known how φ was trained; None, or one that makes None, where it is not.
         either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
             as well as positive definite.
     """
@@ -58,6 +62,7 @@ class Operator:
     mu: float | None = None
     rtol_error: float | None = None
     is_hessian: bool = False
+    training: Callable[[], Filter | None] | None = None
     either_sign: bool = False
 
     def precision(self, like: Tensor) -> float:

@@ -13,16 +13,12 @@ that an exact run would have found. A single system is a batch of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from implicit_grad._errors import Status
-from implicit_grad._linear_solvers.base import LinearSolution, Operator, dots
-
-# f: the eigenvalues of a task's T, ascending, and its values there.
-Filter = Callable[[Tensor], Tensor]
+from implicit_grad._linear_solvers.base import Filter, LinearSolution, Operator, dots
 
 # The result has to change little this many times in a row: it may pause, and then go on.
 _PATIENCE = 2

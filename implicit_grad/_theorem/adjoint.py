@@ -150,6 +150,7 @@ class _System:
             mu=accuracy.mu,
             rtol_error=accuracy.rtol_error,
             is_hessian=self._around.is_hessian,
+            training=self._around.training,
             either_sign=self._around.said_symmetric,
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import GraphError, Status
+from implicit_grad._linear_solvers.base import Filter
 from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.products import vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
@@ -64,6 +65,7 @@ class Linearization:
         convex: makes the same problem with an operator that is never indefinite, where it can.
         is_adjoint: whether F is itself the residual of an adjoint problem.
         finding: what a check of its products found, if they are wrong or were replaced.
+        training: see `Operator`.
         degenerate: why φ has no derivative here, if it lies at a kink.
         said_symmetric: whether A is symmetric by the user's word: F is not an objective's gradient,
             so that A may be negative definite as well as positive definite.
@@ -74,6 +76,7 @@ class Linearization:
     is_hessian = False  # A is the second derivative of an objective, or stands for it
     precision: float | None = None  # relative, of the products; None: that of the tensors
     finding: Finding | None = None
+    training: Callable[[], Filter | None] | None = None
 
     def __init__(
         self,

@@ -19,7 +19,8 @@ from implicit_grad._errors import (
     InvalidSolutionError,
     describe,
 )
-from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.base import Filter, LinearSolver
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.implicit_function import Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
@@ -79,6 +80,7 @@ class Setup:
     polish: int = 0
     checks: Checks = dataclasses.field(default_factory=Checks)
     has_aux: bool = False
+    training: Callable[[Tensors], EarlyStopped | None] | None = None  # of a minimiser of ours
 
 
 class Evaluation:
@@ -202,8 +204,14 @@ class Evaluation:
         assert self._record is not None
         snapshot, a = self._record
         around = snapshot.linearize(curvature or self.curvature)
-        around.finding = self._finding
+        around.finding, around.training = self._finding, self._filter
         return around, (*a, *self.captured)
+
+    def _filter(self) -> Filter | None:
+        """That of the training which ended at φ, if it is known."""
+        known = self.setup.training
+        training = None if known is None else known(self._at_phi)
+        return None if training is None else training.weigh
 
     @property
     def curvature(self) -> Curvature:

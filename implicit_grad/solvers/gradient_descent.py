@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._options import require_positive
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Stepwise, Watch
@@ -37,6 +38,9 @@ class GradientDescent(Stepwise):
     def elementwise(self) -> bool:
         """Whether it descends a batch of problems just as each of them alone."""
         return self.tol is None and self.rtol is None
+
+    def training(self, phi: Tensors) -> EarlyStopped | None:
+        return EarlyStopped(steps=self.steps, lr=self.lr) if self.counts_steps else None
 
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         phi = start
