@@ -147,7 +147,8 @@ class LinearSolution:
             recomputing it.
         gap: the same norm of the difference between r and the residual that was carried along.
         substitute: what was solved instead because M has negative curvature: "minres" for the
-            same system by MINRES, "gauss_newton" for C x = rhs (then `residual` is that of C).
+            same system by MINRES, "gauss_newton" for C x = rhs (then `residual` is that of C),
+            "early_stopped" for g(|M|) rhs.
         error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
             was a bound, or an estimate for want of μ.
         norm: an estimate of ‖M‖₂ where the curvature is not known.
@@ -164,7 +165,7 @@ class LinearSolution:
     coefficients: tuple[tuple[float, float, float], ...] = ()
     residual_norm: float | None = None
     gap: float | None = None
-    substitute: Literal["minres", "gauss_newton"] | None = None
+    substitute: Literal["minres", "gauss_newton", "early_stopped"] | None = None
     error_is_bound: bool | None = None
     norm: float | None = None
     rounding: float | None = None

@@ -19,6 +19,10 @@ from implicit_grad._options import (
     require_positive,
 )
 
+# Of a training that nothing is known of: its time, in units of 1 over the greatest curvature.
+UNKNOWN_TIME = 200.0
+_PRODUCTS = 20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStopped(LinearSolver):
@@ -64,7 +68,7 @@ class EarlyStopped(LinearSolver):
     lr: float | None = None
     momentum: float = 0.0
     nesterov: bool = False
-    maxiter: int = 20
+    maxiter: int = _PRODUCTS
     rtol: float | None = None
 
     symmetric_only: ClassVar[bool] = True
@@ -96,8 +100,7 @@ class EarlyStopped(LinearSolver):
         require_fraction(self, "rtol")
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        rows = dataclasses.replace(operator, matvec=lambda x: operator.matvec(x[0])[None])
-        (found,) = self._filtered(rows, rhs[None])
+        (found,) = self._filtered(of_one(operator), rhs[None])
         return found
 
     def solve_tasks(
@@ -133,6 +136,32 @@ class EarlyStopped(LinearSolver):
         step[:, 0, 2] = step[:, 1, 0] = step[:, 2, 2] = 1.0
         s: Tensor = torch.linalg.matrix_power(step, self.steps)[:, 0, 2]
         return torch.where(x < longest, self.lr * s, 1 / sizes)
+
+
+def instead_of_minimum(operator: Operator, rhs: Tensor, most: int | None) -> list[LinearSolution]:
+    """g(|M|) rhs for each row of rhs, where M is not definite, by the g that is known best.
+
+    That of φ's own training; else that of a time of 200 over the greatest curvature met, which is
+    1/h for curvatures h above 1 % of that one. At most 20 products, or `most`.
+    """
+    known = None if operator.training is None else operator.training()
+    target = operator.precision(rhs) ** (2 / 3)
+    products = _PRODUCTS if most is None else min(_PRODUCTS, most)
+    found = apply_filter(
+        operator, rhs, known or _unknown_training, products, target, Status.TRUNCATED
+    )
+    return [dataclasses.replace(solution, substitute="early_stopped") for solution in found]
+
+
+def of_one(operator: Operator) -> Operator:
+    """The operator for a batch of one."""
+    return dataclasses.replace(operator, matvec=lambda x: operator.matvec(x[0])[None])
+
+
+def _unknown_training(curvatures: Tensor) -> Tensor:
+    sizes = curvatures.abs()
+    greatest = float(sizes.max())
+    return exponential(UNKNOWN_TIME / greatest, sizes) if greatest else torch.ones_like(sizes)
 
 
 def exponential(time: float, sizes: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class _Tridiagonal:
         self._weigh, self._target = weigh, target
         self._diagonal: list[float] = []
         self._beside: list[float] = []
-        self._changes = [math.inf] * _PATIENCE
+        self._changes = [1.0] * _PATIENCE
         self.y = torch.zeros(0, dtype=torch.float64)
         self.ritz = self.y
         self.status, self.going = exhausted, True

@@ -53,8 +53,8 @@ class Report:
             if the inner problem were solved exactly.
         curvature: the operator: "hessian", "gauss_newton", "finite_difference", "lagrangian" (of
             a minimum under constraints) or "jacobian".
-        substitute: what CG solved instead, once it had met negative curvature and was told to:
-            "minres" or "gauss_newton"; None if nothing.
+        substitute: what CG solved instead, once it had met negative curvature: "minres" or
+            "gauss_newton" where it was told to, "early_stopped" with `argmin`; None if nothing.
         filter_error: with `EarlyStopped`, an estimate of u's relative error: by how much the last
             products changed it (0 for the steps of a `Neumann` series whose scale was given). None
             for solutions of the linear system.
@@ -249,6 +249,13 @@ _FLAT = (
     "sees (non-positive curvature at phi): phi is not unique along it. Regularise the inner "
     "problem, or use MINRES(), which gives the derivative of least norm"
 )
+_STOPPED = (
+    "CG gave the derivative of a training that was stopped, {}: if gradient steps trained phi, "
+    "linear_solver=EarlyStopped(time=...) or (steps=, lr=) is right, and says nothing of this "
+    "(see training_time)"
+)
+_OWN_TIME = "the minimiser's own number of steps"
+_UNKNOWN_TIME = "with a time of 200 over the greatest curvature, for want of the training's own"
 
 
 def _sentence(
@@ -261,7 +268,12 @@ def _sentence(
     if status is Status.NEGATIVE_CURVATURE and solution.curvature is not None:
         least, greatest = solution.curvature
         if least >= -_ZERO * Flat(around.phi).eps * greatest:
-            return _FLAT
+            sentence = _FLAT
+    if solution.substitute == "early_stopped":
+        known = around.training is not None and around.training() is not None
+        return f"{sentence}. {_STOPPED.format(_OWN_TIME if known else _UNKNOWN_TIME)}"
+    if sentence is _FLAT:
+        return sentence
     if status is Status.NEGATIVE_CURVATURE and solved.solver.when_indefinite:
         return f"{sentence}. {solved.solver.when_indefinite}"
     coarse = any(p.dtype != torch.float64 for p in around.phi)
