@@ -18,6 +18,7 @@ from implicit_grad._errors import (
 )
 from implicit_grad._implicit import implicit
 from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.exact import Exact
 from implicit_grad._linear_solvers.gmres import GMRES
 from implicit_grad._linear_solvers.minres import MINRES
@@ -27,6 +28,7 @@ from implicit_grad._linear_solvers.preconditioners import Cholesky, Jacobi, Nyst
 from implicit_grad._linear_solvers.warm_start import WarmStart
 from implicit_grad.learn2learn.maml import imaml
 from implicit_grad.monitor import Monitor, Report
+from implicit_grad.solvers.training_time import training_time
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "MINRES",
     "Certificate",
     "Cholesky",
+    "EarlyStopped",
     "Exact",
     "GraphError",
     "ImplicitGradError",
@@ -64,4 +67,5 @@ __all__ = [
     "root",
     "solvers",
     "testing",
+    "training_time",
 ]

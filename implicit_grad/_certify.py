@@ -170,6 +170,11 @@ def _check(solve: object, args: object, outer_loss: object) -> None:
         raise InvalidArgumentError(
             f"certify: solve must be what implicit() returned, got {describe(solve)}"
         )
+    if solve.setup.linear_solver.keeps_start:
+        raise InvalidArgumentError(
+            "certify: a gradient is judged by that of the exact inner solution, which is not what "
+            "EarlyStopped is for: certify one by CG()"
+        )
     if not isinstance(args, (tuple, list)):
         raise InvalidArgumentError(
             f"certify: args must be a tuple of the solver's arguments, got {describe(args)}"

@@ -181,6 +181,11 @@ def implicit(
             f"implicit: {type(linear_solver).__name__} needs a positive definite system, but "
             "multipliers of constraints make it indefinite: use MINRES() or Exact()"
         )
+    if linear_solver.keeps_start and not condition.is_minimum:
+        raise InvalidArgumentError(
+            f"implicit: EarlyStopped is for argmin and proximal, whose phi gradient steps find; "
+            f"with {type(condition).__name__} use GMRES() or MINRES()"
+        )
     _check_curvature(curvature, condition, linear_solver)
     check_value("implicit", "polish", polish, is_integer(polish, 0), "a number of Newton steps")
     check_value("implicit", "has_aux", has_aux, isinstance(has_aux, bool), "True or False")
@@ -254,7 +259,8 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
     if handed:
         condition = _with_bounds_of(solver, setup.condition)
         _check_curvature(setup.curvature, condition, setup.linear_solver)
-        setup = dataclasses.replace(setup, condition=condition)
+        training = solver.training if isinstance(solver, Descent) else None
+        setup = dataclasses.replace(setup, condition=condition, training=training)
         solver = _to_accuracy(solver, setup.reporting.rtol_gradient)
     return ImplicitSolver(solver, setup, init)
 

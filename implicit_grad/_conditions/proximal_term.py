@@ -81,7 +81,10 @@ class ProximalTerm(NamedTuple):
             id(t) for t in leaves_behind(slope)
         }
         scales = tuple(scale[i] for i in range(len(slope)))
-        return Stationarity(residual, tuple(linear_part), scales, {} if entangled else anchors)
+        start = {slot: t for slot, _, t in places}
+        starts = tuple(start[i] for i in range(len(slope)))
+        anchors = {} if entangled else anchors
+        return Stationarity(residual, tuple(linear_part), scales, anchors, starts)
 
     def coordinates(self, away: Sequence[Tensor]) -> Tensor:
         """Uᵀ(φ − θ)."""

@@ -106,6 +106,7 @@ class AutoCurvature(Linearization):
             parts.linear_part,
             parts.scale,
             anchors=parts.anchors,
+            starts=parts.starts,
             tasks=objective.tasks,
             convex=parts.convex,
             guard=objective.guard,

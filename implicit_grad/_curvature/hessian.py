@@ -42,6 +42,7 @@ class Hessian(Linearization):
             F.linear_part,
             F.scale,
             anchors=F.anchors,
+            starts=F.starts,
             tasks=objective.tasks,
             convex=self._convex(objective),
             guard=objective.guard,

@@ -27,6 +27,8 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 T = TypeVar("T", float, Tensor)
+# A function of a symmetric matrix, by its values at eigenvalues.
+Filter = Callable[[Tensor], Tensor]
 # More terms than these do not make a sum less precise: see `Operator.rounding`.
 _LONG_SUM = 16
 
@@ -45,6 +47,9 @@ class Operator:
             indefinite (Gauss-Newton, S included); None where there is none.
         mu: μ > 0 with M ⪰ μS, where it is known.
         rtol_error: x is good enough when ‖x − M⁻¹rhs‖ ≤ rtol_error·‖x‖, ‖x‖² = xᵀSx.
+        is_hessian: whether M is an objective's second derivative, or stands for it.
+        training: makes the filter g of a training that was stopped, g(M) rhs for M⁻¹rhs, where it
+            is known how φ was trained; None, or one that makes None, where it is not.
         either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
             as well as positive definite.
     """
@@ -56,6 +61,8 @@ class Operator:
     convex: Callable[[Tensor], Tensor] | None = None
     mu: float | None = None
     rtol_error: float | None = None
+    is_hessian: bool = False
+    training: Callable[[], Filter | None] | None = None
     either_sign: bool = False
 
     def precision(self, like: Tensor) -> float:
@@ -140,10 +147,13 @@ class LinearSolution:
             recomputing it.
         gap: the same norm of the difference between r and the residual that was carried along.
         substitute: what was solved instead because M has negative curvature: "minres" for the
-            same system by MINRES, "gauss_newton" for C x = rhs (then `residual` is that of C).
+            same system by MINRES, "gauss_newton" for C x = rhs (then `residual` is that of C),
+            "early_stopped" for g(|M|) rhs.
         error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
             was a bound, or an estimate for want of μ.
         norm: an estimate of ‖M‖₂ where the curvature is not known.
+        filter_error: where x is another function of M times rhs than M⁻¹rhs (`EarlyStopped`), an
+            estimate of its relative error as that; None for solutions.
         rounding: `Operator.rounding`, where the residual was recomputed.
     """
 
@@ -155,10 +165,11 @@ class LinearSolution:
     coefficients: tuple[tuple[float, float, float], ...] = ()
     residual_norm: float | None = None
     gap: float | None = None
-    substitute: Literal["minres", "gauss_newton"] | None = None
+    substitute: Literal["minres", "gauss_newton", "early_stopped"] | None = None
     error_is_bound: bool | None = None
     norm: float | None = None
     rounding: float | None = None
+    filter_error: float | None = None
 
     def of_negated(self) -> LinearSolution:
         """The solution of M x = rhs, found as that of (−M) x = −rhs."""
@@ -189,6 +200,7 @@ class LinearSolver(abc.ABC):
         tells_error: whether it can stop by `Operator.rtol_error`.
         takes_tasks: whether it has `solve_tasks`, with its present options.
         needs_convex: whether it may ask for `Operator.convex`.
+        keeps_start: whether it is for φ that still depend on where their training started.
         takes_both_products: whether it needs products with Mᵀ as well as with M.
         damping: what it adds to M's diagonal.
     """
@@ -199,6 +211,7 @@ class LinearSolver(abc.ABC):
     when_indefinite: ClassVar[str] = ""  # what it does with negative curvature, in a sentence
     takes_tasks: bool = False
     needs_convex: bool = False
+    keeps_start: ClassVar[bool] = False
     takes_both_products: ClassVar[bool] = False
     damping: float = 0.0
 

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, LinearSolveError, Status
-from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, dot, norm
+from implicit_grad._linear_solvers.base import (
+    LinearSolution,
+    LinearSolver,
+    Operator,
+    dot,
+    norm,
+    relative_residual,
+)
 from implicit_grad._linear_solvers.cg_batched import first_order, solve_tasks
+from implicit_grad._linear_solvers.early_stopped import UNKNOWN_TIME, instead_of_minimum, of_one
 from implicit_grad._linear_solvers.error_bounds import ErrorWatch
 from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, SLACK, Budget, Iterative, Run
 from implicit_grad._linear_solvers.minres import MINRES
@@ -162,11 +170,17 @@ class ConjugateGradients(Run):
         return near
 
     def _stop_at_negative_curvature(self) -> None:
-        """Keep x, a descent direction, but no longer than the first-order solution."""
+        """Keep x, a descent direction, but no longer than the first-order solution.
+
+        Where M has no unit, that is what a training of unknown length would not exceed.
+        """
         signed = self.operator.either_sign  # then no minimum was promised
         self.status = Status.INDEFINITE if signed else Status.NEGATIVE_CURVATURE
         self._at_least_first_order()
         size, limit = self.operator.scaled_norm(self.x), self.operator.residual_norm(self.rhs)
+        if self.operator.scale is None:
+            greatest = max(map(abs, self._curvature))
+            limit = UNKNOWN_TIME * limit / greatest if greatest else size
         if size > limit:
             self.x.mul_(limit / size)
 
@@ -196,8 +210,7 @@ class CG(Iterative):
             4e-11 in float64, 2e-5 in float32.
         atol: or when the residual is at most `atol`, in the units of the right-hand side.
         damping: solve (A + damping·I) u = v instead. It changes the answer; off by default.
-        on_negative_curvature: at the first direction p with pᵀAp ≤ 0, "stop" at the current
-            iterate (on the very first direction: v over A's scale, first-order MAML), "raise",
+        on_negative_curvature: at the first direction p with pᵀAp ≤ 0, "stop" (see below), "raise",
             solve the same system by "minres", or one with the "gauss_newton" matrix in A's place
             (the condition has to know its `model`). The last two start again, with as many
             iterations to spend.
@@ -209,9 +222,12 @@ class CG(Iterative):
             The results then depend on the calls before.
 
     A solve that stops before convergence is not linear in v: the gradient of a sum of losses is
-    then not exactly the sum of their gradients. Until such a direction is met every iterate x has
-    vᵀx > 0; where all curvature is positive the safeguard changes no bit. After a stop, ‖x‖ is
-    limited to that of the first-order solution.
+    then not exactly the sum of their gradients. Where all curvature is positive the safeguard
+    changes no bit. Where it is not, φ is not a strict minimum. With `proximal`, x is then the last
+    iterate, no longer than the first-order solution v/λ, and that one (first-order MAML) on the
+    very first direction. With `argmin` there is no such unit, and `EarlyStopped` takes over, with
+    the training of φ where a minimiser of ours tells of it, and else with a time of 200 over the
+    greatest curvature, for 20 products at most (`maxiter`, if that is less). Either way vᵀx > 0.
 
     >>> CG(maxiter=5).on_negative_curvature
     'stop'
@@ -284,6 +300,22 @@ class CG(Iterative):
             slot.put(solution.x * unit)
         return solution
 
+    def _stopped(self, solution: LinearSolution, operator: Operator, rhs: Tensor) -> LinearSolution:
+        """The last iterate, or, for want of a unit, what a training that was stopped makes of v."""
+        if operator.scale is not None or operator.either_sign:
+            return solution
+        (found,) = instead_of_minimum(of_one(operator), rhs[None], self.maxiter)
+        met = (*(solution.curvature or ()), *(found.curvature or ()))
+        told = solution.residual is not None and found.status.ok
+        return dataclasses.replace(
+            found,
+            status=solution.status if found.status.ok else found.status,
+            iterations=solution.iterations + found.iterations,
+            residual=relative_residual(operator, found.x, rhs) if told else None,
+            curvature=(min(met), max(met)),
+            coefficients=solution.coefficients,
+        )
+
     @property
     def needs_convex(self) -> bool:  # type: ignore[override]
         """Whether Gauss-Newton products may take over."""
@@ -338,7 +370,7 @@ class CG(Iterative):
         if policy == "raise":
             raise _refusal(solution)
         if policy == "stop":
-            return solution
+            return self._stopped(solution, operator, rhs)
         again: LinearSolver
         if policy == "minres":
             again = MINRES(maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)

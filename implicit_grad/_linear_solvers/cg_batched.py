@@ -21,6 +21,7 @@ from implicit_grad._linear_solvers.base import (
     drift,
     largest_exponent,
 )
+from implicit_grad._linear_solvers.early_stopped import instead_of_minimum
 from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, RESTART_GAIN, SLACK, Iterative
 
 # Where a number can be read from the device only by waiting for it, iterations taken between two
@@ -94,6 +95,7 @@ class _Run:
         self.residual_norm = self.gap = torch.full_like(ones, math.nan)
         self.rounding: float | None = None
         self.steps: list[_Iteration] = []
+        self.stopped: dict[int, LinearSolution] = {}  # of tasks that have no strict minimum
 
     def _end(self, tasks: Tensor, status: Status) -> Tensor:
         """Give the tasks their status; returns the others."""
@@ -167,12 +169,31 @@ class _Run:
     def _limit(self, started: Tensor) -> None:
         """After negative curvature, keep x no longer than the first-order solution."""
         stopped = started & (self.status == Status.NEGATIVE_CURVATURE)
+        if self.operator.scale is None:
+            return self._instead_of_minimum(stopped)
         if not stopped.is_cuda and not bool(stopped.any()):
             return
         first = self.operator.over_scale(self.rhs)
         self.x = torch.where((stopped & (self.iterations == 1))[:, None], first, self.x)
         size, most = self._scaled_norm(self.x), self._residual_norm(self.rhs)
         self.x.mul_(_column(torch.where(stopped & (size > most), most / size, 1.0), self.x))
+
+    def _instead_of_minimum(self, tasks: Tensor) -> None:
+        """For want of a unit, take what trainings that were stopped make of these tasks' rhs."""
+        if not bool(tasks.any()):
+            return
+        rows = self.rhs.masked_fill(~tasks[:, None], 0.0)
+        found = instead_of_minimum(self.operator, rows, self.budget.maxiter)
+        for task, solution in enumerate(found):
+            if solution.status is Status.ZERO_RHS:
+                continue
+            self.x[task], self.stopped[task] = solution.x, solution
+            self.iterations[task] += solution.iterations
+            if not solution.status.ok:
+                self.status[task] = solution.status
+            for curvature in solution.curvature or ():
+                self.least[task].clamp_(max=curvature)
+                self.greatest[task].clamp_(min=curvature)
 
     def refine(self) -> Tensor:
         """Hold the carried residuals to their word, and restart tasks where they have drifted.
@@ -240,6 +261,9 @@ class _Run:
                 continue
             steps = [[row[task] for row in step] for step in history]
             relative, size, gap = (None,) * 3 if residual is None else sizes
+            stopped = self.stopped.get(task)
+            if stopped is not None:  # x solves nothing
+                size = gap = None
             found.append(
                 LinearSolution(
                     x[task],
@@ -252,7 +276,9 @@ class _Run:
                     else tuple((a, b, rz * unit * unit) for a, b, rz, taken in steps if taken),
                     residual_norm=None if size is None else size * unit,
                     gap=None if gap is None else gap * unit,
-                    rounding=self.rounding,
+                    rounding=None if stopped else self.rounding,
+                    substitute=stopped.substitute if stopped else None,
+                    filter_error=stopped.filter_error if stopped else None,
                 )
             )
         return x, found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import Status
-from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, norm
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, dot, norm
 from implicit_grad._options import is_number, require, require_count
 
 # Products taken to estimate the largest eigenvalue.
@@ -23,7 +23,8 @@ class Neumann(LinearSolver):
 
     x = s·Σ_{k < terms} (I − s·M)ᵏ rhs, for s = `scale`. The sum is what `terms` steps of gradient
     descent find, and the gradient of that many unrolled steps of length s. It converges if every
-    eigenvalue of s·M lies within 1 of 1.
+    eigenvalue of s·M lies within 1 of 1. With a Hessian and a given `scale`, those steps are what
+    is asked for: they need not converge (see also `EarlyStopped`), but may not be too long.
 
     Args:
         terms: how many; each takes one product, the last one to tell the residual.
@@ -55,20 +56,25 @@ class Neumann(LinearSolver):
                 return LinearSolution(torch.zeros_like(rhs), Status.SINGULAR, products, 1.0)
             scale = 1 / largest
         x, term, before = torch.zeros_like(rhs), rhs.clone(), math.inf
-        after = size
+        after, turns = size, False
         for _ in range(self.terms):
             x.add_(term, alpha=scale)
-            term.sub_(operator.matvec(term), alpha=scale)  # the residual of x, but for rounding
+            product = operator.matvec(term)
             products += 1
-            before, after = after, norm(term)
+            before, turns = after, scale * dot(term, product) > after**2
+            term.sub_(product, alpha=scale)  # the residual of x, but for rounding
+            after = norm(term)
             if not eps * size < after < size / eps:
                 break
         if not math.isfinite(after):
             nan = torch.full_like(rhs, math.nan)
             return LinearSolution(nan, Status.NONFINITE_OPERATOR, products)
         residual = norm(rhs - operator.matvec(x)) / size
+        steps = operator.is_hessian and self.scale is not None and not (turns and after >= before)
         if residual <= eps ** (2 / 3):
             status = Status.CONVERGED
+        elif steps:  # where terms grow, it is along negative curvature, as the steps' derivative
+            return LinearSolution(x, Status.TRUNCATED, products, residual, filter_error=0.0)
         elif after >= before or residual >= 1:
             status = Status.DIVERGED
         else:

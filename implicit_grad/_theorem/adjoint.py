@@ -56,7 +56,8 @@ def judged(solution: LinearSolution, around: Linearization) -> Status:
         return Status.WRONG_PRODUCT  # and what else was seen may come of that
     if not solution.status.ok:
         return solution.status
-    if around.is_hessian and not solution.substitute and least < 0:
+    filtered = solution.filter_error is not None  # then φ need not be a minimum
+    if around.is_hessian and not (solution.substitute or filtered) and least < 0:
         return Status.NEGATIVE_CURVATURE  # whatever the system's solution is, φ is no minimum
     return around.degenerate or solution.status
 
@@ -78,6 +79,11 @@ def solve_adjoint(
     with torch.no_grad():
         solved = _solve(solver, around, around.augment(v), verify, accuracy, transposed=True)
         truncated = {Status.TRUNCATED, Status.FIRST_ORDER} & {s.status for s in solved.solutions}
+        if around.is_adjoint and solver.keeps_start:
+            raise GraphError(
+                "second derivatives through EarlyStopped are not available: use CG(rtol=...) and "
+                "train until the inner problem is solved"
+            )
         if around.is_adjoint and (truncated or solved.damping):
             raise GraphError(
                 "second derivatives of a truncated or damped solve would not be those of its first "
@@ -145,6 +151,8 @@ class _System:
             convex=self._convex(),
             mu=accuracy.mu,
             rtol_error=accuracy.rtol_error,
+            is_hessian=self._around.is_hessian,
+            training=self._around.training,
             either_sign=self._around.said_symmetric,
         )
 

@@ -12,6 +12,12 @@ linear system and takes one product,
 How φ was found does not enter. And u is itself the solution of a problem, Aᵀu − v = 0, with
 arguments (φ, a, v): so where a gradient of the gradient is asked for, backward calls
 `ImplicitFunction` again, on that adjoint problem, and derivatives of every order follow.
+
+One exception is made on request: φ that were trained by steps φ⁺ = φ − lr F and stopped before
+F = 0. Then a function g(A) takes the place of A⁻¹ (see `EarlyStopped`), and the start φ₀(a) counts:
+
+    dφ = −g(A) ∂F/∂a · da + (I − A g(A)) dφ₀,    so with u = g(A)ᵀv,
+    d(outer loss)/da = −(∂F/∂a)ᵀ u + (∂φ₀/∂a)ᵀ (v − Aᵀu).
 """
 
 from __future__ import annotations
@@ -40,12 +46,14 @@ class Problem:
         solve_adjoint: (F around φ, v) ↦ u with Aᵀu = v.
         snapshot: () ↦ (F around φ, the tensors that stand for a in it), as recorded when φ was
             found; None lets backward linearise anew.
+        keeps_start: whether φ still depends on where its training started.
     """
 
     solve: Callable[[Tensors], Tensors]
     linearize: Callable[[Tensors, Tensors], Linearization]
     solve_adjoint: Callable[[Linearization, Tensors], Tensors]
     snapshot: Callable[[], tuple[Linearization, Tensors]] | None = None
+    keeps_start: bool = False
     is_differentiated = False  # whether derivatives of its gradients were asked for
 
     def recorded(self, phi: Tensors, inputs: Tensors) -> tuple[Linearization, Tensors]:
@@ -122,8 +130,12 @@ class ImplicitFunction(torch.autograd.Function):
                 around, a = problem.recorded(phi, a)
                 u = problem.solve_adjoint(around, v)
             targets = [x for x, wants in zip(a, wanted, strict=True) if wants]
-            grads = iter(around.pullback(tuple(-x for x in u), targets))
-        return None, *(next(grads) if wants else None for wants in wanted)
+            grads = around.pullback(tuple(-x for x in u), targets)
+            if problem.keeps_start and around.starts:
+                left = tuple(map(torch.sub, v, around.transposed(u)))
+                grads = tuple(map(torch.add, grads, around.at_start(left, targets)))
+        found = iter(grads)
+        return None, *(next(found) if wants else None for wants in wanted)
 
 
 def _batched_backward(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import GraphError, Status
+from implicit_grad._linear_solvers.base import Filter
 from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.products import vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
@@ -26,6 +27,7 @@ class Stationarity(NamedTuple):
     linear_part: Tensors = ()
     scale: Tensors | None = None
     anchors: Mapping[int, tuple[int, Tensor]] = MappingProxyType({})
+    starts: Tensors = ()
 
 
 class Finding(NamedTuple):
@@ -57,10 +59,13 @@ class Linearization:
             themselves, and take it for the natural unit of A.
         anchors: for tensors θ that enter F as −λθ only, id(θ) ↦ (the place in φ of what θ holds
             back, λ). Products with ∂F/∂θ then need no graph.
+        starts: for each tensor of φ, the one (of θ) that its training starts from; () if that is
+            not known.
         tasks: how many tasks there are along φ's first dimension; None if φ is one solution.
         convex: makes the same problem with an operator that is never indefinite, where it can.
         is_adjoint: whether F is itself the residual of an adjoint problem.
         finding: what a check of its products found, if they are wrong or were replaced.
+        training: see `Operator`.
         degenerate: why φ has no derivative here, if it lies at a kink.
         said_symmetric: whether A is symmetric by the user's word: F is not an objective's gradient,
             so that A may be negative definite as well as positive definite.
@@ -72,6 +77,7 @@ class Linearization:
     precision: float | None = None  # relative, of the products; None: that of the tensors
     finding: Finding | None = None
     is_differentiated = False  # solutions of its linear systems will be, or are derivatives
+    training: Callable[[], Filter | None] | None = None
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class Linearization:
         scale: Tensors | None = None,
         *,
         anchors: Mapping[int, tuple[int, Tensor]] = MappingProxyType({}),
+        starts: Tensors = (),
         tasks: int | None = None,
         convex: Callable[[], Linearization] | None = None,
         is_adjoint: bool = False,
@@ -93,7 +100,7 @@ class Linearization:
         self.phi = phi
         self.smooth = self.residual if smooth is None else smooth
         self.linear_part, self.scale, self.anchors = linear_part, scale, anchors
-        self.tasks, self.convex = tasks, convex
+        self.starts, self.tasks, self.convex = starts, tasks, convex
         self.is_adjoint, self.degenerate = is_adjoint, degenerate
         self.said_symmetric = said_symmetric
         self._guard = guard
@@ -162,6 +169,17 @@ class Linearization:
             return tuple((-lam * u[i]).to(x.dtype) for x, i, lam in places)
         with self._guard(), without_hooks(inputs):
             return vjp(self.residual, inputs, u)
+
+    def at_start(self, rest: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        """(∂φ₀/∂inputs)ᵀ rest, for the φ₀ from which training starts."""
+        from_here = [
+            [r.to(x.dtype) for r, start in zip(rest, self.starts, strict=False) if start is x]
+            for x in inputs
+        ]
+        return tuple(
+            sum(parts[1:], parts[0]) if parts else torch.zeros_like(x)
+            for parts, x in zip(from_here, inputs, strict=True)
+        )
 
     def _and_linear_part(self, product: Tensors, u: Tensors) -> Tensors:
         """The product plus that with the linear part, which is symmetric."""

@@ -35,11 +35,13 @@ class Reattached(Linearization):
         scale = recorded.scale
         if scale is not None:
             scale = attached(scale, self._stand_ins, self._tensors)
+        own = {id(s): t for s, t in zip(self._stand_ins, self._tensors, strict=True)}
         super().__init__(
             recorded.make_residual,
             phi,
             (),
             scale=scale,
+            starts=tuple(own.get(id(s), s) for s in recorded.starts),
             tasks=recorded.tasks,
             said_symmetric=recorded.said_symmetric,
         )

@@ -53,8 +53,11 @@ class Report:
             if the inner problem were solved exactly.
         curvature: the operator: "hessian", "gauss_newton", "finite_difference", "lagrangian" (of
             a minimum under constraints) or "jacobian".
-        substitute: what CG solved instead, once it had met negative curvature and was told to:
-            "minres" or "gauss_newton"; None if nothing.
+        substitute: what CG solved instead, once it had met negative curvature: "minres" or
+            "gauss_newton" where it was told to, "early_stopped" with `argmin`; None if nothing.
+        filter_error: with `EarlyStopped`, an estimate of u's relative error: by how much the last
+            products changed it (0 for the steps of a `Neumann` series whose scale was given). None
+            for solutions of the linear system.
         damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
         check: what the check of products found (see `implicit`), None if nothing: why they are
             differences of gradients, or why the status is WRONG_PRODUCT.
@@ -75,6 +78,7 @@ class Report:
     substitute: str | None
     damping: float
     check: str | None = None
+    filter_error: float | None = None
 
 
 class Monitor:
@@ -188,7 +192,8 @@ class Reporting:
         size_of_A = solution.norm
         if size_of_A is None and least is not None and greatest is not None:
             size_of_A = max(abs(least), abs(greatest))
-        if status.ok and self.inner_solved and size_of_A is not None and not around.is_adjoint:
+        promised = self.inner_solved and solution.filter_error is None
+        if status.ok and promised and size_of_A is not None and not around.is_adjoint:
             # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
             if not inner <= INNER_TOLERANCE * size_of_A * max(size, SMALL):
                 status = Status.INNER_NOT_STATIONARY
@@ -209,6 +214,7 @@ class Reporting:
             substitute=solution.substitute,
             damping=solved.damping,
             check=None if around.finding is None else around.finding.sentence,
+            filter_error=solution.filter_error,
         )
 
     def _mu(self, around: Linearization) -> float | None:
@@ -243,6 +249,13 @@ _FLAT = (
     "sees (non-positive curvature at phi): phi is not unique along it. Regularise the inner "
     "problem, or use MINRES(), which gives the derivative of least norm"
 )
+_STOPPED = (
+    "CG gave the derivative of a training that was stopped, {}: if gradient steps trained phi, "
+    "linear_solver=EarlyStopped(time=...) or (steps=, lr=) is right, and says nothing of this "
+    "(see training_time)"
+)
+_OWN_TIME = "the minimiser's own number of steps"
+_UNKNOWN_TIME = "with a time of 200 over the greatest curvature, for want of the training's own"
 
 
 def _sentence(
@@ -255,7 +268,12 @@ def _sentence(
     if status is Status.NEGATIVE_CURVATURE and solution.curvature is not None:
         least, greatest = solution.curvature
         if least >= -_ZERO * Flat(around.phi).eps * greatest:
-            return _FLAT
+            sentence = _FLAT
+    if solution.substitute == "early_stopped":
+        known = around.training is not None and around.training() is not None
+        return f"{sentence}. {_STOPPED.format(_OWN_TIME if known else _UNKNOWN_TIME)}"
+    if sentence is _FLAT:
+        return sentence
     if status is Status.NEGATIVE_CURVATURE and solved.solver.when_indefinite:
         return f"{sentence}. {solved.solver.when_indefinite}"
     coarse = any(p.dtype != torch.float64 for p in around.phi)

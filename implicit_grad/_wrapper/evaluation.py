@@ -18,7 +18,8 @@ from implicit_grad._errors import (
     InvalidSolutionError,
     describe,
 )
-from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.base import Filter, LinearSolver
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.implicit_function import Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
@@ -74,6 +75,7 @@ class Setup(Method):
     condition: Condition
     polish: int = 0
     has_aux: bool = False
+    training: Callable[[Tensors], EarlyStopped | None] | None = None  # of a minimiser of ours
 
 
 class Evaluation(Recorded):
@@ -107,7 +109,13 @@ class Evaluation(Recorded):
 
     def problem(self) -> Problem:
         """The problem whose F is recorded where the solver's φ is."""
-        return Problem(self.solve_and_record, self.linearize, self.solve_adjoint, self.recorded)
+        return Problem(
+            self.solve_and_record,
+            self.linearize,
+            self.solve_adjoint,
+            self.recorded,
+            self.method.linear_solver.keeps_start,
+        )
 
     def solve(self, inputs: Tensors) -> Tensors:
         """Run the solver on tensors of its own with gradients on, as any training loop expects."""
@@ -189,7 +197,15 @@ class Evaluation(Recorded):
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
         assert self._record is not None
         snapshot, a = self._record
-        return snapshot.linearize(curvature), (*a, *self.captured)
+        around = snapshot.linearize(curvature)
+        around.training = self._filter
+        return around, (*a, *self.captured)
+
+    def _filter(self) -> Filter | None:
+        """That of the training which ended at φ, if it is known."""
+        known = self.method.training
+        training = None if known is None else known(self._at_phi)
+        return None if training is None else training.weigh
 
     def _refusal(self) -> str | None:
         if not self.condition.differentiable_twice:

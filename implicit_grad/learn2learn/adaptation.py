@@ -125,7 +125,10 @@ class Step(Recorded):
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
-        problem = Problem(self._values, self.linearize, self.solve_adjoint, self.recorded)
+        keeps_start = self.method.linear_solver.keeps_start
+        problem = Problem(
+            self._values, self.linearize, self.solve_adjoint, self.recorded, keeps_start
+        )
         attached: Tensors = ImplicitFunction.apply(problem, *self.inputs, *self.captured)
         return attached
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._options import require_count, require_fraction, require_tolerance
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.pytree import Tensors, length, norm
@@ -133,6 +134,10 @@ class Descent(abc.ABC):
                 warnings.warn(missed, ImplicitGradWarning, stacklevel=2)
             return found
 
+    def training(self, phi: Tensors) -> EarlyStopped | None:
+        """What a run to φ was, if that is known: so many steps, and no tolerance to end them."""
+        return None
+
     @abc.abstractmethod
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         """The last iterate; `start` may be overwritten."""
@@ -153,6 +158,11 @@ class Stepwise(Descent):
             raise InvalidArgumentError(
                 f"{type(self).__name__}: give steps, tol or both (rtol stands for tol as well)"
             )
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether a number of steps is all that ends a run."""
+        return self.steps is not None and not self.has_tolerance
 
     @property
     def most_steps(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._options import require_positive
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Stepwise, Watch
@@ -41,8 +42,10 @@ class GradientDescent(Stepwise):
     @property
     def time(self) -> float | None:
         """The sum of the steps' lengths, where it is known beforehand."""
-        counted = self.steps is not None and not self.has_tolerance
-        return self.lr * self.most_steps if counted else None
+        return self.lr * self.most_steps if self.counts_steps else None
+
+    def training(self, phi: Tensors) -> EarlyStopped | None:
+        return EarlyStopped(steps=self.steps, lr=self.lr) if self.counts_steps else None
 
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         phi = start

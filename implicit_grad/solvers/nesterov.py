@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from implicit_grad._errors import InvalidArgumentError
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._options import is_number, require, require_positive
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Stepwise, Watch
@@ -57,6 +58,12 @@ class Nesterov(Stepwise):
         """Whether it descends a batch of problems just as each of them alone."""
         restarts = self.kappa is None and self.momentum is None
         return self.tol is None and self.rtol is None and not restarts
+
+    def training(self, phi: Tensors) -> EarlyStopped | None:
+        beta = self._constant_momentum()
+        if beta is None or not self.counts_steps:
+            return None
+        return EarlyStopped(steps=self.steps, lr=self.lr, momentum=beta, nesterov=True)
 
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         x = y = start

@@ -32,11 +32,12 @@ class NewtonCG(Descent):
     """φ ← φ + t d with ∇²objective · d ≈ −∇objective, d by a few steps of conjugate gradients.
 
     The Hessian is used in products only (Martens, 2010, Deep learning via Hessian-free
-    optimization; Rajeswaran et al., 2019, use it for inner problems). CG stops at the first
-    direction of negative curvature, and d is a descent direction all the same: the negative
-    gradient if it was the very first. The length t starts at 1 and is halved until the objective
-    falls enough, so the objective never rises by more than its own rounding error; where no length
-    will do, the run ends. `lr` is not needed, and the objective must not be random.
+    optimization; Rajeswaran et al., 2019, use it for inner problems). Where CG meets negative
+    curvature, d is what its size makes of it, and so a descent direction all the same (Dauphin et
+    al., 2014, Identifying and attacking the saddle point problem). The length t starts at 1 and is
+    halved until the objective falls enough, so the objective never rises by more than its own
+    rounding error; where no length will do, the run ends. `lr` is not needed, and the objective
+    must not be random.
 
     Args:
         maxiter: the most Newton steps.

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._options import require_callable
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.solvers._descent import Stepwise, Watch
+from implicit_grad.solvers.training_time import training_time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,20 @@ class TorchOptim(Stepwise):
         require_callable(self, "factory", "a function of a list of tensors")
         if self.scheduler is not None:
             require_callable(self, "scheduler", "None or a function of an optimizer")
+
+    def training(self, phi: Tensors) -> EarlyStopped | None:
+        if not self.counts_steps or not self.steps or not phi:
+            return None
+        optimizer = self.factory([p.detach().clone().requires_grad_() for p in phi])
+        try:
+            time = training_time(optimizer, self.scheduler, steps=self.steps)
+        except InvalidArgumentError:  # other optimizers, and groups with times of their own
+            return None
+        group = optimizer.param_groups[0]
+        if self.scheduler is not None or group["nesterov"] or group["dampening"]:
+            return EarlyStopped(time=time) if time else None
+        lr, momentum = float(group["lr"]), float(group["momentum"])
+        return EarlyStopped(steps=self.steps, lr=lr, momentum=momentum) if lr else None
 
     def _descend(self, watch: Watch, start: Tensors) -> Tensors:
         leaves = [t.requires_grad_() for t in start]

@@ -33,8 +33,13 @@ def test_invariants_after_negative_curvature(preconditioner, scale):
         matrix, rhs = indefinite(seed)
         known = operator(matrix, scale=scale)
         solution = ig.CG(preconditioner=preconditioner).solve(known, rhs)
-        assert solution.status == Status.NEGATIVE_CURVATURE and solution.iterations <= 60
+        assert solution.status == Status.NEGATIVE_CURVATURE and solution.iterations <= 80
         assert solution.curvature[0] <= 0 and float(solution.x @ rhs) > 0
+        if scale is None:  # no longer than a training of that time could make it
+            assert solution.substitute == "early_stopped"
+            longest = 200 / 3.1 * rhs.norm() * 1.1
+            assert float(solution.x.norm()) <= longest
+            continue
         first_order = known.over_scale(rhs)
         assert known.scaled_norm(solution.x) <= known.scaled_norm(first_order) * (1 + 1e-12)
         assert solution.substitute is None

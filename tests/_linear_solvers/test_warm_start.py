@@ -120,7 +120,6 @@ def test_after_negative_curvature_a_warm_start_is_forgotten():
         cold, warm = ig.CG().solve(operator(bent), rhs), solver.solve(operator(bent), rhs)
         assert torch.equal(warm.x, cold.x) and warm.status == cold.status
         assert warm.status == Status.NEGATIVE_CURVATURE and float(warm.x @ rhs) > 0
-        assert warm.x.norm() <= rhs.norm() * (1 + 1e-12)
         found += warm.iterations > cold.iterations + 1
     assert found > 40  # the warm runs were under way when they met it
 

@@ -37,9 +37,9 @@ def vanishing_curvature(user: User) -> None:
     solve = quadratic(diagonal(-1, 1), monitor=monitor)
     with pytest.warns(ig.ImplicitGradWarning, match="non-positive curvature at phi"):
         found = pulled(solve, b, v)
-    assert monitor.last.status == Status.NEGATIVE_CURVATURE and monitor.last.min_curvature == 0
-    assert torch.equal(found, v)  # no direction was good: v itself, first-order MAML
-    # one good direction and then a vanishing one: the last iterate that is finite and downhill
+    assert monitor.last.status == Status.NEGATIVE_CURVATURE and monitor.last.min_curvature <= 0
+    near(found, v)  # what a training that has settled makes of curvatures of size 1
+    # one good direction and then a vanishing one
     v = torch.tensor([1.0, 1.0, 4.0])
     with pytest.warns(ig.ImplicitGradWarning, match="non-positive curvature"):
         found = pulled(quadratic(diagonal(-1, 1, 2)), normal(3), v)

@@ -1,0 +1,144 @@
+"""f(M) rhs by Lanczos' process, for symmetric M: a function of the matrix, from its products alone.
+
+k products make an orthonormal basis V of the Krylov space of rhs, in which M is a tridiagonal
+matrix T; f(M) rhs is about ‖rhs‖ V f(T) e₁ (Druskin and Knizhnerman, 1989, Two polynomial methods
+of calculating functions of symmetric matrices; Saad, 1992, Analysis of some Krylov subspace
+approximations to the matrix exponential operator). That is exact for polynomials f of a degree
+below k, and about as good as the best of them for any other f. M need not be definite.
+
+All vectors are kept, and each is made orthogonal to all before it: T's eigenvalues are then those
+that an exact run would have found. A single system is a batch of one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from implicit_grad._errors import Status
+from implicit_grad._linear_solvers.base import Filter, LinearSolution, Operator, dots
+
+# The result has to change little this many times in a row: it may pause, and then go on.
+_PATIENCE = 2
+# A new vector is 0 to working precision if it is this many times eps of what its size could be.
+_ROUNDING = 10
+
+
+def apply_filter(
+    operator: Operator, rhs: Tensor, weigh: Filter, maxiter: int, target: float, exhausted: Status
+) -> list[LinearSolution]:
+    """f(M) rhs for each row of rhs, until its relative change is at most `target`."""
+    runs = [_Tridiagonal(weigh, target, exhausted) for _ in rhs]
+    largest = rhs.abs().amax(1) if rhs.shape[1] else rhs.new_zeros(len(rhs))
+    for run, size in zip(runs, largest.tolist(), strict=True):
+        run.start(size)
+    going = largest.isfinite() & (largest > 0)
+    v = torch.where(going[:, None], rhs / largest[:, None], 0.0)
+    size = dots(v, v).sqrt()
+    v = _over(v, size)
+    basis = v.new_empty(min(maxiter, rhs.shape[1]), *v.shape)
+    for k in range(len(basis)):
+        if not any(run.going for run in runs):
+            break
+        basis[k] = v
+        product = operator.matvec(v)
+        alpha = dots(v, product)
+        v = _orthogonal(product, basis[: k + 1])
+        beta = dots(v, v).sqrt() if k + 1 < rhs.shape[1] else torch.zeros_like(alpha)
+        for run, a, b in zip(runs, alpha.tolist(), beta.tolist(), strict=True):
+            run.extend(a, b, operator.precision(rhs))
+        v = _over(v, beta.where(torch.tensor([run.going for run in runs]).to(beta.device), 0.0))
+    return [
+        run.solution(_combined(run.y, basis[:, task], float(length) * float(most)))
+        for task, (run, length, most) in enumerate(zip(runs, size, largest, strict=True))
+    ]
+
+
+def _orthogonal(product: Tensor, basis: Tensor) -> Tensor:
+    """The product without its parts along the basis; twice is enough (Giraud et al., 2005)."""
+    for _ in range(2):
+        parts = (basis * product).sum(-1, keepdim=True)
+        product = product - (basis * parts).sum(0)
+    return product
+
+
+def _over(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Rows of length 1, and zeros for those that have ended."""
+    ended = sizes == 0
+    scaled = rows / torch.where(ended, 1.0, sizes).to(rows.dtype)[:, None]
+    return scaled.masked_fill(ended[:, None], 0.0)
+
+
+def _combined(y: Tensor, basis: Tensor, length: float) -> Tensor:
+    """‖rhs‖ V y."""
+    return y.to(basis) @ basis[: len(y)] * length
+
+
+class _Tridiagonal:
+    """T of one task, and f(T) e₁, which is the result in terms of the basis."""
+
+    def __init__(self, weigh: Filter, target: float, exhausted: Status) -> None:
+        self._weigh, self._target = weigh, target
+        self._diagonal: list[float] = []
+        self._beside: list[float] = []
+        self._changes = [1.0] * _PATIENCE
+        self.y = torch.zeros(0, dtype=torch.float64)
+        self.ritz = self.y
+        self.status, self.going = exhausted, True
+
+    def start(self, largest: float) -> None:
+        """There is nothing to do for a right-hand side that is 0 or not finite."""
+        if largest == 0.0:
+            self._end(Status.ZERO_RHS)
+        elif not math.isfinite(largest):
+            self._end(Status.NONFINITE_RHS)
+
+    def extend(self, alpha: float, beta: float, eps: float) -> None:
+        """One row more: what the product has of the last vector, and the size of what is new."""
+        if not self.going:
+            return
+        if not math.isfinite(alpha + beta):
+            return self._end(Status.NONFINITE_OPERATOR)
+        self._diagonal.append(alpha)
+        before, self.ritz, self.y = self.y, *self._function()
+        change = self.y.clone()
+        change[: len(before)] -= before
+        size = float(self.y.norm())
+        self._changes = [*self._changes[1:], float(change.norm()) / size if size else 0.0]
+        if self.error <= self._target:
+            return self._end(Status.CONVERGED)
+        if beta <= _ROUNDING * eps * max(float(self.ritz.abs().max()), *self._beside, 0.0):
+            self._changes = [eps] * _PATIENCE  # the basis holds all that M makes of rhs
+            return self._end(Status.CONVERGED)
+        self._beside.append(beta)
+
+    @property
+    def error(self) -> float:
+        """What the last products changed, relative: an estimate of the error that is left."""
+        return max(self._changes)
+
+    def solution(self, x: Tensor) -> LinearSolution:
+        """The result for this task, made of x; NaN if there is none."""
+        if self.status is Status.ZERO_RHS:
+            return LinearSolution(x, self.status, residual=0.0)
+        if self.status in (Status.NONFINITE_RHS, Status.NONFINITE_OPERATOR):
+            return LinearSolution(x.fill_(math.nan), self.status, len(self._diagonal))
+        ritz = self.ritz.tolist()
+        curvature = (ritz[0], ritz[-1]) if ritz else None
+        return LinearSolution(
+            x, self.status, len(ritz), curvature=curvature, filter_error=self.error
+        )
+
+    def _function(self) -> tuple[Tensor, Tensor]:
+        """T's eigenvalues, and f(T) e₁."""
+        matrix = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64))
+        if self._beside:
+            beside = torch.tensor(self._beside, dtype=torch.float64)
+            matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors @ (self._weigh(values) * vectors[0])
+
+    def _end(self, status: Status) -> None:
+        self.status, self.going = status, False
