@@ -120,7 +120,8 @@ class Environment:
 
 ENVIRONMENTS = (
     Environment("3.10", torch="==2.4.*", numpy="==1.26.*"),
-    Environment("3.11", torch="==2.13.*"),
+    # learn2learn's torchvision has no build for every torch on every machine
+    Environment("3.11", torch="==2.13.*", learn2learn=False),
     Environment("3.12", torch="==2.14.*"),
     Environment("3.12", torch="==2.14.*", numpy=">=2", learn2learn=False),
     Environment("3.13", torch="==2.14.*", numpy=">=2", learn2learn=False),

@@ -362,7 +362,8 @@ def meta_gradient(special, in_loss=False, **options):
     X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
     model, monitor = Cubed(cube if in_loss else special), ig.Monitor()
     solver = ig.CG(maxiter=100, rtol=1e-10)
-    learner = ig.imaml(model, lr=0.05, linear_solver=solver, monitor=monitor, **options).clone()
+    options = {"lam": 2.0, "linear_solver": solver, "monitor": monitor} | options
+    learner = ig.imaml(model, lr=0.05, **options).clone()
     outer = special if in_loss else cube
     learner.adapt(lambda: (outer(learner(X)) - y).square().mean(), steps=50)
     (learner(X.flip(0)) - y).square().mean().backward()
