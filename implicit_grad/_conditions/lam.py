@@ -41,18 +41,22 @@ def evaluated(lam: Any) -> Any:
 
 def proximal_term(lam: Any, theta: Any, where: str) -> ProximalTerm:
     """The pull of λ on each leaf of θ; λ may be given for whole branches of θ at once."""
-    theta_leaves = pytree.leaves(theta)
-    for leaf in theta_leaves:
-        if not (torch.is_tensor(leaf) and leaf.is_floating_point()):
-            raise InvalidArgumentError(
-                f"{where}: theta, the solver's first argument, must hold floating-point tensors "
-                f"only; it holds {describe(leaf)}"
-            )
+    check_theta(theta, where)
     if isinstance(lam, LowRank):
         return ProximalTerm(
             _weights(lam.diagonal, theta, where), _factors(lam.factor, theta, where)
         )
     return ProximalTerm(_weights(lam, theta, where))
+
+
+def check_theta(theta: Any, where: str) -> None:
+    """Raise unless all leaves of θ are floating-point tensors."""
+    for leaf in pytree.leaves(theta):
+        if not (torch.is_tensor(leaf) and leaf.is_floating_point()):
+            raise InvalidArgumentError(
+                f"{where}: theta, the solver's first argument, must hold floating-point tensors "
+                f"only; it holds {describe(leaf)}"
+            )
 
 
 def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._conditions.lam import LowRank, evaluated, proximal_term
+from implicit_grad._conditions.lam import LowRank, check_theta, evaluated, proximal_term
 from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
@@ -415,6 +415,7 @@ class ImplicitMAML(nn.Module):
         return Weights(module, theta, pull, trainable, self.tasks if tasks is None else tasks)
 
     def _pull_on(self, theta: Tensors) -> ProximalTerm | None:
+        check_theta(theta, "imaml")
         if self.lam is None:
             return None
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam

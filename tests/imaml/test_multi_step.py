@@ -76,10 +76,10 @@ def summed(parts):
 
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("learned", [False, True])
-def test_each_step_has_the_gradient_it_has_alone(learned, loss, curvature):
+@pytest.mark.parametrize("form", ["number", "learned", "default"])
+def test_each_step_has_the_gradient_it_has_alone(form, loss, curvature):
     outer, keep = LOSSES[loss]
-    lam = nn.Parameter(torch.tensor(2.0)) if learned else 2.0
+    lam = {"number": 2.0, "learned": nn.Parameter(torch.tensor(2.0)), "default": None}[form]
     maml = wrapped(network(), lam, keep_steps=keep, curvature=curvature)
     expected = summed([alone(maml, outer, steps) for steps in (1, 2, 3, 4)])
     close(gradients(multi_step(maml, outer), maml), expected, 1e-12)

@@ -61,12 +61,13 @@ def targets(learner):
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_learner_goes_on_as_a_clone_of_it_would(head, steps_before, first_order, style):
+@pytest.mark.parametrize("lam", [20.0, None])
+def test_a_learner_goes_on_as_a_clone_of_it_would(lam, head, steps_before, first_order, style):
     """Which has right gradients with respect to whatever stands in its model."""
     outcomes = []
     for cloned in (False, True):
         torch.manual_seed(2)
-        maml = wrapped(network(), 20.0, 0.02, first_order=first_order, **EXACT)
+        maml = wrapped(network(), lam, 0.02, first_order=first_order, **EXACT)
         learner = maml.clone()
         adapt(learner, lambda it: error(it, data()), style, steps=steps_before)
         torch.manual_seed(3)
