@@ -19,12 +19,16 @@ from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, dot
 from implicit_grad._linear_solvers.error_bounds import error_bound, ritz_values
 from implicit_grad._theorem.adjoint import Accuracy, Solved, judged, solve_adjoint
 from implicit_grad._theorem.linearization import Linearization
-from implicit_grad._torch.pytree import Flat, Tensors
+from implicit_grad._torch.graph import leaves_behind
+from implicit_grad._torch.pytree import Flat, Tensors, length
 
 OnFailure = Literal["warn", "raise", "ignore"]
-# φ counts as unsolved when it is certainly farther than this from a solution, relative to its size;
-# smaller than SMALL, its size counts as SMALL, so that φ = 0 can be a solution.
-INNER_TOLERANCE, SMALL = 1e-2, 1e-3
+# φ counts as unsolved when it is certainly farther than this from a solution, relative to its size.
+INNER_TOLERANCE = 1e-2
+# Or, so that φ = 0 can be a solution, farther than this relative to how far all of its arguments,
+# taken away, would move it.
+_NEAR_ZERO = 1e-5
+_CORNER = 1e-3  # the least size of φ under constraints, in the user's units
 # A curvature of this many eps times the greatest one may be a zero.
 _ZERO = 100.0
 
@@ -195,7 +199,10 @@ class Reporting:
         promised = self.inner_solved and solution.filter_error is None
         if status.ok and promised and size_of_A is not None and not around.is_adjoint:
             # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
-            if not inner <= INNER_TOLERANCE * size_of_A * max(size, SMALL):
+            if around.curvature == "lagrangian":  # a corner at 0 need not depend on arguments
+                size = max(size, _CORNER)
+            solves = inner <= INNER_TOLERANCE * size_of_A * size
+            if not solves and not inner <= _NEAR_ZERO * _at_stake(around):
                 status = Status.INNER_NOT_STATIONARY
         ritz = ritz_values(solution.coefficients)
         return Report(
@@ -232,6 +239,17 @@ class Reporting:
         # dθ = S u, so ‖S e‖₂ ≤ √(max S)·√(eᵀSe)
         largest = max((float(s.max()) for s in around.scale or () if s.numel()), default=1.0)
         return math.sqrt(largest) * bound
+
+
+def _at_stake(around: Linearization) -> float:
+    """Σ |wᵀ(∂F/∂a) a|/‖w‖, element by element: how much of F is there by the arguments a."""
+    own = {id(p) for p in around.phi}
+    a = [t for t in leaves_behind(around.residual) if id(t) not in own]
+    w = tuple(torch.arange(p.numel()).cos().to(p).view_as(p) for p in around.phi)  # any vector
+    with torch.no_grad():
+        pulled = around.pullback(w, a)
+        shares = sum(float((g * t).abs().sum()) for g, t in zip(pulled, a, strict=True))
+    return shares / length(w) / math.sqrt(around.tasks or 1)
 
 
 def solve_and_report(

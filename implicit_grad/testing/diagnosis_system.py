@@ -49,6 +49,8 @@ class System:
     def _approximation(self) -> Cause | None:
         """One that the reports own up to."""
         for report in self.reports[-1:]:
+            if report.substitute == "early_stopped":  # nobody asked for it: A is indefinite
+                continue
             if report.damping or report.curvature == "gauss_newton" or report.substitute:
                 self._see(
                     f"the report says: damping {report.damping}, curvature {report.curvature}, "

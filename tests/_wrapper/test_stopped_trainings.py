@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import implicit_grad as ig
@@ -284,3 +288,71 @@ def test_a_neumann_series_with_the_steps_length_is_the_derivative_of_the_steps()
     )
     with pytest.warns(ig.ImplicitGradWarning, match="a scale too large"):
         gradients(lambda a: long(a).sum(), a)
+
+
+def test_by_default_a_saddle_gets_the_minimisers_own_steps():
+    start = torch.tensor([0.4, 0.3], dtype=F64)
+    minimiser = ig.solvers.GradientDescent(lr=0.1, steps=5)
+    monitor, a = ig.Monitor(), normal(2, seed=4)
+    options = {"init": lambda a: start, "monitor": monitor}
+    default = ig.implicit(minimiser, ig.argmin(bent), **options)
+    with pytest.warns(ig.ImplicitGradWarning, match="the minimiser's own number of steps"):
+        found = gradients(lambda a: default(a).pow(3).sum(), a)
+    assert monitor.last.substitute == "early_stopped"
+    assert monitor.last.status == ig.Status.NEGATIVE_CURVATURE
+    own = ig.implicit(
+        minimiser, ig.argmin(bent), linear_solver=ig.EarlyStopped(steps=5, lr=0.1), **options
+    )
+    close(found, gradients(lambda a: own(a).pow(3).sum(), a))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(-30, 30),
+    st.integers(-30, 30),
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 1e-12, 1e-6, 1e-3, 0.03, 1.0]),
+    st.booleans(),
+)
+def test_units_change_neither_statuses_nor_relative_gradients(of_phi, of_value, seed, off, saddle):
+    """φ times c, and the objective times d, with arguments in their own units."""
+    h = torch.tensor([1.0, -0.3 if saddle else 0.1, 3.0], dtype=F64)
+    b, error = normal(3, seed=seed), off * normal(3, seed=seed + 1)
+
+    def run(c, d):
+        def objective(phi, b):
+            x = phi / c
+            return d * ((h * x * x).sum() / 2 + (x**4).sum() / 20 - x @ b)
+
+        def solver(b):
+            x = torch.ones(3, dtype=F64)
+            for _ in range(400):
+                x = x - (h * x + x**3 / 5 - b) / (h.abs() + 3 * x.square() / 5 + 0.1)
+            return c * (x + error)
+
+        monitor, leaf = ig.Monitor(), b.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            solve = ig.implicit(solver, ig.argmin(objective), monitor=monitor, check="never")
+            (solve(leaf) / c).sum().backward()
+        return monitor.last, leaf.grad
+
+    (report, gradient), (same, scaled) = run(1.0, 1.0), run(2.0**of_phi, 2.0**of_value)
+    assert report.status == same.status and report.substitute == same.substitute
+    assert torch.allclose(gradient, scaled, rtol=1e-9, atol=0)
+
+
+def test_zero_may_be_a_solution():
+    """Its own size is no measure for it, and no number of ours is one in the user's units."""
+    for unit in (1e-12, 1.0, 1e12):
+        y = torch.tensor([unit, unit, -2 * unit], dtype=F64, requires_grad=True)
+        ones = torch.ones(3, dtype=F64)
+
+        def objective(w, y, ones=ones):
+            return (w * ones - y).square().sum() / 2
+
+        near = ig.implicit(lambda y, u=unit: torch.tensor(1e-9 * u).double(), ig.argmin(objective))
+        near(y).backward()  # warnings are errors here
+        far = ig.implicit(lambda y, u=unit: torch.tensor(0.1 * u).double(), ig.argmin(objective))
+        with pytest.warns(ig.ImplicitGradWarning, match="phi does not solve the inner problem"):
+            far(y).backward()
