@@ -82,24 +82,24 @@ class Regression:
 
     def implicit(self, steps: int, solver: ig.LinearSolver) -> float:
         """The error of the implicit meta-gradient after some steps of gradient descent."""
-        descent = ig.solvers.GradientDescent(lr=1.0, steps=steps)
         condition = ig.proximal(self.loss, self.lam, convex=True)
-        solve = ig.implicit(descent, condition, linear_solver=solver, on_failure="ignore")
+        descend = functools.partial(self._descend, steps=steps)
+        solve = ig.implicit(descend, condition, linear_solver=solver, on_failure="ignore")
         return self._error(solve)
 
     def unrolled(self, steps: int, last: int) -> float:
         """The error of the same steps' derivative, of which back-propagation sees the last."""
+        return self._error(functools.partial(self._descend, steps=steps, last=last))
 
-        def descend(theta: Tensor) -> Tensor:
-            phi = theta
-            for step in range(steps):
-                if step == steps - last:
-                    phi = phi.detach()
-                slope = self.X.T @ (self.X @ phi - self.y) / len(self.X)
-                phi = phi - slope - self.lam * (phi - theta)
-            return phi
-
-        return self._error(descend)
+    def _descend(self, theta: Tensor, steps: int, last: int | None = None) -> Tensor:
+        """Gradient descent from θ, as the paper has it: the proximal term's gradient included."""
+        phi = theta
+        for step in range(steps):
+            if last is not None and step == steps - last:
+                phi = phi.detach()
+            slope = self.X.T @ (self.X @ phi - self.y) / len(self.X)
+            phi = phi - slope - self.lam * (phi - theta)
+        return phi
 
     def _error(self, adapt: Callable[[Tensor], Tensor]) -> float:
         theta = self.theta.clone().requires_grad_()

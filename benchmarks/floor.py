@@ -65,13 +65,14 @@ class Job:
         return self._loss(phi, *self.query)
 
     def descend(self, theta: Sequence[Tensor]) -> Tensors:
-        """Gradient descent on loss + lam/2 ‖phi − theta‖², as anybody would write it."""
+        """Proximal gradient steps on loss + lam/2 ‖phi − theta‖², as anybody would write them."""
         phi = [t.detach().clone().requires_grad_() for t in theta]
+        share = self.lr * self.lam / (1 + self.lr * self.lam)
         for _ in range(self.steps):
             slope = grad(self.loss(phi), phi)
             with torch.no_grad():
                 for p, t, g in zip(phi, theta, slope, strict=True):
-                    p.lerp_(t, self.lr * self.lam).sub_(g, alpha=self.lr)
+                    p.sub_(g, alpha=self.lr).lerp_(t, share)
         return tuple(p.detach() for p in phi)
 
     def _loss(self, phi: Sequence[Tensor], inputs: Tensor, labels: Tensor) -> Tensor:

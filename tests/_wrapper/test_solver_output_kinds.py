@@ -102,7 +102,7 @@ def test_a_solver_without_a_pair_is_refused(message):
 def test_has_aux_is_for_functions():
     with pytest.raises(ig.InvalidArgumentError, match="has_aux=True is for solver functions"):
         ig.implicit(ig.solvers.NewtonCG(), MINIMUM, has_aux=True)
-    with pytest.raises(ig.InvalidArgumentError, match="has_aux=1: expected True or False"):
+    with pytest.raises(ig.InvalidArgumentError, match=r"has_aux=1.: expected True or False"):
         ig.implicit(newton, ROOT, has_aux=1)
 
 
