@@ -132,9 +132,9 @@ _SENTENCES = {
         "too large). Take a smaller scale, or CG(), MINRES() or GMRES()"
     ),
     Status.BAD_PRECONDITIONER: (
-        "the preconditioner is not positive definite: for a residual r it gave a z that is not "
-        "finite or has r·z <= 0. It has to approximate the inverse of a positive definite matrix "
-        "and to be symmetric itself"
+        "the preconditioner cannot serve: for a residual r it gave a z that is not finite or, with "
+        "CG, has r·z <= 0. It has to approximate the inverse of the system's matrix, and CG needs "
+        "one that is symmetric and positive definite"
     ),
     Status.WRONG_PRODUCT: (
         "the implicit gradient is wrong, because torch's derivatives of the condition's function "

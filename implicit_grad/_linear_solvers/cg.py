@@ -269,12 +269,12 @@ class CG(Iterative):
         return dataclasses.replace(self, warm_start=self.warm_start.slot())
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        operator = operator.damped(self.damping)
         if self.maxiter == 0:
             return LinearSolution(operator.over_scale(rhs), Status.FIRST_ORDER)
         if operator.either_sign and dot(rhs, operator.matvec(rhs)) < 0:
-            return self._positive(operator.negated(), -rhs, unit, verify).of_negated()
-        return self._positive(operator, rhs, unit, verify)
+            negated = operator.negated().damped(self.damping)  # away from 0 as well
+            return self._positive(negated, -rhs, unit, verify).of_negated()
+        return self._positive(operator.damped(self.damping), rhs, unit, verify)
 
     def _positive(
         self, operator: Operator, rhs: Tensor, unit: float, verify: bool

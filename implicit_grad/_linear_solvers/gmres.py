@@ -119,7 +119,9 @@ class _Arnoldi(Run):
             column = self._expand(len(least))
             if not math.isfinite(column[-1]):
                 self.x = torch.full_like(self.x, math.nan)
-                return Status.NONFINITE_OPERATOR
+                z = self._preconditioned(self._basis[len(least)])
+                finite = bool(torch.isfinite(z).all())
+                return Status.NONFINITE_OPERATOR if finite else Status.BAD_PRECONDITIONER
             if not least.append(column, _ROUNDING * self.eps * self.reach):
                 status = Status.SINGULAR
                 break

@@ -224,3 +224,15 @@ def test_no_random_number_of_the_user_s_is_drawn():
     run = functools.partial(gradient, skewed("positive"), ig.CG(maxiter=2))
     run(on_failure="ignore")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_damping_of_a_negative_definite_matrix_moves_it_away_from_zero():
+    A = -torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    b = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    solve = ig.implicit(
+        lambda b: torch.linalg.solve(A, b.detach()),
+        ig.root(lambda x, b: A @ x - b, symmetric=True),
+        linear_solver=ig.CG(damping=0.5),
+    )
+    (found,) = torch.autograd.grad(solve(b).sum(), b)
+    torch.testing.assert_close(found, 1 / (A.diagonal() - 0.5))

@@ -283,3 +283,9 @@ def test_the_default_goes_on_with_normal_cg_where_gmres_gets_nowhere(monkeypatch
     )
     with pytest.raises(ig.LinearSolveError, match="restart"):
         (alone(theta) @ weights).backward()
+
+
+def test_a_preconditioner_that_is_not_finite_is_named():
+    system = operator(torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64)))
+    solution = ig.GMRES(preconditioner=lambda r: r * math.nan).solve(system, torch.ones(4).double())
+    assert solution.status is Status.BAD_PRECONDITIONER
