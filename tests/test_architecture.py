@@ -33,7 +33,7 @@ ORDER = (
 )
 # What torch does not document, and may change between versions.
 PRIVATE = re.compile(
-    r"torch\._C\b|\._(?:buffers|parameters|modules|version|backward_hooks|flat_weights)\b"
+    r"torch\._(?:C|foreach_\w+)\b|\._(?:buffers|parameters|modules|version|backward_hooks|flat_weights)\b"
 )
 
 

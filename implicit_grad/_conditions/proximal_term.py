@@ -12,6 +12,7 @@ from torch import Tensor
 
 from implicit_grad._theorem.linearization import Stationarity
 from implicit_grad._torch import pytree
+from implicit_grad._torch.foreach import add_, lerp_, multiplied, subtracted
 from implicit_grad._torch.graph import leaves_behind
 from implicit_grad._torch.pytree import Tensors
 
@@ -100,8 +101,8 @@ def gradient_step(phi: Tensors, slope: Sequence[Tensor | None], lr: float) -> Te
     moving = [(p, g) for p, g in zip(phi, slope, strict=True) if g is not None]
     if not moving:
         return tuple(p.detach().clone() for p in phi)
-    moved = torch._foreach_mul([g for _, g in moving], -lr)
-    torch._foreach_add_(moved, [p for p, _ in moving])
+    moved = multiplied([g for _, g in moving], -lr)
+    add_(moved, [p for p, _ in moving])
     there = iter(moved)
     pairs = zip(phi, slope, strict=True)
     return tuple(p.detach().clone() if g is None else next(there) for p, g in pairs)
@@ -133,12 +134,12 @@ class ProximalSteps:
         if lr != self._lr:
             self._lr, self._shares, self._along = lr, self._shares_of(lr), self._along_of(lr)
         moved = gradient_step(phi, slope, lr)
-        torch._foreach_lerp_(moved, self._theta, self._shares)
+        lerp_(moved, self._theta, self._shares)
         if self._along is not None:
             factors, inverse = self._along
-            away = torch._foreach_sub(moved, self._theta)
+            away = subtracted(moved, self._theta)
             coordinates = inverse @ self._pull.coordinates(away)
-            torch._foreach_sub_(moved, [factor @ coordinates for factor in factors])
+            add_(moved, [factor @ coordinates for factor in factors], -1.0)
         return moved
 
     def _shares_of(self, lr: float) -> list[Tensor]:
@@ -182,8 +183,8 @@ class ProximalObjective:
     def slope(self, phi: Tensors, of_loss: Tensors) -> Tensors:
         """The gradient at φ, from that of the loss."""
         with torch.no_grad():
-            away = torch._foreach_sub(phi, self.theta)
-            pulls = torch._foreach_mul(away, self.pull.weights)
+            away = subtracted(phi, self.theta)
+            pulls = multiplied(away, self.pull.weights)
             if self.pull.factors:
-                torch._foreach_add_(pulls, self.pull.along_factors(away))
+                add_(pulls, self.pull.along_factors(away))
             return tuple((g + p).to(g.dtype) for g, p in zip(of_loss, pulls, strict=True))

@@ -15,6 +15,7 @@ from implicit_grad._conditions.proximal_term import ProximalObjective, gradient_
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
+from implicit_grad._torch.foreach import added
 from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import gradient
 from implicit_grad._torch.pytree import Tensors
@@ -153,7 +154,7 @@ _WHY = (
 
 def moved(phi: Tensors, direction: Tensors, length: float) -> Tensors:
     """φ + length · direction."""
-    return tuple(torch._foreach_add(phi, direction, alpha=length)) if phi else ()
+    return added(phi, direction, length)
 
 
 def inner(x: Tensors, y: Tensors) -> float:
