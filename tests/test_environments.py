@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -671,8 +672,9 @@ def live_bytes() -> int:
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter):  # isinstance would ask lazy modules, which warn
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            with contextlib.suppress(NotImplementedError):  # vmap's have none of their own
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

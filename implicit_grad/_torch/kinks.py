@@ -8,6 +8,7 @@ its backward pass only tells which piece it is on. So it can be lent what anothe
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import Tensor
@@ -61,7 +62,8 @@ def take_pieces(value: Tensor, of: Tensor) -> None:
 
 
 def _lend(place: Any, saved: Tensor | None) -> None:
-    if place is None or saved is None or place.unpack_hook is not None:  # inside of a checkpoint
+    if place is None or saved is None:
         return
     there = saved.detach()
-    place.register_hooks(lambda tensor: tensor, lambda _: there)
+    with contextlib.suppress(RuntimeError):  # it has hooks already: those of a checkpoint, say
+        place.register_hooks(lambda tensor: tensor, lambda _: there)

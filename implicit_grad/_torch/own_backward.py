@@ -44,6 +44,9 @@ def own_backwards(
 
 
 def _inside_checkpoint(node: object) -> bool:
-    """Whether what the node has saved can be read once only."""
+    """Whether what the node has saved can be read once only, or costs a computation.
+
+    An older torch does not tell: there, a checkpoint is computed again whenever it is looked into.
+    """
     names = (name for name in dir(node) if name.startswith("_raw_saved_"))
     return any(getattr(getattr(node, n), "unpack_hook", None) is not None for n in names)

@@ -91,14 +91,20 @@ def test_third_derivatives(name):
     """Right, or refused."""
     special, theta = THIRD[name], normal(12, seed=1)
     condition = ig.argmin(lambda x, theta: objective(special, x, theta))
-    solve = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), condition, linear_solver=ig.Exact())
+    refused = name in ("logcumsumexp", "pdist")  # an older torch has no second one of pdist
+    solve = ig.implicit(
+        solver if refused else ig.solvers.NewtonCG(tol=1e-12),
+        condition,
+        linear_solver=ig.Exact(),
+        on_failure="ignore" if refused else "warn",
+    )
 
     def hypergradient(theta, order=1):
         (found,) = grad(wavy(solve(theta)), theta, create_graph=order == 2)
         return found
 
     direction = normal(12, seed=2, grad=False)
-    if name in ("logcumsumexp", "pdist"):
+    if refused:
         with pytest.raises(ig.GraphError, match=f"(?i)third derivative of {name}"):
             hypergradient(theta, 2)
         return

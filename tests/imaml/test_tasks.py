@@ -605,6 +605,7 @@ def test_recurrent_networks_are_refused(kind):
 
 
 @doubled
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # an older torch's
 def test_attention_is_called_for_all_tasks():
     class Attention(nn.Module):
         def __init__(self):
