@@ -67,13 +67,14 @@ def _of_maml(maml: Any, lr: Any) -> Accepted:
         )
     check_lr("imaml", maml.lr)
     check_subclass(maml)
+    extended = type(maml).__name__ != "MAML" or bool(_below_the_original(maml))
     return Accepted(
         module=maml.module,
         lr=maml.lr,
         first_order=maml.first_order,
         allow_unused=maml.allow_unused,
         allow_nograd=maml.allow_nograd,
-        wrapped=None if type(maml).__name__ == "MAML" else maml,
+        wrapped=maml if extended else None,
     )
 
 
@@ -151,10 +152,12 @@ def has_own_forward(maml: nn.Module) -> bool:
 
 
 def _is_overridden(maml: nn.Module, name: str) -> bool:
-    """Whether a class below the first one that is called MAML defines it."""
-    for kind in type(maml).__mro__:
-        if kind.__name__ == "MAML" or kind is nn.Module:
-            return False
-        if name in vars(kind):
-            return any(base.__name__ == "MAML" for base in kind.__mro__)
-    return False
+    """Whether a class below the original MAML defines it."""
+    return any(name in vars(kind) for kind in _below_the_original(maml))
+
+
+def _below_the_original(maml: nn.Module) -> tuple[type, ...]:
+    """The classes that add to MAML, which may be called that as well."""
+    kinds = type(maml).__mro__
+    originals = [i for i, kind in enumerate(kinds) if kind.__name__ == "MAML"]
+    return kinds[: originals[-1]] if originals else ()

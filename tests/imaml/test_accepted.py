@@ -81,6 +81,13 @@ class OwnAdapt(MAML):
         super().adapt(loss * 0.5, **options)
 
 
+class AlsoMAML(OwnAdapt):
+    """A name says nothing."""
+
+
+AlsoMAML.__name__ = "MAML"
+
+
 class OwnClone(OwnAdapt):
     def clone(self):
         return OwnClone(l2l.clone_module(self.module), self.lr)
@@ -100,6 +107,7 @@ def patched():
 
 REFUSED = {
     "OwnAdapt has adapt of its own": lambda: OwnAdapt(nn.Linear(3, 2), lr=0.1),
+    "^imaml: MAML has adapt of its own": lambda: AlsoMAML(nn.Linear(3, 2), lr=0.1),
     "OwnClone has adapt and clone of its own": lambda: OwnClone(nn.Linear(3, 2), lr=0.1),
     "MAML has adapt of its own": patched,
     r"OwnParameters has parameters .*\(rate\).*LearnedLam": lambda: OwnParameters(
