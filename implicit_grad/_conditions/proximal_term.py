@@ -12,7 +12,7 @@ from torch import Tensor
 
 from implicit_grad._theorem.linearization import Stationarity
 from implicit_grad._torch import pytree
-from implicit_grad._torch.foreach import add_, lerp_, multiplied, subtracted
+from implicit_grad._torch.foreach import add_, added, lerp_, multiplied, subtracted
 from implicit_grad._torch.graph import leaves_behind
 from implicit_grad._torch.pytree import Tensors
 
@@ -108,6 +108,13 @@ def gradient_step(phi: Tensors, slope: Sequence[Tensor | None], lr: float) -> Te
     return tuple(p.detach().clone() if g is None else next(there) for p, g in pairs)
 
 
+def _free_step(phi: Tensors, slope: Sequence[Tensor | None], lr: float) -> Tensors:
+    """φ − lr·slope in one pass, but for the last bit as `gradient_step`."""
+    if any(g is None for g in slope):
+        return gradient_step(phi, slope, lr)
+    return added(phi, [g for g in slope if g is not None], -lr)
+
+
 class ProximalSteps:
     """Proximal gradient steps from anywhere, for as long as λ and θ do not change.
 
@@ -133,7 +140,7 @@ class ProximalSteps:
             return ()
         if lr != self._lr:
             self._lr, self._shares, self._along = lr, self._shares_of(lr), self._along_of(lr)
-        moved = gradient_step(phi, slope, lr)
+        moved = _free_step(phi, slope, lr)
         lerp_(moved, self._theta, self._shares)
         if self._along is not None:
             factors, inverse = self._along

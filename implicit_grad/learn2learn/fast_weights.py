@@ -19,7 +19,7 @@ from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, walk
 from implicit_grad._torch.handed_on import HandedOn
-from implicit_grad._torch.modules import Places, ids_of_parameters, named_weights
+from implicit_grad._torch.modules import Layout, Places, named_weights
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.watched import Mark, marks_behind, watched
 
@@ -132,7 +132,9 @@ class Weights:
         self.pull = None if pull is None else pull.of(kept)
         self.time = 0.0
         self._places = Places(module, [named[i][1] for i in kept])
+        self._layout: Layout | None = None
         self._inputs = None if pull is None else pytree.flatten((self.theta, self.pull))
+        self._steps = None if self.pull is None else ProximalSteps(self.pull, self.theta)
         self.gate = Gate()
         self.current, self._present = self.theta, {*self._fixed, *map(id, self.theta)}
         self._release: Callable[[], None] | None = None
@@ -148,7 +150,9 @@ class Weights:
 
     def are_in(self, module: nn.Module) -> bool:
         """Whether these, and those that do not train, are the weights that the module has."""
-        return ids_of_parameters(module) == self._present
+        if self._layout is None or not self._layout.is_of(module):
+            self._layout = Layout(module)
+        return self._layout.ids() == self._present
 
     def train(self, tensor: Tensor) -> bool:
         """Whether one of the module's weights trains: under no_grad, fast weights do not tell."""
@@ -259,9 +263,9 @@ class Weights:
 
     def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
         """One step from the present weights: MAML's own, or with a pull a proximal one."""
-        if self.pull is None:
+        if self._steps is None:
             return gradient_step(self.current, slope, lr)
-        return ProximalSteps(self.pull, self.theta)(self.current, slope, lr)
+        return self._steps(self.current, slope, lr)
 
     def captured_by(self, loss: Tensor) -> Tensors:
         """The other leaves that the loss depends on."""
