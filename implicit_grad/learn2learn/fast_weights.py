@@ -134,7 +134,6 @@ class Weights:
         self._places = Places(module, [named[i][1] for i in kept])
         self._layout: Layout | None = None
         self._inputs = None if pull is None else pytree.flatten((self.theta, self.pull))
-        self._steps = None if self.pull is None else ProximalSteps(self.pull, self.theta)
         self.gate = Gate()
         self.current, self._present = self.theta, {*self._fixed, *map(id, self.theta)}
         self._release: Callable[[], None] | None = None
@@ -263,9 +262,9 @@ class Weights:
 
     def moved(self, slope: tuple[Tensor | None, ...], lr: float) -> Tensors:
         """One step from the present weights: MAML's own, or with a pull a proximal one."""
-        if self._steps is None:
+        if self.pull is None:
             return gradient_step(self.current, slope, lr)
-        return self._steps(self.current, slope, lr)
+        return ProximalSteps(self.pull, self.theta)(self.current, slope, lr)
 
     def captured_by(self, loss: Tensor) -> Tensors:
         """The other leaves that the loss depends on."""
