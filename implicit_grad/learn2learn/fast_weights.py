@@ -135,7 +135,7 @@ class Weights:
         self._layout: Layout | None = None
         self._inputs = None if pull is None else pytree.flatten((self.theta, self.pull))
         self.gate = Gate()
-        self.current, self._present = self.theta, {*self._fixed, *map(id, self.theta)}
+        self.current, self._present = self.theta, self._fixed | {id(t) for t in self.theta}
         self._release: Callable[[], None] | None = None
         self._keeping: object = None
         self._outer_calls: list[weakref.ref[Mark]] = []
@@ -218,7 +218,7 @@ class Weights:
 
     def install(self, weights: Tensors) -> None:
         """Put the tensors into the module."""
-        self.current, self._present = weights, {*self._fixed, *map(id, weights)}
+        self.current, self._present = weights, self._fixed | {id(t) for t in weights}
         self._places.fill(weights)
         self.calls.clear()
 
