@@ -42,8 +42,10 @@ def learners(net: nn.Module) -> dict[str, nn.Module]:
     return {
         "FOMAML": maml(first_order=True),
         "MAML": maml(),
-        "iMAML": ig.imaml(maml(), on_failure="ignore"),
-        "iMAML, Gauss-Newton": ig.imaml(maml(), curvature="gauss_newton", on_failure="ignore"),
+        "iMAML": ig.imaml(maml(), lam=2.0, on_failure="ignore"),
+        "iMAML, Gauss-Newton": ig.imaml(
+            maml(), lam=2.0, curvature="gauss_newton", on_failure="ignore"
+        ),
     }
 
 

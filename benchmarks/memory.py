@@ -44,7 +44,7 @@ def learned(name: str) -> Method:
 def finite_difference(net: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
     """iMAML whose products with the Hessian are differences of gradients."""
     maml = l2l.algorithms.MAML(net, lr=LR)
-    learner = ig.imaml(maml, curvature="finite_difference", on_failure="ignore").clone()
+    learner = ig.imaml(maml, 2.0, curvature="finite_difference", on_failure="ignore").clone()
     learner.adapt(lambda: cross_entropy(learner(images), labels), steps=steps)
     cross_entropy(learner(images), labels).backward()
 

@@ -243,7 +243,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--shots", type=whole, default=1, help="drawings of each class to adapt on")
     add("--steps", type=whole, default=5, help="adaptation steps")
     add("--lr", type=real, default=0.4, help="adaptation's learning rate")
-    add("--lam", type=real, default=0.5, help="imaml: proximal strength, well below 2 / lr")
+    add("--lam", type=real, help="imaml: proximal strength; by default 1 / (steps * lr)")
     add("--cg-steps", type=number(int, least=0), default=5, help="imaml: CG iterations")
     add(
         "--curvature",

@@ -113,18 +113,24 @@ def imaml(
 
     A pipeline that was written for MAML stays as it is; learn2learn is not needed. The result has
     MAML's interface (`clone`, `adapt`, calls, attributes) and shares the model's parameters.
-    `learner.adapt(loss)` takes the step φ ← φ − lr (∇loss(φ) + λ(φ − θ)), and backward through the
-    adapted learner solves (∇²loss + λ) u = v for dθ = λu. A tensor is all that `adapt(loss)` is
-    given, so ∇²loss is taken where that loss was computed, at the last iterate but one.
+    By default adaptation is MAML's own, to the bit, and backward through the adapted learner solves
+    (H + λ) u = v for dθ = λu, H = ∇²loss, with λ = 1/t, t the sum of the lengths of the steps since
+    `clone`: gradient descent that stops at time t is close to a ridge of strength 1/t (Ali, Kolter
+    and Tibshirani, 2019). So dφ/dθ = (I + t H)⁻¹, where MAML has the product of (I − lr·H) over the
+    steps: the same to first order in t, and bounded where H is large. A tensor is all that
+    `adapt(loss)` is given, so H is taken where that loss was computed, at the last iterate but one.
     `learner.adapt(closure, steps=16)` takes a function that computes the loss instead (as in
     `torch.optim`) and linearises at the solution itself.
 
-    Choosing: a step of length lr is stable while lr·(λ + the loss's curvature) < 2, so keep lr·λ
-    well below 1; and the pull to θ adds up, so keep steps · lr · λ around 1 or below. After a few
-    steps φ is far from a solution and ∇²loss is often indefinite there; CG then stops early,
-    towards first-order MAML, and reports it. Take "gauss_newton" for a few steps, "hessian" where
-    the inner problem is nearly solved; raise λ if many solves report negative curvature
-    (`monitor`), lower it if adaptation gets nowhere.
+    Choosing: with a `lam` of your own, φ is the minimum of loss + λ/2 ‖φ − θ‖² and steps are
+    φ ← (φ − lr ∇loss(φ) + lr·λ·θ)/(1 + lr·λ), stable for every λ; where lr·λ is 1 or more, the pull
+    undoes most of each step. A few steps do not solve the inner problem, and H is often indefinite
+    there; CG then stops early, towards first-order MAML, and reports it (`monitor`).
+    "gauss_newton" is never indefinite, but further from MAML's gradient than the Hessian, which is
+    the default.
+
+    With create_graph=True (second derivatives, as in TRPO; of `adapt(closure)` only) a solve for a
+    fixed number of iterations goes on to the default tolerance.
 
     Args:
         module_or_maml: a model; or a `learn2learn.algorithms.MAML`, or a subclass without an
@@ -132,11 +138,12 @@ def imaml(
             allow_nograd then apply here too. (For a model, these three are False; they are
             attributes of the result, and options of `clone` and `adapt`.) Of learn2learn's
             LightningMAML or LightningANIL, a copy is returned whose MAML is switched.
-        lam: λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor,
-            a `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
-            by parameter name of these, one for each floating-point parameter of the model;
-            `LearnedLam(model)`, learned and positive, for each tensor or element; or `LowRank`,
-            a matrix.
+        lam: None, the default, takes 1/t (see above); `solver` must then be a `GradientDescent`
+            for a number of steps, if one is given. Or λ > 0, the pull towards θ, in the units of
+            the loss's curvature: a number, a tensor, a `torch.nn.Parameter` (learned; it appears in
+            `parameters()`), or a sequence or a dict by parameter name of these, one for each
+            floating-point parameter of the model; `LearnedLam(model)`, learned and positive, for
+            each tensor or element; or `LowRank`, a matrix.
         lr: the length of the adaptation's steps, for a model. A MAML has its own.
         linear_solver: by default `CG(maxiter=5)`, the paper's; or a function `solve(matvec, b)`,
             see `implicit`.
@@ -146,8 +153,7 @@ def imaml(
         curvature: "auto" (the default) takes the Hessian, as the paper does, and differences of
             gradients in `adapt(closure)` where an operation has no second derivative in torch.
             "hessian" and "finite_difference" insist on one of them; "gauss_newton" leaves out the
-            model's own curvature, is never indefinite for the usual losses and recommended for
-            few steps.
+            model's own curvature and is never indefinite for the usual losses.
         check: whether the products of `adapt(closure)` are held against differences of gradients:
             "once" for all clones and each kind of graph, "always" or "never"; see `implicit`. The
             closure is then called a few times more. `adapt(loss)` of a tensor cannot be checked,

@@ -14,7 +14,8 @@ from implicit_grad.solvers._descent import Stepwise, Watch
 class GradientDescent(Stepwise):
     """φ ← φ − lr ∇objective(φ).
 
-    With lr = 1/L, L the largest curvature and κ = L/μ, the error falls by 1 − 1/κ a step.
+    With a proximal term the step is (φ − lr ∇loss + lr·λ·θ)/(1 + lr·λ), stable for every λ. With
+    lr = 1/L, L the largest curvature and κ = L/μ, the error falls by 1 − 1/κ a step.
 
     Args:
         lr: step length, in the units of φ² over the objective's.
