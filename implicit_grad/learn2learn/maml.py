@@ -8,13 +8,13 @@ Implicit Gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._conditions.lam import LowRank, check_theta, evaluated, proximal_term
+from implicit_grad._conditions.lam import check_theta, evaluated, proximal_term
 from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
@@ -24,7 +24,6 @@ from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
-from implicit_grad._torch import pytree
 from implicit_grad._torch.clone import cloned
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
 from implicit_grad._torch.modules import named_weights, with_part
@@ -45,55 +44,13 @@ from implicit_grad.learn2learn.batching import (
     stacked_call,
 )
 from implicit_grad.learn2learn.fast_weights import Weights
+from implicit_grad.learn2learn.registered_lam import registrable
 from implicit_grad.learn2learn.replaced import (
     check_assigned,
     check_moved,
     check_names,
     check_replaced,
 )
-
-
-def registrable(lam: Any, module: nn.Module) -> Any:
-    """λ, checked against the model, in a form that nn.Module registers if it is to be learned."""
-    if lam is None:
-        return None
-    names, theta = zip(*named_weights(module), strict=True) if named_weights(module) else ((), ())
-    if callable(lam) or isinstance(lam, LowRank):
-        held = [] if callable(lam) else pytree.leaves(lam)
-        if any(torch.is_tensor(t) and t.requires_grad for t in held):
-            raise InvalidArgumentError(
-                "imaml: a LowRank lam that is to be learned must be a LearnedLam(model, rank=...), "
-                "so that its tensors appear in parameters()"
-            )
-        proximal_term(evaluated(lam), theta, "imaml")
-        return lam
-    if isinstance(lam, Mapping):
-        if set(lam) != set(names):
-            raise InvalidArgumentError(
-                f"imaml: lam must have one entry for each parameter, {list(names)}; got {list(lam)}"
-            )
-        lam = [lam[name] for name in names]
-    several = isinstance(lam, (Sequence, nn.ParameterList))
-    values = tuple(lam) if several else (lam,)
-    if several and len(values) != len(names):
-        raise InvalidArgumentError(
-            f"imaml: lam must have one entry for each of the {len(names)} parameters, got "
-            f"{len(values)}"
-        )
-    for value in values:
-        if torch.is_tensor(value) and value.requires_grad and not isinstance(value, nn.Parameter):
-            raise InvalidArgumentError(
-                "imaml: a lam that is to be learned must be a torch.nn.Parameter, so that it "
-                "appears in parameters()"
-            )
-    proximal_term(values if several else lam, theta, "imaml")
-    if several and any(isinstance(value, nn.Parameter) for value in values):
-        fixed = [torch.is_tensor(v) and not isinstance(v, nn.Parameter) for v in values]
-        return nn.ParameterList(  # it would make a parameter to be learned of any tensor
-            nn.Parameter(v, requires_grad=False) if stays else v
-            for v, stays in zip(values, fixed, strict=True)
-        )
-    return values if several else lam
 
 
 def imaml(
