@@ -31,11 +31,11 @@ from implicit_grad._torch.pytree import Tensors
 from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward, held_maml
 from implicit_grad.learn2learn.adaptation import (
     StepMethod,
+    check_solver,
     means_to_solve,
     minimise_closure,
     minimiser,
     step_on_tensor,
-    time_of,
 )
 from implicit_grad.learn2learn.batching import (
     check_tasks,
@@ -51,6 +51,7 @@ from implicit_grad.learn2learn.replaced import (
     check_names,
     check_replaced,
 )
+from implicit_grad.learn2learn.told import Told
 
 
 def imaml(
@@ -188,6 +189,7 @@ class ImplicitMAML(nn.Module):
         self._weights: Weights | None = None
         self._outside: Weights | None = None  # before others were put in
         self._twice: dict[Hashable, bool] = {}
+        self._told = Told()
         self._checks, self.keep_steps = checks, keep_steps
         self._wrapped: tuple[nn.Module, ...] = (
             () if wrapped is None else (wrapped,)
@@ -272,7 +274,8 @@ class ImplicitMAML(nn.Module):
             keep_steps=self.keep_steps,
             wrapped=next(iter(self._wrapped), None),
         )
-        learner.training, learner._twice = self.training, self._twice
+        learner.training = self.training
+        learner._twice, learner._told = self._twice, self._told
         learner.tasks = self.tasks if tasks is None else tasks
         learner._weights = self._weights_of(learner.module, tasks)
         if tasks is not None:
@@ -320,6 +323,8 @@ class ImplicitMAML(nn.Module):
         self._weights.check_trainable(allow_nograd)
         check_lr("adapt", self.lr)
         method = self._method(first_order, allow_unused)
+        if torch.is_tensor(loss) or self.solver is None:
+            self._told.of_lam(self._weights.pull, self.lr, self.reporting)
         if torch.is_tensor(loss):
             if steps is not None:
                 raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
@@ -354,6 +359,7 @@ class ImplicitMAML(nn.Module):
             first_order=first_order,
             allow_unused=allow_unused,
             twice=self._twice,
+            told=self._told,
             checks=self._checks,
             keeps_steps=self.keep_steps,
         )
@@ -388,16 +394,5 @@ def _check(module_or_maml: Any, lam: Any, solver: Any, curvature: str) -> None:
     """Raise unless `imaml` can work with its arguments."""
     if isinstance(module_or_maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
-    if solver is not None and not callable(getattr(solver, "minimize", solver)):
-        raise InvalidArgumentError(
-            "imaml: solver must have minimize(objective, init) or be such a function, got "
-            f"{describe(solver)}"
-        )
-    if lam is None and solver is not None and time_of(solver) is None:
-        raise InvalidArgumentError(
-            f"imaml: with solver={solver!r} a lam is needed, the pull towards theta, such as "
-            "lam=2.0: without it a minimum does not depend on theta. (By default lam is 1 over "
-            "the sum of the step lengths, known for MAML's own steps and for "
-            "GradientDescent(lr=..., steps=...) without a tolerance.)"
-        )
+    check_solver(solver, lam)
     check_curvature(curvature, "imaml")
