@@ -217,7 +217,7 @@ def _step(
     time: float,
     minimised: bool = False,
 ) -> Step:
-    inputs, inputs_tree = weights.inputs(time)
+    inputs, inputs_tree = weights.inputs(time, method.linear_solver.keeps_start)
     return Step(
         loss=loss,
         phi=phi,
