@@ -84,13 +84,12 @@ class LearnedLam(nn.Module):
     def forward(self) -> Any:
         """λ in the form of θ (for a module: of the tuple of its parameters)."""
         weights = [_projected(rho, self.init, self.within).exp() for rho in self.log_lam]
+        factors = list(self.factor)
+        if factors:
+            _shorten(factors, math.sqrt(self.init * self.within))
         self._look()
         diagonal = self._tree.rebuild(weights * self._size if self.per == "model" else weights)
-        if not self.rank:
-            return diagonal
-        factors = list(self.factor)
-        _shorten(factors, math.sqrt(self.init * self.within))
-        return LowRank(diagonal, self._tree.rebuild(factors))
+        return LowRank(diagonal, self._tree.rebuild(factors)) if factors else diagonal
 
     def extra_repr(self) -> str:
         """The options, as they were given."""
@@ -98,9 +97,9 @@ class LearnedLam(nn.Module):
 
     def _look(self) -> None:
         """Tell of what has come to an end of its range, with one look at the device."""
-        if is_transformed(self.log_lam):
+        if is_transformed(self.parameters()):
             return
-        before, self._seen = self._seen, pytree.versions(list(self.log_lam))
+        before, self._seen = self._seen, pytree.versions(list(self.parameters()))
         if before == self._seen:
             return
         told = {n: v for n, v in self._at_ends().items() if n not in self._told}
@@ -123,22 +122,27 @@ class LearnedLam(nn.Module):
     @torch.no_grad()
     def _at_ends(self) -> dict[str, float]:
         """λ by name, for those of which an element is at an end."""
-        named = [(n, rho) for n, rho in zip(self._names, self.log_lam, strict=True) if rho.numel()]
-        ends = [end.double().exp() for _, rho in named for end in torch.aminmax(rho)]
-        values = torch.stack([end.to(ends[0].device) for end in ends]).tolist() if ends else []
+        named = zip(self._names, self.log_lam, strict=True)
+        spans = {n: torch.stack(torch.aminmax(r)).double().exp() for n, r in named if r.numel()}
+        if self.rank:  # has no least size
+            trace = pytree.norm(list(self.factor)).square()
+            spans["the trace of U Uᵀ"] = torch.stack([trace.clamp(min=self.init), trace])
+        together = [span.to(next(iter(spans.values())).device) for span in spans.values()]
+        values = torch.stack(together).tolist() if together else []
+        least, most, near = self.init / self.within, self.init * self.within, 1 + self._nearness
         found = {}
-        for (name, rho), low, high in zip(named, values[::2], values[1::2], strict=True):
-            near = 1 + max(_NEAR, self._rounding(rho.dtype))
-            least, most = self.init / self.within, self.init * self.within
+        for name, (low, high) in zip(spans, values, strict=True):
             if high * near >= most:
                 found[name] = min(high, most)
             elif low <= least * near:
                 found[name] = max(low, least)
         return found
 
-    def _rounding(self, dtype: torch.dtype) -> float:
-        """The relative error of λ at the ends, where ρ is rounded."""
-        return torch.finfo(dtype).eps * (abs(math.log(self.init)) + math.log(self.within))
+    @property
+    def _nearness(self) -> float:
+        """How near to an end is at the end, relative: at least what rounding makes of ρ there."""
+        coarsest = max(torch.finfo(p.dtype).eps for p in self.parameters())
+        return max(_NEAR, coarsest * (abs(math.log(self.init)) + math.log(self.within)))
 
 
 def _projected(rho: Tensor, init: float, within: float) -> Tensor:

@@ -181,6 +181,15 @@ def test_one_element_at_an_end_is_enough():
         lam()
 
 
+def test_so_is_a_matrix_that_was_shortened():
+    lam = ig.LearnedLam([torch.ones(4)], 1.0, rank=2)
+    nn.init.zeros_(lam.factor[0])
+    values_of(lam)
+    nn.init.constant_(lam.factor[0], -1e3)
+    with pytest.warns(ig.ImplicitGradWarning, match=r"that of the trace of U Uᵀ: 1e\+03"):
+        assert values_of(lam)[1] == pytest.approx(1e3)
+
+
 @pytest.mark.parametrize("rho", [6.8, -6.8, 0.0])
 def test_nothing_is_said_inside(rho):
     lam = ig.LearnedLam(nn.Linear(3, 2), within=1e3)
