@@ -77,12 +77,12 @@ def imaml(
     `learner.adapt(closure, steps=16)` takes a function that computes the loss instead (as in
     `torch.optim`) and linearises at the solution itself.
 
-    Choosing: a step of length lr is stable while lr·(λ + the loss's curvature) < 2, so keep lr·λ
-    well below 1; and the pull to θ adds up, so keep steps · lr · λ around 1 or below. After a few
-    steps φ is far from a solution and ∇²loss is often indefinite there; CG then stops early,
-    towards first-order MAML, and reports it. Take "gauss_newton" for a few steps, "hessian" where
-    the inner problem is nearly solved; raise λ if many solves report negative curvature
-    (`monitor`), lower it if adaptation gets nowhere.
+    Choosing: a step of length lr is stable while lr · (the loss's curvature) < 2, whatever λ is;
+    but the pull to θ adds up, so keep steps · lr · λ around 1 or below (beyond lr · λ = 20 nothing
+    moves, which is told). After a few steps φ is far from a solution and ∇²loss is often indefinite
+    there; CG then stops early, towards first-order MAML, and reports it. Take "gauss_newton" for a
+    few steps, "hessian" where the inner problem is nearly solved; raise λ if many solves report
+    negative curvature (`monitor`), lower it if adaptation gets nowhere.
 
     Args:
         module_or_maml: a model; or a `learn2learn.algorithms.MAML`, or a subclass without an
@@ -90,8 +90,9 @@ def imaml(
             allow_nograd then apply here too. (For a model, these three are False; they are
             attributes of the result, and options of `clone` and `adapt`.) Of learn2learn's
             LightningMAML or LightningANIL, a copy is returned whose MAML is switched.
-        lam: λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor,
-            a `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
+        lam: None takes MAML's own steps, and in backward λ = 1/(the sum of their lengths). Or
+            λ > 0, the pull towards θ, in the units of the loss's curvature: a number, a tensor, a
+            `torch.nn.Parameter` (learned; it appears in `parameters()`), or a sequence or a dict
             by parameter name of these, one for each floating-point parameter of the model;
             `LearnedLam(model)`, learned and positive, for each tensor or element; or `LowRank`,
             a matrix.
