@@ -3,7 +3,8 @@
 from implicit_grad import solvers, testing
 from implicit_grad._certify import Certificate, certify
 from implicit_grad._conditions.argmin import argmin
-from implicit_grad._conditions.lam import LearnedLam, LowRank
+from implicit_grad._conditions.lam import LowRank
+from implicit_grad._conditions.learned_lam import LearnedLam
 from implicit_grad._conditions.proximal import proximal
 from implicit_grad._conditions.root import fixed_point, root
 from implicit_grad._errors import (

@@ -14,7 +14,7 @@ from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalT
 from implicit_grad._curvature import check
 from implicit_grad._curvature.auto import has_second_derivative, linearize
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import GraphError, InvalidArgumentError
+from implicit_grad._errors import GraphError, InvalidArgumentError, describe
 from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.captured import Lent, captured_tensors
@@ -25,6 +25,7 @@ from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad.learn2learn.fast_weights import Gate, Weights
+from implicit_grad.learn2learn.told import Told
 from implicit_grad.solvers._descent import Descent
 from implicit_grad.solvers.gradient_descent import GradientDescent
 
@@ -43,6 +44,7 @@ class StepMethod(Method):
     allow_unused: bool
     # whether losses of a kind have second derivatives, once that is known; shared by all clones
     twice: dict[Hashable, bool]
+    told: Told  # likewise
     keeps_steps: bool
 
     def takes_differences(self, loss: Tensor, phi: Tensors, finding: Finding | None) -> bool:
@@ -215,7 +217,7 @@ def _step(
     time: float,
     minimised: bool = False,
 ) -> Step:
-    inputs, inputs_tree = weights.inputs(time)
+    inputs, inputs_tree = weights.inputs(time, method.linear_solver.keeps_start)
     return Step(
         loss=loss,
         phi=phi,
@@ -245,6 +247,7 @@ def step_on_tensor(
             f"{_NO_GRAPH}. Compute it with gradients on, or pass a function: "
             "learner.adapt(lambda: loss(...))"
         )
+    method.told.of_loss(loss, method.reporting)
     slope = plain_gradient(loss, phi, keep_graph=not method.first_order)
     weights.check_used(slope, method.allow_unused)
     values = weights.moved(slope, lr)
@@ -272,6 +275,7 @@ def minimise_closure(
     `time` is the sum of the lengths of its steps, which without a λ are on the loss alone.
     """
     before, theta = weights.current, weights.theta
+    first: list[Tensor] = []
 
     def loss_at(phi: Tensors) -> Tensor:
         weights.install(tuple(phi))
@@ -279,6 +283,8 @@ def minimise_closure(
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in phi)
         if wanted and not loss.requires_grad:
             raise GraphError(_NO_GRAPH)
+        if not first:
+            first.append(loss.detach())
         return loss
 
     theta_values = tuple(t.detach() for t in theta)
@@ -299,6 +305,7 @@ def minimise_closure(
             return
         phi, replay = variables(values), Replay(weights, closure)
         loss = replay.loss(phi)
+        method.told.of_losses(first, loss, method.reporting)
         behind = {id(t) for t in leaves_behind([loss])}
         weights.check_used(tuple(p if id(p) in behind else None for p in phi), method.allow_unused)
         step = _step(weights, loss, phi, values, Gate(), method, time, True)
@@ -333,6 +340,22 @@ def minimiser(solver: Any, lr: float, steps: int | None) -> tuple[Callable[[Any,
             return minimise(objective, init)
 
     return minimised, time_of(solver) or 0.0
+
+
+def check_solver(solver: Any, lam: Any) -> None:
+    """Raise unless it minimises, and without a lam is known to take steps of known lengths."""
+    if solver is not None and not callable(getattr(solver, "minimize", solver)):
+        raise InvalidArgumentError(
+            "imaml: solver must have minimize(objective, init) or be such a function, got "
+            f"{describe(solver)}"
+        )
+    if lam is None and solver is not None and time_of(solver) is None:
+        raise InvalidArgumentError(
+            f"imaml: with solver={solver!r} a lam is needed, the pull towards theta, such as "
+            "lam=2.0: without it a minimum does not depend on theta. (By default lam is 1 over "
+            "the sum of the step lengths, known for MAML's own steps and for "
+            "GradientDescent(lr=..., steps=...) without a tolerance.)"
+        )
 
 
 def time_of(solver: Any) -> float | None:

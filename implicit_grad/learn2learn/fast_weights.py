@@ -162,11 +162,16 @@ class Weights:
         """The loss, if it is one number, or the sum of one for each task."""
         return total(name, loss, self.tasks)
 
-    def inputs(self, time: float) -> tuple[Tensors, Tree]:
-        """(θ, Λ), flat: what weights that were reached in that time depend on."""
+    def inputs(self, time: float, stopped: bool) -> tuple[Tensors, Tree]:
+        """(θ, Λ), flat: what weights that were reached in that time depend on.
+
+        Where a linear solver counts the steps itself (`stopped`), λ = 1/time would count them
+        twice: without a pull λ is then as good as none.
+        """
         if self._inputs is not None:
             return self._inputs
-        return pytree.flatten((self.theta, proximal_term(1 / time, self.theta, "imaml")))
+        lam = max(torch.finfo(t.dtype).eps for t in self.theta) / time if stopped else 1 / time
+        return pytree.flatten((self.theta, proximal_term(lam, self.theta, "imaml")))
 
     def stay(self, time: float) -> bool:
         """Whether weights that were reached in that time are θ, since no step had a length."""

@@ -8,13 +8,13 @@ Implicit Gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._conditions.lam import LowRank, check_theta, evaluated, proximal_term
+from implicit_grad._conditions.lam import check_theta, evaluated, proximal_term
 from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
@@ -24,7 +24,6 @@ from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
-from implicit_grad._torch import pytree
 from implicit_grad._torch.clone import cloned
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
 from implicit_grad._torch.modules import named_weights, with_part
@@ -32,11 +31,11 @@ from implicit_grad._torch.pytree import Tensors
 from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward, held_maml
 from implicit_grad.learn2learn.adaptation import (
     StepMethod,
+    check_solver,
     means_to_solve,
     minimise_closure,
     minimiser,
     step_on_tensor,
-    time_of,
 )
 from implicit_grad.learn2learn.batching import (
     check_tasks,
@@ -45,55 +44,14 @@ from implicit_grad.learn2learn.batching import (
     stacked_call,
 )
 from implicit_grad.learn2learn.fast_weights import Weights
+from implicit_grad.learn2learn.registered_lam import registrable
 from implicit_grad.learn2learn.replaced import (
     check_assigned,
     check_moved,
     check_names,
     check_replaced,
 )
-
-
-def registrable(lam: Any, module: nn.Module) -> Any:
-    """λ, checked against the model, in a form that nn.Module registers if it is to be learned."""
-    if lam is None:
-        return None
-    names, theta = zip(*named_weights(module), strict=True) if named_weights(module) else ((), ())
-    if callable(lam) or isinstance(lam, LowRank):
-        held = [] if callable(lam) else pytree.leaves(lam)
-        if any(torch.is_tensor(t) and t.requires_grad for t in held):
-            raise InvalidArgumentError(
-                "imaml: a LowRank lam that is to be learned must be a LearnedLam(model, rank=...), "
-                "so that its tensors appear in parameters()"
-            )
-        proximal_term(evaluated(lam), theta, "imaml")
-        return lam
-    if isinstance(lam, Mapping):
-        if set(lam) != set(names):
-            raise InvalidArgumentError(
-                f"imaml: lam must have one entry for each parameter, {list(names)}; got {list(lam)}"
-            )
-        lam = [lam[name] for name in names]
-    several = isinstance(lam, (Sequence, nn.ParameterList))
-    values = tuple(lam) if several else (lam,)
-    if several and len(values) != len(names):
-        raise InvalidArgumentError(
-            f"imaml: lam must have one entry for each of the {len(names)} parameters, got "
-            f"{len(values)}"
-        )
-    for value in values:
-        if torch.is_tensor(value) and value.requires_grad and not isinstance(value, nn.Parameter):
-            raise InvalidArgumentError(
-                "imaml: a lam that is to be learned must be a torch.nn.Parameter, so that it "
-                "appears in parameters()"
-            )
-    proximal_term(values if several else lam, theta, "imaml")
-    if several and any(isinstance(value, nn.Parameter) for value in values):
-        fixed = [torch.is_tensor(v) and not isinstance(v, nn.Parameter) for v in values]
-        return nn.ParameterList(  # it would make a parameter to be learned of any tensor
-            nn.Parameter(v, requires_grad=False) if stays else v
-            for v, stays in zip(values, fixed, strict=True)
-        )
-    return values if several else lam
+from implicit_grad.learn2learn.told import Told
 
 
 def imaml(
@@ -123,11 +81,11 @@ def imaml(
     `torch.optim`) and linearises at the solution itself.
 
     Choosing: with a `lam` of your own, φ is the minimum of loss + λ/2 ‖φ − θ‖² and steps are
-    φ ← (φ − lr ∇loss(φ) + lr·λ·θ)/(1 + lr·λ), stable for every λ; where lr·λ is 1 or more, the pull
-    undoes most of each step. A few steps do not solve the inner problem, and H is often indefinite
-    there; CG then stops early, towards first-order MAML, and reports it (`monitor`).
-    "gauss_newton" is never indefinite, but further from MAML's gradient than the Hessian, which is
-    the default.
+    φ ← (φ − lr ∇loss(φ) + lr·λ·θ)/(1 + lr·λ), stable for every λ; but the pull to θ adds up, so
+    keep steps · lr · λ around 1 or below (beyond lr·λ = 20 nothing moves, which is told). A few
+    steps do not solve the inner problem, and H is often indefinite there; CG then stops early,
+    towards first-order MAML, and reports it (`monitor`). "gauss_newton" is never indefinite, but
+    further from MAML's gradient than the Hessian, which is the default.
 
     With create_graph=True (second derivatives, as in TRPO; of `adapt(closure)` only) a solve for a
     fixed number of iterations goes on to the default tolerance.
@@ -237,6 +195,7 @@ class ImplicitMAML(nn.Module):
         self._weights: Weights | None = None
         self._outside: Weights | None = None  # before others were put in
         self._twice: dict[Hashable, bool] = {}
+        self._told = Told()
         self._checks, self.keep_steps = checks, keep_steps
         self._wrapped: tuple[nn.Module, ...] = (
             () if wrapped is None else (wrapped,)
@@ -321,7 +280,8 @@ class ImplicitMAML(nn.Module):
             keep_steps=self.keep_steps,
             wrapped=next(iter(self._wrapped), None),
         )
-        learner.training, learner._twice = self.training, self._twice
+        learner.training = self.training
+        learner._twice, learner._told = self._twice, self._told
         learner.tasks = self.tasks if tasks is None else tasks
         learner._weights = self._weights_of(learner.module, tasks)
         if tasks is not None:
@@ -369,6 +329,8 @@ class ImplicitMAML(nn.Module):
         self._weights.check_trainable(allow_nograd)
         check_lr("adapt", self.lr)
         method = self._method(first_order, allow_unused)
+        if torch.is_tensor(loss) or self.solver is None:
+            self._told.of_lam(self._weights.pull, self.lr, self.reporting)
         if torch.is_tensor(loss):
             if steps is not None:
                 raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
@@ -403,6 +365,7 @@ class ImplicitMAML(nn.Module):
             first_order=first_order,
             allow_unused=allow_unused,
             twice=self._twice,
+            told=self._told,
             checks=self._checks,
             keeps_steps=self.keep_steps,
         )
@@ -437,16 +400,5 @@ def _check(module_or_maml: Any, lam: Any, solver: Any, curvature: str) -> None:
     """Raise unless `imaml` can work with its arguments."""
     if isinstance(module_or_maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
-    if solver is not None and not callable(getattr(solver, "minimize", solver)):
-        raise InvalidArgumentError(
-            "imaml: solver must have minimize(objective, init) or be such a function, got "
-            f"{describe(solver)}"
-        )
-    if lam is None and solver is not None and time_of(solver) is None:
-        raise InvalidArgumentError(
-            f"imaml: with solver={solver!r} a lam is needed, the pull towards theta, such as "
-            "lam=2.0: without it a minimum does not depend on theta. (By default lam is 1 over "
-            "the sum of the step lengths, known for MAML's own steps and for "
-            "GradientDescent(lr=..., steps=...) without a tolerance.)"
-        )
+    check_solver(solver, lam)
     check_curvature(curvature, "imaml")

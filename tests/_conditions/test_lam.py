@@ -286,6 +286,7 @@ def test_its_parameters_are_the_metalearners_once():
     assert all(p.grad is not None and p.grad.norm() > 0 for p in expected)
 
 
+@pytest.mark.filterwarnings("ignore:LearnedLam. lam has come to an end")
 @EVERY_FORM
 @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam], ids=lambda o: o.__name__)
 def test_any_step_leaves_lam_positive(optimiser, per, rank):
@@ -423,9 +424,9 @@ def low_rank(a, b, diagonal=1.0):
     return lambda: solving(ig.LowRank(diagonal, {"a": a, "b": b}))
 
 
-def overflowing():
+def not_a_number():
     lam = ig.LearnedLam(nn.Linear(3, 2))
-    nn.init.constant_(lam.log_lam[0], 800.0)
+    nn.init.constant_(lam.log_lam[0], math.nan)
     return meta(nn.Linear(3, 2), lam).clone()
 
 
@@ -435,6 +436,8 @@ BAD = {
         ig.LearnedLam(nn.Linear(1, 1), per="layer")
     ),
     r"LearnedLam\(rank=-1\): expected an integer": lambda: ig.LearnedLam(nn.Linear(1, 1), rank=-1),
+    r"LearnedLam\(within=1\): expected a finite": lambda: ig.LearnedLam(nn.ReLU(), within=1),
+    r"LearnedLam\(within=inf\)": lambda: ig.LearnedLam(nn.Linear(1, 1), within=math.inf),
     r"LearnedLam\(rank=True\): exp": lambda: ig.LearnedLam(nn.Linear(1, 1), rank=True),
     r"LearnedLam\(rank=1.5\): exp": lambda: ig.LearnedLam(nn.Linear(1, 1), rank=1.5),
     "LearnedLam: lam must be .*greater than 0, got 0": lambda: ig.LearnedLam(nn.Linear(1, 1), 0.0),
@@ -445,7 +448,7 @@ BAD = {
     ),
     "theta holds no floating-point tensors": lambda: ig.LearnedLam({"a": torch.arange(3)}),
     "theta holds no floating": lambda: ig.LearnedLam(nn.ReLU()),
-    "imaml: lam must be .* finite and greater than 0, got inf": overflowing,
+    "imaml: lam must be .* finite and greater than 0, got nan": not_a_number,
     "imaml: the factor of a low-rank lam must have theta's form": lambda: meta(
         nn.Linear(3, 2), ig.LowRank(1.0, torch.ones(3, 1))
     ),

@@ -65,3 +65,17 @@ def test_figure_2_in_miniature(tmp_path):
     assert growth["CG, iterations",] == pytest.approx(0.5, abs=0.05)
     assert growth["iMAML, MiB",] == growth["FOMAML, MiB",] == 0 < growth["MAML, MiB",]
     assert (tmp_path / "figure2.png").stat().st_size > 10_000
+
+
+def test_without_a_lam_the_gradient_is_nearer_to_mamls_than_first_order_mamls(
+    tmp_path, monkeypatch
+):
+    import default_lam
+
+    monkeypatch.setattr(default_lam, "SETTINGS", ((2, 0.01),))
+    default_lam.main(["--out", str(tmp_path), "--tasks", "2"])
+    errors = column(tmp_path / "default_lam.csv", "error", "choice")
+    first_order = errors.pop(("first-order MAML",))
+    assert 0 < first_order < 0.1  # so short are the steps
+    del errors["lam=None, Gauss-Newton",]  # has no part in most of that
+    assert all(error < first_order / 3 for error in errors.values())

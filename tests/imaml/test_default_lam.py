@@ -130,6 +130,19 @@ def test_the_gradient_is_that_of_a_ridge_of_strength_one_over_the_lengths_sum(st
     close(gradients(outer(learner), maml), damped(v, support, time), 1e-9)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_with_the_number_of_steps_it_is_mamls_own_where_the_loss_is_quadratic(style, dtype):
+    """Two outputs make three curvatures, each twice: three products say all."""
+    stopped, support = ig.EarlyStopped(steps=6, lr=0.3), batch(dtype)
+    maml = l2l.algorithms.MAML(nn.Linear(3, 2), lr=0.3)
+    found = []
+    for it, how in ((ig.imaml(maml, linear_solver=stopped), style), (maml, "tensor")):
+        learner = it.clone()
+        adapt(learner, lambda it: error(it, support), how, steps=6)
+        found.append(gradients(outer(learner), it))
+    close(*found, 50 * torch.finfo(dtype).eps ** (2 / 3))
+
+
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("first", STYLES)
