@@ -65,3 +65,31 @@ def test_figure_2_in_miniature(tmp_path):
     assert growth["CG, iterations",] == pytest.approx(0.5, abs=0.05)
     assert growth["iMAML, MiB",] == growth["FOMAML, MiB",] == 0 < growth["MAML, MiB",]
     assert (tmp_path / "figure2.png").stat().st_size > 10_000
+
+
+def test_stopped_trainings_in_miniature(tmp_path):
+    import stopped_training
+
+    loops = ["logistic regression", "fine-tuning"]
+    sizes = ["--seeds", "1", "--lengths", "1"]
+    stopped_training.main(["--out", str(tmp_path), "--loops", *loops, *sizes])
+    error = column(tmp_path / "stopped_training.csv", "error", "loop", "method")
+    assert error["logistic regression", "unrolled"] == 0
+    for method in ("default", "EarlyStopped, time", "EarlyStopped, steps", "CG 20", "Neumann"):
+        assert error["logistic regression", method] < 1e-6  # the training has settled
+    assert error["fine-tuning", "EarlyStopped, steps"] < error["fine-tuning", "Neumann"]
+    settled = column(tmp_path / "stopped_training_goals.csv", "settled_trainings", "method")
+    assert settled["EarlyStopped, time",] == 1
+    assert (tmp_path / "stopped_training.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["MLP, decay per tensor", "CNN, decay per tensor", "fine-tuning"])
+def test_the_unrolled_steps_are_those_of_torch_s_optimizer(name):
+    import dataclasses
+
+    from stopped_loops import LOOPS
+
+    loop = dataclasses.replace(LOOPS[name](0), epochs=3)
+    weights, unrolled = loop.train(), loop.unrolled(loop.argument)
+    for key, found in weights.items():
+        assert float((found - unrolled[key]).detach().abs().max()) < 1e-10
