@@ -29,6 +29,7 @@ from torch import Tensor
 import implicit_grad as ig
 
 SETTLED = 0.05
+LEAST_DRAWN = 0.01
 Found = dict[str, Any]
 
 
@@ -154,22 +155,35 @@ def goals(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Errors and lengths of each method against how far from its end a training is."""
+    """Errors and lengths of each method, training by training, the most settled first."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
+    order = sorted(rows, key=lambda row: row["unsettled"])
+    places = list(dict.fromkeys(f"{row['loop']}, × {row['length_of_training']}" for row in order))
     names = [m for m in dict.fromkeys(str(row["method"]) for row in rows) if m != "unrolled"]
     for method, marker in zip(names, "oDs^v", strict=False):
         mine = [row for row in rows if row["method"] == method]
+        at = [places.index(f"{row['loop']}, × {row['length_of_training']}") for row in mine]
         for panel, value in zip(panels, ("error", "length"), strict=True):
-            points = [(max(row["unsettled"], 1e-9), row[value]) for row in mine]
-            panel.plot(*zip(*points, strict=True), marker, fillstyle="none", label=method)
-    for panel, value in zip(panels, ("error", "length"), strict=True):
-        panel.axhline(1, color="black", linewidth=0.8)  # the error of no gradient at all
-        panel.set(xscale="log", yscale="log", xlabel="unsettled", ylabel=value)
+            panel.plot(
+                [max(row[value], LEAST_DRAWN) for row in mine],
+                at,
+                marker,
+                fillstyle="none",
+                label=method,
+            )
+    for panel in panels:
+        panel.axvline(1, color="black", linewidth=0.8)  # the error of no gradient at all
+        panel.set_xscale("log")
+        panel.grid(axis="y", linewidth=0.3)
+    panels[0].set_xlabel("error against the unrolled gradient")
+    panels[1].set_xlabel("length over that of the unrolled gradient")
+    panels[0].set_yticks(range(len(places)), places, fontsize=8)
+    panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=130)
 
