@@ -16,7 +16,7 @@ DEMO ?= --algorithm imaml fomaml --hidden 32 --meta-lr 3e-3 \
 
 # With fewer repeats than what is published: under 15 minutes.
 BENCH := adaptation certificates,--problems,20 adaptive,--problems,60 floor,--seconds,30 \
-         batched memory figure2
+         batched memory figure2 stopped_training,--seeds,1,--lengths,1
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))' 2>/dev/null)
 VENV := .venv

@@ -50,6 +50,8 @@ class Operator:
         is_hessian: whether M is an objective's second derivative, or stands for it.
         training: makes the filter g of a training that was stopped, g(M) rhs for M⁻¹rhs, where it
             is known how φ was trained; None, or one that makes None, where it is not.
+        longest: ‖φ‖/‖F‖ for each row of a batch of this size, where φ are kept and F is their
+            slope: a training that was longer would have taken φ farther. None where not known.
         either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
             as well as positive definite.
     """
@@ -63,6 +65,7 @@ class Operator:
     rtol_error: float | None = None
     is_hessian: bool = False
     training: Callable[[], Filter | None] | None = None
+    longest: Callable[[int], list[float]] | None = None
     either_sign: bool = False
 
     def precision(self, like: Tensor) -> float:

@@ -226,8 +226,9 @@ class CG(Iterative):
     changes no bit. Where it is not, φ is not a strict minimum. With `proximal`, x is then the last
     iterate, no longer than the first-order solution v/λ, and that one (first-order MAML) on the
     very first direction. With `argmin` there is no such unit, and `EarlyStopped` takes over, with
-    the training of φ where a minimiser of ours tells of it, and else with a time of 200 over the
-    greatest curvature, for 20 products at most (`maxiter`, if that is less). Either way vᵀx > 0.
+    the training of φ where a minimiser of ours tells of it, and else with a time of ‖φ‖/‖F‖, of
+    1 to 200 over the greatest curvature, for 20 products at most (`maxiter`, if that is less).
+    Either way vᵀx > 0.
 
     >>> CG(maxiter=5).on_negative_curvature
     'stop'

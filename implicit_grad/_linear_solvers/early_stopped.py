@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, Status
-from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
+from implicit_grad._linear_solvers.base import Filter, LinearSolution, LinearSolver, Operator
 from implicit_grad._linear_solvers.lanczos import apply_filter
 from implicit_grad._options import (
     is_number,
@@ -113,7 +115,8 @@ class EarlyStopped(LinearSolver):
         eps = operator.precision(rhs)
         target = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
         exhausted = Status.TRUNCATED if self.rtol is None else Status.MAX_ITER
-        return apply_filter(operator, rhs, self.weigh, self.maxiter, target, exhausted)
+        filters = [self.weigh] * len(rhs)
+        return apply_filter(operator, rhs, filters, self.maxiter, target, exhausted)
 
     def weigh(self, curvatures: Tensor) -> Tensor:
         """g(|h|) for curvatures h."""
@@ -141,15 +144,15 @@ class EarlyStopped(LinearSolver):
 def instead_of_minimum(operator: Operator, rhs: Tensor, most: int | None) -> list[LinearSolution]:
     """g(|M|) rhs for each row of rhs, where M is not definite, by the g that is known best.
 
-    That of φ's own training; else that of a time of 200 over the greatest curvature met, which is
-    1/h for curvatures h above 1 % of that one. At most 20 products, or `most`.
+    That of φ's own training; else that of a time of ‖φ‖/‖F‖, for a longer one would have taken φ
+    farther, but of 1 to 200 over the greatest curvature met: 200 is 1/h for curvatures h above 1 %
+    of that one. At most 20 products, or `most`.
     """
     known = None if operator.training is None else operator.training()
+    filters = [known] * len(rhs) if known else _unknown_trainings(operator, len(rhs))
     target = operator.precision(rhs) ** (2 / 3)
     products = _PRODUCTS if most is None else min(_PRODUCTS, most)
-    found = apply_filter(
-        operator, rhs, known or _unknown_training, products, target, Status.TRUNCATED
-    )
+    found = apply_filter(operator, rhs, filters, products, target, Status.TRUNCATED)
     return [dataclasses.replace(solution, substitute="early_stopped") for solution in found]
 
 
@@ -158,10 +161,17 @@ def of_one(operator: Operator) -> Operator:
     return dataclasses.replace(operator, matvec=lambda x: operator.matvec(x[0])[None])
 
 
-def _unknown_training(curvatures: Tensor) -> Tensor:
+def _unknown_trainings(operator: Operator, rows: int) -> list[Filter]:
+    longest = [math.inf] * rows if operator.longest is None else operator.longest(rows)
+    return [functools.partial(_unknown_training, limit) for limit in longest]
+
+
+def _unknown_training(longest: float, curvatures: Tensor) -> Tensor:
     sizes = curvatures.abs()
     greatest = float(sizes.max())
-    return exponential(UNKNOWN_TIME / greatest, sizes) if greatest else torch.ones_like(sizes)
+    if not greatest:
+        return torch.ones_like(sizes)
+    return exponential(min(max(1.0, longest * greatest), UNKNOWN_TIME) / greatest, sizes)
 
 
 def exponential(time: float, sizes: Tensor) -> Tensor:

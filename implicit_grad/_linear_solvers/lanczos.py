@@ -13,6 +13,7 @@ that an exact run would have found. A single system is a batch of one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +28,15 @@ _ROUNDING = 10
 
 
 def apply_filter(
-    operator: Operator, rhs: Tensor, weigh: Filter, maxiter: int, target: float, exhausted: Status
+    operator: Operator,
+    rhs: Tensor,
+    filters: Sequence[Filter],
+    maxiter: int,
+    target: float,
+    exhausted: Status,
 ) -> list[LinearSolution]:
-    """f(M) rhs for each row of rhs, until its relative change is at most `target`."""
-    runs = [_Tridiagonal(weigh, target, exhausted) for _ in rhs]
+    """f(M) rhs for each row of rhs and its f, until its relative change is at most `target`."""
+    runs = [_Tridiagonal(weigh, target, exhausted) for weigh in filters]
     largest = rhs.abs().amax(1) if rhs.shape[1] else rhs.new_zeros(len(rhs))
     for run, size in zip(runs, largest.tolist(), strict=True):
         run.start(size)

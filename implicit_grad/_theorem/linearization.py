@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from implicit_grad._errors import GraphError, Status
 from implicit_grad._linear_solvers.base import Filter
 from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.products import vjp, without_hooks
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, length
 
 Curvature = Literal["auto", "hessian", "gauss_newton", "finite_difference"]
 CURVATURES = ("auto", "hessian", "gauss_newton", "finite_difference")
@@ -116,6 +117,18 @@ class Linearization:
         """F at φ, with its graph."""
         with torch.enable_grad():
             return self.make_residual()
+
+    def longest_training(self, tasks: int) -> list[float]:
+        """‖φ‖/‖F‖ for each task: the time in which a slope as at the end makes φ's whole length.
+
+        Where the slope has fallen on the way, φ went at least ‖F‖ times the time of its training.
+        """
+        rows = [
+            [[t.detach().reshape(tasks, -1)[task] for t in tensors] for task in range(tasks)]
+            for tensors in (self.phi, self.residual)
+        ]
+        sizes = ((length(phi), length(slope)) for phi, slope in zip(*rows, strict=True))
+        return [phi / slope if slope else math.inf for phi, slope in sizes]
 
     def augment(self, v: Tensors) -> Tensors:
         """The right-hand side of Aᵀu = v; longer than v where F has unknowns besides φ."""

@@ -273,7 +273,9 @@ _STOPPED = (
     "(see training_time)"
 )
 _OWN_TIME = "the minimiser's own number of steps"
-_UNKNOWN_TIME = "with a time of 200 over the greatest curvature, for want of the training's own"
+_UNKNOWN_TIME = (
+    "with a time of |phi|/|F|, of 1 to 200 over the greatest curvature, for want of its own"
+)
 
 
 def _sentence(

@@ -355,6 +355,17 @@ def test_a_training_that_is_known_takes_the_place_of_a_guess():
     torch.testing.assert_close(CG().solve(unknown, rhs).x, CG().solve(operator(matrix), rhs).x)
 
 
+@pytest.mark.parametrize("c", [2.0**-40, 1.0, 2.0**30])
+@pytest.mark.parametrize("longest, times", [(30.0, 60.0), (1e3, 200.0), (0.01, 1.0), (0.0, 1.0)])
+def test_a_training_is_no_longer_than_phi_and_its_slope_let_it_be(longest, times, c):
+    """Both have a say: what φ and F allow, and 1 to 200 over the greatest curvature."""
+    matrix = c * torch.diag(torch.tensor([2.0, 0.01, -0.1], dtype=F64))
+    rhs = torch.ones(3, dtype=F64)
+    given = dataclasses.replace(operator(matrix), longest=lambda rows: [longest / c] * rows)
+    expected = EarlyStopped(time=times / (2.0 * c)).solve(given, rhs)
+    torch.testing.assert_close(CG().solve(given, rhs).x, expected.x, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("maxiter", [2, 3, 5])
 def test_a_budget_is_that_of_the_second_attempt_too(maxiter):
     values = torch.linspace(-1.0, 5.0, 40, dtype=F64)

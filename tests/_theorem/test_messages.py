@@ -25,7 +25,7 @@ def saddle(solver):
 def test_negative_curvature_names_the_solver_that_met_it():
     message, _ = saddle(ig.CG())
     assert "CG gave the derivative of a training that was stopped" in message
-    assert "a time of 200 over the greatest curvature" in message
+    assert "a time of |phi|/|F|, of 1 to 200 over the greatest curvature" in message
     assert "EarlyStopped(time=...)" in message and "CG stops" not in message
     message, gradient = saddle(ig.MINRES())
     assert "MINRES solved the system" in message and "CG stops" not in message

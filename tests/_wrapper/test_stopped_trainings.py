@@ -306,6 +306,29 @@ def test_by_default_a_saddle_gets_the_minimisers_own_steps():
     close(found, gradients(lambda a: own(a).pow(3).sum(), a))
 
 
+@pytest.mark.parametrize("off", [0.0, 1e-3, 0.3])
+def test_by_default_a_saddle_gets_the_time_that_phi_and_its_slope_allow(off):
+    """Each task its own, in a batch as alone; none below 1 over the greatest curvature."""
+    h = torch.tensor([1.0, -0.3, 2.0], dtype=F64)
+
+    def solver(b):
+        return b / h + off
+
+    def objective(phi, b):
+        return (h * phi * phi).sum() / 2 - phi @ b
+
+    b, v = normal(4, 3, seed=4), normal(3, seed=5)
+    solve = ig.implicit(solver, ig.argmin(objective), on_failure="ignore")
+    batch = torch.func.vmap(torch.func.grad(lambda b: solve(b) @ v))(b)
+    for task, found in zip(b, batch, strict=True):
+        phi, slope = solver(task), h * off
+        longest = float(phi.norm() / slope.norm()) if off else float("inf")
+        time = min(max(longest, 0.5), 100.0)
+        expected = v * -torch.expm1(-time * h.abs()) / h.abs()
+        close([found], [expected])
+        close(gradients(lambda b: solve(b) @ v, task), [expected])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(-30, 30),

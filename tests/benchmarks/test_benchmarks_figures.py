@@ -79,3 +79,31 @@ def test_without_a_lam_the_gradient_is_nearer_to_mamls_than_first_order_mamls(
     assert 0 < first_order < 0.1  # so short are the steps
     del errors["lam=None, Gauss-Newton",]  # has no part in most of that
     assert all(error < first_order / 3 for error in errors.values())
+
+
+def test_stopped_trainings_in_miniature(tmp_path):
+    import stopped_training
+
+    loops = ["logistic regression", "fine-tuning"]
+    sizes = ["--seeds", "1", "--lengths", "1"]
+    stopped_training.main(["--out", str(tmp_path), "--loops", *loops, *sizes])
+    error = column(tmp_path / "stopped_training.csv", "error", "loop", "method")
+    assert error["logistic regression", "unrolled"] == 0
+    for method in ("default", "EarlyStopped, time", "EarlyStopped, steps", "CG 20", "Neumann"):
+        assert error["logistic regression", method] < 1e-6  # the training has settled
+    assert error["fine-tuning", "EarlyStopped, steps"] < error["fine-tuning", "Neumann"]
+    settled = column(tmp_path / "stopped_training_goals.csv", "settled_trainings", "method")
+    assert settled["EarlyStopped, time",] == 1
+    assert (tmp_path / "stopped_training.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["MLP, decay per tensor", "CNN, decay per tensor", "fine-tuning"])
+def test_the_unrolled_steps_are_those_of_torch_s_optimizer(name):
+    import dataclasses
+
+    from stopped_loops import LOOPS
+
+    loop = dataclasses.replace(LOOPS[name](0), epochs=3)
+    weights, unrolled = loop.train(), loop.unrolled(loop.argument)
+    for key, found in weights.items():
+        assert float((found - unrolled[key]).detach().abs().max()) < 1e-10
