@@ -164,7 +164,8 @@ def _shorten(factors: Sequence[Tensor], longest: float) -> None:
         return
     data = [u.data.clamp_(-longest, longest) for u in factors]  # so that no square overflows
     size = pytree.norm(data)
-    torch._foreach_mul_(data, [(longest / size).clamp(max=1).to(u) for u in data])
+    for u in data:
+        u.mul_((longest / size).clamp(max=1).to(u))
 
 
 def _one_number(init: Any) -> float:

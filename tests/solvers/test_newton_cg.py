@@ -73,10 +73,15 @@ def test_newton_ends_at_its_tolerance_though_values_are_off_in_their_last_places
 
 @pytest.mark.parametrize("c", [1e-6, 1.0, 1e6])
 def test_newton_goes_down_the_gradient_if_the_first_curvature_is_negative(c):
-    """Where −cos is concave, a step is as long as Newton's, which climbs to π, but downhill."""
+    """Where −cos is concave, Newton's own step climbs to π; this one descends, by a training's.
+
+    Its time is ‖φ‖/‖slope‖, whatever the units: see `EarlyStopped`.
+    """
     init = torch.tensor([2.5], dtype=torch.float64)
     step = NewtonCG(maxiter=1).minimize(lambda x: -c * torch.cos(x).sum(), init)
-    assert torch.allclose(step, init - torch.sin(init) / torch.cos(init).abs(), rtol=1e-12)
+    slope, curvature = torch.sin(init), torch.cos(init).abs()
+    length = (1 - torch.exp(-init / slope * curvature)) / curvature
+    assert torch.allclose(step, init - length * slope, rtol=1e-12)
 
 
 def test_newton_halves_steps_that_overshoot():
