@@ -133,7 +133,9 @@ class Weights:
         self.time = 0.0
         self._places = Places(module, [named[i][1] for i in kept])
         self._layout: Layout | None = None
-        self._inputs = None if pull is None else pytree.flatten((self.theta, self.pull))
+        # without a pull, a λ of 1 keeps the place of that which the steps' time will make
+        term = proximal_term(1.0, self.theta, "imaml") if self.pull is None else self.pull
+        self._inputs, self._inputs_tree = pytree.flatten((self.theta, term))
         self.gate = Gate()
         self.current, self._present = self.theta, self._fixed | {id(t) for t in self.theta}
         self._release: Callable[[], None] | None = None
@@ -168,10 +170,12 @@ class Weights:
         Where a linear solver counts the steps itself (`stopped`), λ = 1/time would count them
         twice: without a pull λ is then as good as none.
         """
-        if self._inputs is not None:
-            return self._inputs
+        if self.pull is not None:
+            return self._inputs, self._inputs_tree
         lam = max(torch.finfo(t.dtype).eps for t in self.theta) / time if stopped else 1 / time
-        return pytree.flatten((self.theta, proximal_term(lam, self.theta, "imaml")))
+        own = {id(t) for t in self.theta}
+        inputs = (t if id(t) in own else torch.full_like(t, lam) for t in self._inputs)
+        return tuple(inputs), self._inputs_tree
 
     def stay(self, time: float) -> bool:
         """Whether weights that were reached in that time are θ, since no step had a length."""
