@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from implicit_grad._conditions.lam import LowRank, check_lam
 from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, describe
-from implicit_grad._options import is_integer, is_number
+from implicit_grad._options import check_one_of, check_value, is_integer, is_number
 from implicit_grad._torch import pytree
 from implicit_grad._torch.modules import named_weights
 from implicit_grad._torch.transforms import is_transformed
@@ -178,14 +178,10 @@ def _one_number(init: Any) -> float:
 
 
 def _check_options(per: Any, rank: Any, within: Any) -> None:
-    if per not in ("model", "tensor", "element"):
-        raise InvalidArgumentError(
-            f'LearnedLam(per={per!r}): expected "model", "tensor" or "element"'
-        )
-    if not is_integer(rank, 0):
-        raise InvalidArgumentError(f"LearnedLam(rank={rank!r}): expected an integer >= 0")
-    if not (is_number(within) and 1 < within < math.inf):
-        raise InvalidArgumentError(f"LearnedLam(within={within!r}): expected a finite number > 1")
+    check_one_of("LearnedLam", "per", per, get_args(Per))
+    check_value("LearnedLam", "rank", rank, is_integer(rank, 0), "an integer >= 0")
+    good = is_number(within) and 1 < within < math.inf
+    check_value("LearnedLam", "within", within, good, "a finite number > 1")
 
 
 def _container(theta: Any) -> Any:

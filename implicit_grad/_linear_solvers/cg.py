@@ -306,14 +306,11 @@ class CG(Iterative):
         if operator.scale is not None or operator.either_sign:
             return solution
         (found,) = instead_of_minimum(of_one(operator), rhs[None], self.maxiter)
-        met = (*(solution.curvature or ()), *(found.curvature or ()))
         told = solution.residual is not None and found.status.ok
         return dataclasses.replace(
-            found,
+            _after(solution, found),
             status=solution.status if found.status.ok else found.status,
-            iterations=solution.iterations + found.iterations,
             residual=relative_residual(operator, found.x, rhs) if told else None,
-            curvature=(min(met), max(met)),
             coefficients=solution.coefficients,
         )
 
@@ -389,13 +386,14 @@ class CG(Iterative):
                 self, damping=0.0, on_negative_curvature="stop", warm_start=None
             )
         second = again._solve(operator, rhs, unit, verify)
-        met = (*(solution.curvature or ()), *(second.curvature or ()))
-        return dataclasses.replace(
-            second,
-            iterations=solution.iterations + second.iterations,
-            curvature=(min(met), max(met)),
-            substitute=policy,
-        )
+        return dataclasses.replace(_after(solution, second), substitute=policy)
+
+
+def _after(first: LinearSolution, second: LinearSolution) -> LinearSolution:
+    """The second solution, with the products of a first attempt and the curvature that it met."""
+    met = (*(first.curvature or ()), *(second.curvature or ()))
+    iterations = first.iterations + second.iterations
+    return dataclasses.replace(second, iterations=iterations, curvature=(min(met), max(met)))
 
 
 def _refusal(solution: LinearSolution) -> LinearSolveError:

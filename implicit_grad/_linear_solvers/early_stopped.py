@@ -17,6 +17,7 @@ from implicit_grad._options import (
     is_number,
     require,
     require_count,
+    require_flag,
     require_fraction,
     require_positive,
 )
@@ -92,7 +93,7 @@ class EarlyStopped(LinearSolver):
             require_positive(self, "lr")
         good = is_number(self.momentum) and 0 <= self.momentum < 1
         require(self, "momentum", good, "a number from 0 to below 1")
-        require(self, "nesterov", isinstance(self.nesterov, bool), "True or False")
+        require_flag(self, "nesterov")
         if self.time is not None and (self.momentum or self.nesterov):
             raise InvalidArgumentError(
                 "EarlyStopped: momentum and nesterov go with steps and lr; in time they are "

@@ -208,13 +208,14 @@ class Evaluation(Recorded):
         return None if training is None else training.weigh
 
     def _refusal(self) -> str | None:
-        if not self.condition.differentiable_twice:
-            return "second derivatives of a minimum under constraints are not available"
+        if self.condition.differentiable_twice:
+            return None
+        return "second derivatives of a minimum under constraints are not available"
+
+    def _third(self) -> Finding | None:
         assert self._record is not None
         outputs, at_phi = self._record[0].outputs, self._at_phi
-        third = self.method.checks.finding(outputs, at_phi, self._checked_third, order=3)
-        found = self.finding or third
-        return None if found is None else f"second derivatives are not available: {found.sentence}"
+        return self.method.checks.finding(outputs, at_phi, self._checked_third, order=3)
 
     def _checked(self) -> Finding | None:
         """What is wrong with products around φ and with how F changes with the arguments."""

@@ -61,6 +61,8 @@ class Recorded(abc.ABC):
     def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
         """F around φ as recorded, differentiable with respect to φ and the inputs."""
         refusal = self._refusal()
+        if refusal is None and (found := self.finding or self._third()) is not None:
+            refusal = f"second derivatives are not available: {found.sentence}"
         if refusal is not None:
             raise GraphError(refusal)
         return reattached(self.recorded, self.method.curvature, phi, inputs)
@@ -75,4 +77,8 @@ class Recorded(abc.ABC):
 
     @abc.abstractmethod
     def _refusal(self) -> str | None:
-        """Why the record has no second derivatives, if it has none."""
+        """Why the record has no second derivatives, whatever was found, if it has none."""
+
+    @abc.abstractmethod
+    def _third(self) -> Finding | None:
+        """What a check of third derivatives found."""

@@ -164,14 +164,16 @@ class Step(Recorded):
         return tuple(t.detach() for t in self.values)  # objects of their own: no cycle through them
 
     def _refusal(self) -> str | None:
-        if not self.minimised:
-            return (
-                "second derivatives through adapt(loss) of a tensor are not available (backward "
-                "was called with create_graph=True): its loss has derivatives before the step, and "
-                "not where it led. Pass a function: learner.adapt(lambda: loss(...))"
-            )
-        found = self.finding or self.third
-        return None if found is None else f"second derivatives are not available: {found.sentence}"
+        if self.minimised:
+            return None
+        return (
+            "second derivatives through adapt(loss) of a tensor are not available (backward was "
+            "called with create_graph=True): its loss has derivatives before the step, and not "
+            "where it led. Pass a function: learner.adapt(lambda: loss(...))"
+        )
+
+    def _third(self) -> Finding | None:
+        return self.third
 
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
         inputs = stand_ins(self.inputs, [t.requires_grad for t in self.inputs])

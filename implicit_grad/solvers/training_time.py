@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from implicit_grad._errors import InvalidArgumentError, describe
-from implicit_grad._options import is_integer
+from implicit_grad._options import check_value, is_integer
 
 _OTHERS = (
     "training_time: the sum of lr / (1 - momentum) is the time of torch.optim.SGD, whose steps are "
@@ -57,10 +57,8 @@ def training_time(
     if not isinstance(optimizer, torch.optim.SGD):
         raise InvalidArgumentError(_OTHERS.format(type(optimizer).__name__))
     for name, value in (("steps", steps), ("every", every)):
-        if not is_integer(value, 1):
-            raise InvalidArgumentError(
-                f"training_time: {name}={value!r}: expected an integer of at least 1"
-            )
+        good = is_integer(value, 1)
+        check_value("training_time", name, value, good, "an integer of at least 1")
     if schedule is not None and not callable(schedule):
         raise InvalidArgumentError(
             "training_time: schedule must be None or a function that makes the scheduler of an "
