@@ -25,7 +25,13 @@ def watched(value: Tensor) -> weakref.ref[Mark]:
     return weakref.ref(node.metadata.setdefault(_MARK, Mark()))
 
 
-def marks_behind(value: Tensor, stop: Callable[[Any], bool]) -> set[Mark]:
-    """The marks of nodes that are watched in the graph behind a value; not past `stop`."""
-    found = (node.metadata.get(_MARK) for node in walk([value], stop))
-    return {mark for mark in found if mark is not None}
+def marks_behind(value: Tensor, wanted: set[Mark], stop: Callable[[Any], bool]) -> set[Mark]:
+    """Which of the marks are in the graph behind a value; not past `stop`.
+
+    The walk ends with the last of them: to look at a node makes Python objects, which stay with it.
+    """
+    missing = set(wanted)
+    nodes = walk([value], stop)
+    while missing and (node := next(nodes, None)) is not None:
+        missing.discard(node.metadata.get(_MARK))
+    return wanted - missing

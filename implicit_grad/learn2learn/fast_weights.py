@@ -210,7 +210,8 @@ class Weights:
         That is one from another call of the learner than the loss that they were adapted to.
         """
         if self._release is not None:
-            own = marks_behind(loss, self.is_own)
+            there = {mark for call in self._outer_calls if (mark := call()) is not None}
+            own = marks_behind(loss, there, self.is_own)
             calls = [call for call in self._outer_calls if call() not in own]
             self._superseded.append(Superseded(self.gate, self._release, calls))
         for past in self._superseded:
