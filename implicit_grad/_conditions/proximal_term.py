@@ -150,10 +150,14 @@ class ProximalSteps:
         return moved
 
     def _shares_of(self, lr: float) -> list[Tensor]:
-        distinct = {id(w): w * lr for w in self._pull.weights}  # one product for one λ
-        share = {i: s / (1 + s) for i, s in distinct.items()}
-        weights = zip(self._pull.weights, self._theta, strict=True)
-        return [share[id(w)].to(t.dtype) for w, t in weights]
+        shares: dict[tuple[int, torch.dtype], Tensor] = {}  # one for one λ
+        for weight, theta in zip(self._pull.weights, self._theta, strict=True):
+            if (id(weight), theta.dtype) not in shares:
+                scaled = weight * lr
+                shares[id(weight), theta.dtype] = (scaled / (1 + scaled)).to(theta.dtype)
+        return [
+            shares[id(w), t.dtype] for w, t in zip(self._pull.weights, self._theta, strict=True)
+        ]
 
     def _along_of(self, lr: float) -> tuple[list[Tensor], Tensor] | None:
         """E⁻¹U and (I/lr + UᵀE⁻¹U)⁻¹."""

@@ -23,23 +23,34 @@ def named_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
+_ID_OF_NONE = {id(None)}
+
+
+def _ids(held: Iterable[dict[str, Any]]) -> Iterator[int]:
+    """The identities of what dicts hold, in order; no Python code runs for each."""
+    return map(id, itertools.chain.from_iterable(map(dict.values, held)))
+
+
 class Layout:
     """The parts of a module and the parameters in them; to look again costs a few microseconds."""
 
     def __init__(self, module: nn.Module) -> None:
         parts = list(module.modules())
         self._root = module
-        self._children = [(part._modules, dict(part._modules)) for part in parts]
+        self._children = [part._modules for part in parts]
         self._parameters = [part._parameters for part in parts]
+        self._then = self._parts()
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the module has the parts that it had."""
-        return module is self._root and all(now == then for now, then in self._children)
+        return module is self._root and self._parts() == self._then
 
     def ids(self) -> set[int]:
         """The identities of the parameters that are there now."""
-        places = itertools.chain.from_iterable(held.values() for held in self._parameters)
-        return {id(p) for p in places if p is not None}
+        return set(_ids(self._parameters)) - _ID_OF_NONE
+
+    def _parts(self) -> list[int]:
+        return list(_ids(self._children))
 
 
 def with_part(whole: nn.Module, name: str, part: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from implicit_grad._curvature import check
 from implicit_grad._curvature.auto import has_second_derivative, linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError, describe
+from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.captured import Lent, captured_tensors
@@ -61,10 +62,10 @@ class StepMethod(Method):
             self.twice[kind] = has_second_derivative(Objective(loss, phi))
         return not self.twice[kind]
 
-    @property
-    def needs_outputs(self) -> bool:
-        """Whether a Gauss-Newton product may be taken."""
-        return self.curvature == "gauss_newton" or self.linear_solver.needs_convex
+
+def needs_outputs(curvature: Curvature, linear_solver: LinearSolver) -> bool:
+    """Whether a Gauss-Newton product may be taken, around what the model put out."""
+    return curvature == "gauss_newton" or linear_solver.needs_convex
 
 
 class Replay:
@@ -220,6 +221,7 @@ def _step(
     minimised: bool = False,
 ) -> Step:
     inputs, inputs_tree = weights.inputs(time, method.linear_solver.keeps_start)
+    wants_outputs = needs_outputs(method.curvature, method.linear_solver)
     return Step(
         loss=loss,
         phi=phi,
@@ -228,7 +230,7 @@ def _step(
         inputs_tree=inputs_tree,
         method=method.for_call(),
         captured=weights.captured_by(loss),
-        outputs=weights.outputs_behind(loss) if method.needs_outputs else None,
+        outputs=weights.outputs_behind(loss) if wants_outputs else None,
         gate_of_phi=gate_of_phi,
         minimised=minimised,
         tasks=weights.tasks,
@@ -257,8 +259,6 @@ def step_on_tensor(
     if method.first_order or weights.stay(time):
         weights.attach(values, theta, time=time)
         return
-    one_step = dataclasses.replace(method.reporting, inner_solved=False)  # whatever `solver` is
-    method = dataclasses.replace(method, reporting=one_step)
     step = _step(weights, loss, phi, values, weights.gate, method, time)
     weights.supersede(loss)
     release = None if method.keeps_steps else step.drop

@@ -222,7 +222,8 @@ class Weights:
     def watch(self, output: Any) -> None:
         """Note a call's output: as long as its graph is there, an outer loss may be made of it."""
         if self._release is not None:
-            for tensor in filter(torch.is_tensor, pytree.leaves(output)):
+            tensors = [output] if torch.is_tensor(output) else pytree.leaves(output)
+            for tensor in filter(torch.is_tensor, tensors):
                 if tensor.grad_fn is not None and not self.is_own(tensor.grad_fn):
                     self._outer_calls.append(watched(tensor))
 

@@ -8,6 +8,7 @@ Implicit Gradients).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -35,6 +36,7 @@ from implicit_grad.learn2learn.adaptation import (
     means_to_solve,
     minimise_closure,
     minimiser,
+    needs_outputs,
     step_on_tensor,
 )
 from implicit_grad.learn2learn.batching import (
@@ -191,6 +193,8 @@ class ImplicitMAML(nn.Module):
         self.lam = lam
         self.linear_solver, self.solver = linear_solver, solver
         self.reporting, self.curvature = reporting, curvature
+        # a step of adapt(tensor) is not meant to solve anything, whatever `solver` is
+        self._of_one_step = dataclasses.replace(reporting, inner_solved=False)
         self.tasks: int | None = None
         self._weights: Weights | None = None
         self._outside: Weights | None = None  # before others were put in
@@ -222,7 +226,7 @@ class ImplicitMAML(nn.Module):
             else:
                 stacked = self._weights.current
                 output = stacked_call(self.module, stacked, self.tasks, args, kwargs)
-        if self._method(False, False).needs_outputs:
+        if needs_outputs(self.curvature, self.linear_solver):
             output = self._weights.remembered(output)
         self._weights.watch(output)
         return output
@@ -328,7 +332,7 @@ class ImplicitMAML(nn.Module):
         self._take_in(self._weights, past_call=torch.is_tensor(loss))
         self._weights.check_trainable(allow_nograd)
         check_lr("adapt", self.lr)
-        method = self._method(first_order, allow_unused)
+        method = self._method(first_order, allow_unused, one_step=torch.is_tensor(loss))
         if torch.is_tensor(loss) or self.solver is None:
             self._told.of_lam(self._weights.pull, self.lr, self.reporting)
         if torch.is_tensor(loss):
@@ -357,10 +361,10 @@ class ImplicitMAML(nn.Module):
             self._weights, self._outside = self._weights_of(self.module, None), weights
             self._weights.start()
 
-    def _method(self, first_order: bool, allow_unused: bool) -> StepMethod:
+    def _method(self, first_order: bool, allow_unused: bool, *, one_step: bool) -> StepMethod:
         return StepMethod(
             linear_solver=self.linear_solver,
-            reporting=self.reporting,
+            reporting=self._of_one_step if one_step else self.reporting,
             curvature=self.curvature,
             first_order=first_order,
             allow_unused=allow_unused,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from implicit_grad._conditions.lam import LowRank
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._torch.modules import named_weights
+from implicit_grad._torch.pytree import Tensors
 from implicit_grad._torch.transforms import is_wrapped
 from implicit_grad.learn2learn.fast_weights import Weights
 
@@ -21,8 +22,7 @@ def check_assigned(learner: Any) -> None:
 
     learn2learn's MAML leaves it aside without a word.
     """
-    parts = (*learner.named_children(), *learner.named_parameters(recurse=False))
-    for name, _ in parts:
+    for name in (*learner._modules, *learner._parameters):
         if name not in ("module", "lam") and hasattr(learner.module, name):
             raise InvalidArgumentError(
                 f"adapt: {name} was assigned to the learner, whose model computes with its own: "
@@ -32,6 +32,8 @@ def check_assigned(learner: Any) -> None:
 
 def check_moved(weights: Weights) -> None:
     """Raise if the weights have been converted since they were made, in place."""
+    if _kinds(weights.current) == _kinds(weights.theta):
+        return
     for name, now, then in zip(weights.names, weights.current, weights.theta, strict=True):
         _check_kind(name, now, then)
 
@@ -85,6 +87,10 @@ def _check_new(weights: Weights, new: dict[str, Tensor]) -> None:
             )
         if name in before:
             _check_kind(name, tensor, before[name])
+
+
+def _kinds(tensors: Tensors) -> list[Any]:
+    return [t.dtype for t in tensors] + [t.device for t in tensors]
 
 
 def _check_kind(name: str, now: Tensor, then: Tensor) -> None:
