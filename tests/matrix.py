@@ -1,9 +1,10 @@
-"""The suite where its results could differ: other arithmetic, other versions. Prints two tables.
+"""The suite where its results could differ: other arithmetic, other versions. Prints three tables.
 
-    make matrix                              # all rows, some hours; goes on after a failure
-    python tests/matrix.py arithmetic        # the error bounds with the same torch, other roundings
+    make matrix                              # all rows, many hours; goes on after a failure
+    python tests/matrix.py bounds            # the error bounds with the same torch, other roundings
+    python tests/matrix.py suite             # the whole suite with these
     python tests/matrix.py environments      # the whole suite, in an environment for each row
-    python tests/matrix.py environments 3.13 # the rows whose text contains 3.13
+    python tests/matrix.py environments 3.13 # the rows in whose text this pattern is found
 
 A row's output is in build/matrix/*.log; its environment is removed before the next is made.
 """
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ BUILD = ROOT / "build" / "matrix"
 
 # ---------------------------------------------------------------- other arithmetic
 
-ARITHMETIC = ("test_error_bounds.py", "test_cg.py", "test_spectra.py")
+BOUNDS = tuple(f"_linear_solvers/test_{name}.py" for name in ("error_bounds", "cg", "spectra"))
 CAPABILITIES = ("default", "avx2", "avx512")
 MKL = (
     *({"MKL_ENABLE_INSTRUCTIONS": name} for name in ("SSE4_2", "AVX2", "AVX512")),
@@ -63,18 +64,28 @@ def arithmetics() -> Iterator[tuple[str, dict[str, str], str]]:
             yield f"{capability} | {setting} | {threads}", variables, digest
 
 
-def run_arithmetics(wanted: str) -> None:
-    """The bounds' tests in every setting, once where all bits agree."""
+def run_bounds(wanted: str) -> None:
+    """The bounds' tests in every setting."""
+    run_arithmetics("bounds", BOUNDS, wanted)
+
+
+def run_suite(wanted: str) -> None:
+    """The whole suite in every setting."""
+    run_arithmetics("suite", ("",), wanted)
+
+
+def run_arithmetics(what: str, tests: Sequence[str], wanted: str) -> None:
+    """Some tests in every setting, once where all bits agree."""
     print("\n| ATen | MKL | threads | arithmetic | passed | failed | skipped | s |")
     print("|---|---|---|---|---|---|---|---|")
-    files = [str(path) for name in ARITHMETIC for path in (ROOT / "tests").rglob(name)]
+    files = [str(ROOT / "tests" / name) for name in tests]
     seen: dict[str, str] = {}
     for number, (name, variables, digest) in enumerate(arithmetics()):
-        if wanted not in name:
+        if not re.search(wanted, name):
             continue
         result = seen.get(digest)
         if result is None:
-            result = run_pytest(sys.executable, f"arithmetic-{number}", files, variables)
+            result = run_pytest(sys.executable, f"{what}-{number}", files, variables)
             seen[digest] = "as above | | | "
         print(f"| {name} | {digest} | {result} |", flush=True)
 
@@ -134,7 +145,7 @@ def run_environments(wanted: str) -> None:
     print("\n| Python | torch | NumPy | learn2learn | passed | failed | skipped | s |")
     print("|---|---|---|---|---|---|---|---|")
     for number, row in enumerate(ENVIRONMENTS):
-        if wanted not in str(row):
+        if not re.search(wanted, str(row)):
             continue
         l2l = "yes" if row.learn2learn else "no"
         home, versions = (
@@ -211,8 +222,8 @@ def processor() -> str:
 
 
 def main(what: str = "", wanted: str = "") -> None:
-    """Both tables, or the rows asked for."""
-    tables = {"arithmetic": run_arithmetics, "environments": run_environments}
+    """All tables, or the rows asked for."""
+    tables = {"bounds": run_bounds, "suite": run_suite, "environments": run_environments}
     if what not in ("", *tables):
         sys.exit(__doc__)
     BUILD.mkdir(parents=True, exist_ok=True)
