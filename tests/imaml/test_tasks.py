@@ -1,5 +1,6 @@
 """Batches of tasks: clone(tasks=...) against the loop over clones."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -342,17 +343,25 @@ MODELS = {
 def test_learn2learns_networks(dtype, name, style, curvature, double_precision):
     torch.set_default_dtype(dtype)
     make, shape = MODELS[name]
-    model = make(learn2learn().vision.models)
     labels = torch.arange(3).expand(TASKS, 3)
-    batches = tuple((torch.rand(TASKS, 3, *shape), labels) for _ in range(2))
 
     def loss(learner, batch):
         each = cross_entropy if learner.tasks is None else vmap(cross_entropy)
         return each(learner(batch[0]), batch[1])
 
-    maml = wrapped(model, 1.0, 0.05, curvature=curvature, linear_solver=CG(maxiter=2))
-    # in float32 rounding may choose between almost equal maxima of a pool: a kink in the loss
-    compare(maml, style, 2, loss, batches, 1e-9 if dtype == F64 else 0.2)
+    def compare_on_random_images():
+        model = make(learn2learn().vision.models)
+        batches = tuple((torch.rand(TASKS, 3, *shape), labels) for _ in range(2))
+        maml = wrapped(model, 1.0, 0.05, curvature=curvature, linear_solver=CG(maxiter=2))
+        compare(maml, style, 2, loss, batches, 1e-9 if dtype == F64 else 1e-3)
+
+    # In float32 rounding chooses between almost equal maxima of a pool, a kink in the loss: of six
+    # draws, one had a gradient 1e-2 off in the loop as in the batch. A wrong batch fails always.
+    for _ in range(0 if dtype == F64 else 4):
+        with contextlib.suppress(AssertionError):
+            compare_on_random_images()
+            return
+    compare_on_random_images()
 
 
 @doubled
