@@ -12,11 +12,12 @@ from torch import Tensor
 
 from implicit_grad._conditions.base import scalar
 from implicit_grad._conditions.proximal_term import ProximalObjective, gradient_step
+from implicit_grad._curvature.auto import AutoCurvature
+from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.foreach import added
-from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import gradient
 from implicit_grad._torch.pytree import Tensors
 
@@ -121,10 +122,9 @@ class ObjectiveFunction(Variables):
             return Point(phi, loss, gradient(loss, here), proximal)
 
     def curved_at(self, phi: Tensors) -> tuple[Point, Linearization]:
-        """Value and gradient, and the gradient's graph for products with the Hessian."""
+        """Value and gradient, and products with the Hessian (by differences if torch has none)."""
         here, value = self._recorded(self._objective, phi)
-        with torch.enable_grad(), own_backwards([value], here):
-            around = Linearization(gradient(value, here), here)
+        around = AutoCurvature(Objective(value, here, again=self))
         return Point(phi, value, tuple(g.detach() for g in around.residual)), around
 
     def check(self, here: Point, step: int, slope: bool = True) -> None:

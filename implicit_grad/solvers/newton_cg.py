@@ -32,7 +32,8 @@ class NewtonCG(Descent):
     """φ ← φ + t d with ∇²objective · d ≈ −∇objective, d by a few steps of conjugate gradients.
 
     The Hessian is used in products only (Martens, 2010, Deep learning via Hessian-free
-    optimization; Rajeswaran et al., 2019, use it for inner problems). Where CG meets negative
+    optimization; Rajeswaran et al., 2019, use it for inner problems), by differences of gradients
+    where an operation has no second derivative in torch. Where CG meets negative
     curvature, d is what its size makes of it, and so a descent direction all the same (Dauphin et
     al., 2014, Identifying and attacking the saddle point problem). The length t starts at 1 and is
     halved until the objective falls enough, so the objective never rises by more than its own

@@ -130,3 +130,16 @@ def test_newton_without_a_hessian_goes_down_the_gradient():
     init = torch.zeros(2, dtype=torch.float64)
     end = NewtonCG(maxiter=20).minimize(objective, init)
     assert (end - torch.tensor([0.0, 1.0])).norm() < 1e-6
+
+
+def test_newton_takes_differences_where_torch_has_no_second_derivative():
+    """The CTC loss has none; with a ridge it has one minimum."""
+    labels, lengths = torch.tensor([[1, 2]]), (torch.tensor([5]), torch.tensor([2]))
+
+    def objective(w):
+        scores = w.reshape(5, 1, 3).log_softmax(2)
+        return torch.nn.functional.ctc_loss(scores, labels, *lengths) + w.square().sum()
+
+    init = torch.zeros(15, dtype=torch.float64)
+    phi = NewtonCG(tol=1e-7).minimize(objective, init)
+    assert slope_at(objective, phi).norm() <= 1e-7 < slope_at(objective, init).norm()
