@@ -31,6 +31,11 @@ def _ids(held: Iterable[dict[str, Any]]) -> Iterator[int]:
     return map(id, itertools.chain.from_iterable(map(dict.values, held)))
 
 
+def names_in(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's own parts and parameters, not of those in its parts."""
+    return (*module._modules, *module._parameters)
+
+
 class Layout:
     """The parts of a module and the parameters in them; to look again costs a few microseconds."""
 

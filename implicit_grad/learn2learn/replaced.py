@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from implicit_grad._conditions.lam import LowRank
 from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._torch.modules import named_weights
+from implicit_grad._torch.modules import named_weights, names_in
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad._torch.transforms import is_wrapped
 from implicit_grad.learn2learn.fast_weights import Weights
@@ -22,7 +22,7 @@ def check_assigned(learner: Any) -> None:
 
     learn2learn's MAML leaves it aside without a word.
     """
-    for name in (*learner._modules, *learner._parameters):
+    for name in names_in(learner):
         if name not in ("module", "lam") and hasattr(learner.module, name):
             raise InvalidArgumentError(
                 f"adapt: {name} was assigned to the learner, whose model computes with its own: "
