@@ -111,7 +111,9 @@ def implicit(
             The condition's function is then evaluated a few times more. If torch's derivatives are
             wrong (custom Functions whose backward detaches or uses NumPy), differences take over
             with curvature="auto"; else, or where they are wrong too, the status is WRONG_PRODUCT.
-            Where rounding or kinks leave it open, and in half precision, nothing is said.
+            So it is where the objective's gradient is not the derivative of its value (a part that
+            depends on phi is detached; estimators such as DiCE mean that: "never" for them). Where
+            rounding or kinks leave it open, and in half precision, nothing is said.
         rtol_gradient: stop the linear solve as soon as the relative error of u is below this, by
             a bound where the strong convexity is known, else by an estimate (the report says
             which); and a minimiser of `implicit_grad.solvers` without a tolerance of its own when

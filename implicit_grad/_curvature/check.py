@@ -36,6 +36,13 @@ _SHOWS_AT = (
     "on the way back it first shows at {}: its backward, or what it was given, takes for constant "
     "what is not (.detach(), .data, NumPy, a hook), or torch's own derivative of it is wrong"
 )
+_HELD = (
+    "the gradient of the objective is not the derivative of its value: something that depends on "
+    "phi is held constant in it (.detach(), torch.no_grad(), a target network). A solver that "
+    "makes the value smallest and one that stops where this gradient is zero end at different phi, "
+    "and the implicit gradient is that of neither. For the first let nothing be held; for the "
+    "second give ig.root the gradient, written out"
+)
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
 Elsewhere = Callable[[Tensors, Tensors], Tensors]
 
@@ -169,14 +176,17 @@ class _Objective:
             self._cross = self._crossed(self._along)
 
     def finding(self, curvature: Curvature) -> Finding | None:
+        slope = gradient_at(self._objective.value, self._all, self._guard)
         wrong = is_wrong(
             self._moved_phi,
-            self._scaled(gradient_at(self._objective.value, self._all, self._guard)),
-            self._scaled((*self._product, *self._cross)),
+            (self._objective.value.detach(), *self._scaled(slope)),
+            (dot(self._slope, self._along), *self._scaled((*self._product, *self._cross))),
             self._probe.eps,
         )
-        in_phi = any(wrong[: len(self._phi)])
-        in_inputs = any(wrong[len(self._phi) :])
+        if wrong[0]:
+            return Finding(_HELD, False, complete=True)
+        in_phi = any(wrong[1 : 1 + len(self._phi)])
+        in_inputs = any(wrong[1 + len(self._phi) :])
         if curvature == "gauss_newton":
             in_phi = in_phi and self._gauss_newton_is_wrong()
         held = not in_inputs and self._inputs_are_held(self._crossed)
@@ -212,10 +222,11 @@ class _Objective:
         return tuple(b.detach() * u for b, u in zip(blocks, self._units, strict=False))
 
     def _moved_phi(self, t: float) -> Tensors:
-        """∇value by φ and by the inputs, at φ + t·along."""
+        """The value, and its gradient by φ and by the inputs, at φ + t·along."""
         phi = _moved(self._phi, self._along, t)
         value = self._value(phi, ())
-        return self._scaled(gradient_at(value, (*phi, *self._inputs), self._guard))
+        slope = gradient_at(value, (*phi, *self._inputs), self._guard)
+        return value.detach(), *self._scaled(slope)
 
     def _value(self, phi: Tensors, inputs: Tensors) -> Tensor:
         with torch.enable_grad():

@@ -34,11 +34,12 @@ class Stationarity(NamedTuple):
 class Finding(NamedTuple):
     """What a check of products found to be wrong, and whether differences of gradients are right.
 
-    Only with curvature="auto" may they take over.
+    Only with curvature="auto" may they take over. A `complete` sentence says what follows, too.
     """
 
     sentence: str
     differences_take_over: bool
+    complete: bool = False
 
 
 class SwitchedToDifferences(Exception):

@@ -284,7 +284,8 @@ def _sentence(
     """What the status means for this solver, this matrix and these tensors."""
     status, sentence = report.status, report.status.sentence
     if status is Status.WRONG_PRODUCT:
-        return f"{report.check}. So {sentence}"
+        complete = around.finding is not None and around.finding.complete
+        return f"{report.check}" if complete else f"{report.check}. So {sentence}"
     if status is Status.NEGATIVE_CURVATURE and solution.curvature is not None:
         least, greatest = solution.curvature
         if least >= -_ZERO * Flat(around.phi).eps * greatest:

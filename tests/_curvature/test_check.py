@@ -292,6 +292,26 @@ def test_an_argument_may_be_detached():
     assert monitor.last.check is None
 
 
+def test_an_objective_that_holds_a_part_of_phi_constant_is_another_condition():
+    """Its gradient's zero is a root, differentiated as such; it is no minimum of its value."""
+    X, y, lam = normal(20, 3, seed=1, grad=False), normal(20, seed=2, grad=False), normal().exp()
+    lam = lam.detach().requires_grad_()
+
+    def value(w, lam):
+        return (X @ w - y).square().mean() + lam * (w * w.detach()).sum()
+
+    def slope(w, lam):
+        return X.T @ (X @ w - y) / 10 + lam * w
+
+    def solve(lam):
+        return torch.linalg.solve(X.T @ X / 10 + lam * torch.eye(3, dtype=X.dtype), X.T @ y / 10)
+
+    with pytest.warns(ig.ImplicitGradWarning, match="ig.root"):
+        ig.implicit(solve, ig.argmin(value))(lam).sum().backward()
+    (found,) = grad(ig.implicit(solve, ig.root(slope))(lam).sum(), lam)
+    torch.testing.assert_close(found, grad(solve(lam).sum(), lam)[0])
+
+
 class HalfTheSlope(torch.autograd.Function):
     """x³ with half its derivative."""
 
