@@ -12,6 +12,7 @@ from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._options import check_value, is_integer, is_number
 from implicit_grad._theorem.linearization import Curvature
@@ -187,6 +188,11 @@ def implicit(
         raise InvalidArgumentError(
             f"implicit: EarlyStopped is for argmin and proximal, whose phi gradient steps find; "
             f"with {type(condition).__name__} use GMRES() or MINRES()"
+        )
+    if isinstance(linear_solver, EarlyStopped) and linear_solver.counts_nothing:
+        raise InvalidArgumentError(
+            "implicit: EarlyStopped() is for imaml, which counts its steps: give "
+            "EarlyStopped(steps=..., lr=...) or (time=...) here; see training_time"
         )
     _check_curvature(curvature, condition, linear_solver)
     check_value("implicit", "polish", polish, is_integer(polish, 0), "a number of Newton steps")

@@ -48,6 +48,9 @@ class EarlyStopped(LinearSolver):
     changes on the way. So g is taken at |h|: in the median of small networks that is as good as
     anything tried (40 % off the unrolled derivative), and never far too long.
 
+    `imaml` counts its steps: `EarlyStopped()` there is the derivative of the steps themselves, with
+    A from the one in the middle, where g(h) is right for h < 0 too.
+
     Args:
         time: t, the sum of all step lengths over 1 − momentum, in the units of φ² over the
             objective's: see `training_time`. Then p(h) = exp(−t·h).
@@ -81,26 +84,35 @@ class EarlyStopped(LinearSolver):
 
     def __post_init__(self) -> None:
         given = (self.time is not None, self.steps is not None, self.lr is not None)
-        if given not in ((True, False, False), (False, True, True)):
+        if given not in ((True, False, False), (False, True, True), (False, False, False)):
             raise InvalidArgumentError(
                 f"EarlyStopped(time={self.time!r}, steps={self.steps!r}, lr={self.lr!r}): give "
-                "time, or both steps and lr"
+                "time, or both steps and lr (or with imaml, which counts the steps, none of them)"
             )
         if self.time is not None:
             require_positive(self, "time")
-        else:
+        if self.steps is not None:
             require_count(self, "steps", 0)
             require_positive(self, "lr")
         good = is_number(self.momentum) and 0 <= self.momentum < 1
         require(self, "momentum", good, "a number from 0 to below 1")
         require_flag(self, "nesterov")
-        if self.time is not None and (self.momentum or self.nesterov):
+        if self.steps is None and (self.momentum or self.nesterov):
             raise InvalidArgumentError(
                 "EarlyStopped: momentum and nesterov go with steps and lr; in time they are "
                 "counted already (the sum of step lengths over 1 - momentum)"
             )
         require_count(self, "maxiter", 1)
         require_fraction(self, "rtol")
+
+    @property
+    def counts_nothing(self) -> bool:
+        """Whether the steps are for somebody else to count."""
+        return self.time is None and self.steps is None
+
+    def of_steps(self, steps: int, lr: float) -> EarlyStopped:
+        """The derivative of so many steps that were counted, around one among them."""
+        return _AmongSteps(steps=steps, lr=lr, maxiter=self.maxiter, rtol=self.rtol)
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         (found,) = self._filtered(of_one(operator), rhs[None])
@@ -140,6 +152,13 @@ class EarlyStopped(LinearSolver):
         step[:, 0, 2] = step[:, 1, 0] = step[:, 2, 2] = 1.0
         s: Tensor = torch.linalg.matrix_power(step, self.steps)[:, 0, 2]
         return torch.where(x < longest, self.lr * s, 1 / sizes)
+
+
+class _AmongSteps(EarlyStopped):
+    """With A from among the steps, and not from where they ended, h < 0 is what they followed."""
+
+    def weigh(self, curvatures: Tensor) -> Tensor:
+        return self._polynomial(curvatures)
 
 
 def instead_of_minimum(operator: Operator, rhs: Tensor, most: int | None) -> list[LinearSolution]:

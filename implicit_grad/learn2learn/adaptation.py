@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from implicit_grad._curvature.auto import has_second_derivative, linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._theorem.implicit_function import ImplicitFunction, Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.captured import Lent, captured_tensors
@@ -26,6 +27,7 @@ from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad.learn2learn.fast_weights import Gate, Weights
+from implicit_grad.learn2learn.midway import Midway, middle_of
 from implicit_grad.learn2learn.told import Told
 from implicit_grad.solvers._descent import Descent
 from implicit_grad.solvers.gradient_descent import GradientDescent
@@ -46,7 +48,21 @@ class StepMethod(Method):
     # whether losses of a kind have second derivatives, once that is known; shared by all clones
     twice: dict[Hashable, bool]
     told: Told  # likewise
+    midway: Midway  # likewise
     keeps_steps: bool
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the gradient is that of the steps themselves, around the one in the middle."""
+        return isinstance(self.linear_solver, EarlyStopped) and self.linear_solver.counts_nothing
+
+    def of_steps(self, steps: int, time: float) -> StepMethod:
+        """The method for the backward pass of weights that so many steps led to."""
+        if not self.counts_steps:
+            return self.for_call()
+        assert isinstance(self.linear_solver, EarlyStopped)
+        bound = self.linear_solver.of_steps(steps, time / steps)
+        return dataclasses.replace(self, linear_solver=bound)
 
     def takes_differences(self, loss: Tensor, phi: Tensors, finding: Finding | None) -> bool:
         """Whether finite differences are asked for, or are the first kind of product that works.
@@ -106,7 +122,8 @@ class Step(Recorded):
     """The inner problem around one generation of weights, kept for backward.
 
     `phi` are the weights in the graph of `loss`; `values` the adapted ones, which are the same if
-    they were `minimised`, and one gradient step on after `adapt(tensor)`. The learner's `Weights`
+    they were `minimised`, one gradient step on after `adapt(tensor)`, and half of the steps on if
+    those were counted. The learner's `Weights`
     must not be held here: they hold tensors whose graph holds this step, and autograd's graph is
     invisible to Python's garbage collector.
     """
@@ -122,6 +139,7 @@ class Step(Recorded):
     gate_of_phi: Gate
     minimised: bool
     tasks: int | None
+    number: int  # of steps since clone()
     replay: weakref.ref[Replay] | None = None
     finding: Finding | None = None
     third: Finding | None = None  # what is wrong with the loss's third derivatives
@@ -156,6 +174,11 @@ class Step(Recorded):
             self, finding=finding, third=checks.finding(outputs, self.phi, third, order=3)
         )
 
+    def ending_at(self, last: Step) -> Step:
+        """This inner problem for the weights that a later step led to."""
+        its = {name: getattr(last, name) for name in ("values", "inputs", "inputs_tree", "method")}
+        return dataclasses.replace(self, number=last.number, **its)
+
     def drop(self) -> None:
         """Forget the loss and its graph, so that memory does not grow with the steps."""
         self.loss = self.loss.detach()
@@ -165,6 +188,11 @@ class Step(Recorded):
         return tuple(t.detach() for t in self.values)  # objects of their own: no cycle through them
 
     def _refusal(self) -> str | None:
+        if self.method.linear_solver.keeps_start:
+            return (
+                "second derivatives through EarlyStopped are not available: use CG(rtol=...) and "
+                "the inner problem's solution"
+            )
         if self.minimised:
             return None
         return (
@@ -177,6 +205,7 @@ class Step(Recorded):
         return self.third
 
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
+        self.method.midway.steps = self.number
         inputs = stand_ins(self.inputs, [t.requires_grad for t in self.inputs])
         theta, pull = self.inputs_tree.rebuild(inputs)
         objective = Objective(
@@ -218,6 +247,7 @@ def _step(
     gate_of_phi: Gate,
     method: StepMethod,
     time: float,
+    number: int,
     minimised: bool = False,
 ) -> Step:
     inputs, inputs_tree = weights.inputs(time, method.linear_solver.keeps_start)
@@ -228,12 +258,13 @@ def _step(
         values=values,
         inputs=inputs,
         inputs_tree=inputs_tree,
-        method=method.for_call(),
+        method=method.of_steps(number, time),
         captured=weights.captured_by(loss),
         outputs=weights.outputs_behind(loss) if wants_outputs else None,
         gate_of_phi=gate_of_phi,
         minimised=minimised,
         tasks=weights.tasks,
+        number=number,
     )
 
 
@@ -255,26 +286,30 @@ def step_on_tensor(
     slope = plain_gradient(loss, phi, keep_graph=not method.first_order)
     weights.check_used(slope, method.allow_unused)
     values = weights.moved(slope, lr)
-    time = weights.time + lr
+    time, number = weights.time + lr, weights.number + 1
     if method.first_order or weights.stay(time):
-        weights.attach(values, theta, time=time)
+        weights.attach(values, theta, time=time, number=number)
         return
-    step = _step(weights, loss, phi, values, weights.gate, method, time)
+    step = _step(weights, loss, phi, values, weights.gate, method, time, number)
+    if method.counts_steps:
+        if method.midway.is_middle(number):
+            weights.halfway = dataclasses.replace(step)  # the next step empties the original
+        if method.midway.is_last(number) and weights.halfway is not None:
+            step, weights.halfway = weights.halfway.ending_at(step), None
     weights.supersede(loss)
     release = None if method.keeps_steps else step.drop
-    weights.attach(values, step.sources(), time=time, release=release)
+    weights.attach(values, step.sources(), time=time, number=number, release=release)
 
 
 def minimise_closure(
     weights: Weights,
     closure: Callable[[], Tensor],
-    minimise: Callable[[Callable[[Tensors], Tensor], Tensors], Tensors],
-    time: float,
+    minimiser: Minimiser,
     method: StepMethod,
 ) -> None:
     """φ = argmin loss + λ/2 ‖φ − θ‖² by any minimiser; backward linearises at φ itself.
 
-    `time` is the sum of the lengths of its steps, which without a λ are on the loss alone.
+    Or, where steps are counted, at the one in their middle.
     """
     before, theta = weights.current, weights.theta
     first: list[Tensor] = []
@@ -296,39 +331,68 @@ def minimise_closure(
     try:
         with torch.inference_mode(False), torch.enable_grad():
             start = tuple(t.detach().clone() for t in before)
-            values, _ = checked(minimise(objective, start), theta_values, template=start)
-        time += weights.time
+            reached = [start]
+            for run in minimiser.runs(weights.number if method.counts_steps else None):
+                found, _ = checked(run(objective, reached[-1]), theta_values, template=start)
+                reached.append(found)
+        values = reached[-1]
+        place = reached[-2] if method.counts_steps else values
+        time, number = weights.time + minimiser.time, weights.number + minimiser.steps
         if not torch.is_grad_enabled():
-            before, weights.time = values, time
+            before, weights.time, weights.number = values, time, number
             return
         if method.first_order or weights.stay(time):
-            weights.attach(values, theta, time=time)
+            weights.attach(values, theta, time=time, number=number)
             before = weights.current
             return
-        phi, replay = variables(values), Replay(weights, closure)
+        phi, replay = variables(place), Replay(weights, closure)
         loss = replay.loss(phi)
         method.told.of_losses(first, loss, method.reporting)
         behind = {id(t) for t in leaves_behind([loss])}
         weights.check_used(tuple(p if id(p) in behind else None for p in phi), method.allow_unused)
-        step = _step(weights, loss, phi, values, Gate(), method, time, True)
+        step = _step(weights, loss, phi, values, Gate(), method, time, number, True)
         step = step.checked(replay)
         needed = replay if method.takes_differences(loss, phi, step.finding) else None
         if needed is not None:
             step = dataclasses.replace(step, replay=weakref.ref(needed))
-        weights.attach(values, step.sources(), time=time, keeping=needed)
+        weights.attach(values, step.sources(), time=time, number=number, keeping=needed)
         before = weights.current
     finally:
         weights.install(before)
 
 
-def minimiser(solver: Any, lr: float, steps: int | None) -> tuple[Callable[[Any, Any], Any], float]:
-    """What minimises in `adapt(closure)`, and the sum of its steps' lengths (0 if not known).
+class Minimiser(NamedTuple):
+    """What minimises in `adapt(closure)`.
 
-    It is the solver, or gradient steps if there is none.
+    Attributes:
+        run: from an objective and a start.
+        time: the sum of its steps' lengths, or 0 if it is not known.
+        descent: gradient descent for a number of steps, if it is that.
     """
+
+    run: Callable[[Any, Any], Any]
+    time: float = 0.0
+    descent: GradientDescent | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many it takes, or 0 if that is not known."""
+        return 0 if self.descent is None else self.descent.most_steps
+
+    def runs(self, before: int | None) -> tuple[Callable[[Any, Any], Any], ...]:
+        """One run, or two that meet in the middle of the steps of all runs, so many `before`."""
+        if self.descent is None or before is None:
+            return (self.run,)
+        first = max(0, middle_of(before + self.steps) - before)
+        parts = (first, self.steps - first)
+        return tuple(dataclasses.replace(self.descent, steps=n).minimize for n in parts)
+
+
+def minimiser_of(solver: Any, lr: float, steps: int | None) -> Minimiser:
+    """The solver, or gradient steps if there is none."""
     if solver is None:
         descent = GradientDescent(lr=lr, steps=1 if steps is None else steps)
-        return descent.minimize, descent.time or 0.0
+        return Minimiser(descent.minimize, descent.time or 0.0, descent)
     if steps is not None:
         raise InvalidArgumentError(
             "adapt: steps is for the default gradient descent; this learner has solver="
@@ -341,7 +405,8 @@ def minimiser(solver: Any, lr: float, steps: int | None) -> tuple[Callable[[Any,
         with lent.as_they_are():
             return minimise(objective, init)
 
-    return minimised, time_of(solver) or 0.0
+    time = time_of(solver)
+    return Minimiser(minimised, time or 0.0, None if time is None else solver)
 
 
 def check_solver(solver: Any, lam: Any) -> None:

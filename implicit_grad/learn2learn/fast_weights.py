@@ -130,7 +130,8 @@ class Weights:
         self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
         self.pull = None if pull is None else pull.of(kept)
-        self.time = 0.0
+        self.time, self.number = 0.0, 0
+        self.halfway: Any = None  # the step in the middle, once it is taken
         self._places = Places(module, [named[i][1] for i in kept])
         self._layout: Layout | None = None
         # without a pull, a λ of 1 keeps the place of that which the steps' time will make
@@ -190,16 +191,18 @@ class Weights:
         values: Tensors,
         sources: Tensors,
         time: float = 0.0,
+        number: int = 0,
         release: Callable[[], None] | None = None,
         keeping: object = None,
     ) -> None:
         """Install the values as weights whose gradients go to the sources.
 
-        `time` is the sum of the lengths of the steps that led to them from θ. `release` frees
+        `time` is the sum of the lengths of the steps that led to them from θ, `number` how many
+        they were, if they were counted. `release` frees
         what their gradient needs, once they are superseded; `keeping` is kept alive as long as
         they are in place.
         """
-        self.time = time
+        self.time, self.number = time, number
         self.gate, self._release, self._keeping = Gate(), release, keeping
         self._outer_calls = []
         self.install(FastWeights.apply(self.gate, values, *sources))

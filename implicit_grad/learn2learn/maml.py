@@ -22,6 +22,7 @@ from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
@@ -35,7 +36,7 @@ from implicit_grad.learn2learn.adaptation import (
     check_solver,
     means_to_solve,
     minimise_closure,
-    minimiser,
+    minimiser_of,
     needs_outputs,
     step_on_tensor,
 )
@@ -46,6 +47,7 @@ from implicit_grad.learn2learn.batching import (
     stacked_call,
 )
 from implicit_grad.learn2learn.fast_weights import Weights
+from implicit_grad.learn2learn.midway import Midway
 from implicit_grad.learn2learn.registered_lam import registrable
 from implicit_grad.learn2learn.replaced import (
     check_assigned,
@@ -105,8 +107,11 @@ def imaml(
             floating-point parameter of the model; `LearnedLam(model)`, learned and positive, for
             each tensor or element; or `LowRank`, a matrix.
         lr: the length of the adaptation's steps, for a model. A MAML has its own.
-        linear_solver: by default `CG(maxiter=5)`, the paper's; or a function `solve(matvec, b)`,
-            see `implicit`.
+        linear_solver: by default `CG(maxiter=5)`, the paper's; `EarlyStopped(maxiter=5)` is nearest
+            to MAML's own gradient, the product over the steps, which it takes as a power around
+            the step in the middle, whose graph is kept besides the last (with losses given as
+            tensors, from the second learner on: the first says how many steps there are); or a
+            function `solve(matvec, b)`, see `implicit`.
         solver: minimises the inner objective in `adapt(closure)`: an object with
             `minimize(objective, init)` (see `implicit_grad.solvers`), or such a function. By
             default gradient descent with MAML's lr.
@@ -139,7 +144,7 @@ def imaml(
         linear_solver = CG(maxiter=5)
     check_option(check, "imaml")
     linear_solver = as_linear_solver(linear_solver, "imaml", "CG(), MINRES(), Neumann(), Exact()")
-    _check(module_or_maml, lam, solver, curvature)
+    _check(module_or_maml, lam, solver, curvature, linear_solver)
     held = held_maml(module_or_maml)
     given = accepted(module_or_maml if held is None else getattr(module_or_maml, held), lr)
     learner = ImplicitMAML(
@@ -199,7 +204,7 @@ class ImplicitMAML(nn.Module):
         self._weights: Weights | None = None
         self._outside: Weights | None = None  # before others were put in
         self._twice: dict[Hashable, bool] = {}
-        self._told = Told()
+        self._told, self._midway = Told(), Midway()
         self._checks, self.keep_steps = checks, keep_steps
         self._wrapped: tuple[nn.Module, ...] = (
             () if wrapped is None else (wrapped,)
@@ -285,7 +290,7 @@ class ImplicitMAML(nn.Module):
             wrapped=next(iter(self._wrapped), None),
         )
         learner.training = self.training
-        learner._twice, learner._told = self._twice, self._told
+        learner._twice, learner._told, learner._midway = self._twice, self._told, self._midway
         learner.tasks = self.tasks if tasks is None else tasks
         learner._weights = self._weights_of(learner.module, tasks)
         if tasks is not None:
@@ -340,7 +345,7 @@ class ImplicitMAML(nn.Module):
                 raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
             step_on_tensor(self._weights, loss, self.lr, method)
         elif callable(loss):
-            minimise_closure(self._weights, loss, *minimiser(self.solver, self.lr, steps), method)
+            minimise_closure(self._weights, loss, minimiser_of(self.solver, self.lr, steps), method)
         else:
             raise InvalidArgumentError(
                 "adapt: loss must be a scalar tensor, or a function without arguments that "
@@ -370,6 +375,7 @@ class ImplicitMAML(nn.Module):
             allow_unused=allow_unused,
             twice=self._twice,
             told=self._told,
+            midway=self._midway,
             checks=self._checks,
             keeps_steps=self.keep_steps,
         )
@@ -400,9 +406,16 @@ def _either(given: bool | None, default: bool) -> bool:
     return default if given is None else given
 
 
-def _check(module_or_maml: Any, lam: Any, solver: Any, curvature: str) -> None:
+def _check(
+    module_or_maml: Any, lam: Any, solver: Any, curvature: str, linear_solver: LinearSolver
+) -> None:
     """Raise unless `imaml` can work with its arguments."""
     if isinstance(module_or_maml, ImplicitMAML):
         raise InvalidArgumentError("imaml: the first argument is wrapped by imaml already")
     check_solver(solver, lam)
     check_curvature(curvature, "imaml")
+    if lam is not None and isinstance(linear_solver, EarlyStopped) and linear_solver.counts_nothing:
+        raise InvalidArgumentError(
+            f"imaml: EarlyStopped() is the derivative of MAML's own steps, which lam=None takes; "
+            f"with lam={lam!r} give EarlyStopped(steps=..., lr=...), or take CG()"
+        )

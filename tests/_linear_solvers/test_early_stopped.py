@@ -189,7 +189,6 @@ def test_single_precision():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"time": 1.0, "steps": 3},
         {"steps": 3},
         {"lr": 0.1},
@@ -202,6 +201,7 @@ def test_single_precision():
         {"steps": 3, "lr": 0.1, "momentum": 1.0},
         {"steps": 3, "lr": 0.1, "nesterov": 1},
         {"time": 1.0, "momentum": 0.5},
+        {"momentum": 0.5},
         {"time": 1.0, "maxiter": 0},
         {"time": 1.0, "rtol": 2.0},
     ],
