@@ -107,7 +107,7 @@ class AutoCurvature(Linearization):
             parts.scale,
             anchors=parts.anchors,
             starts=parts.starts,
-            tasks=objective.tasks,
+            n_tasks=objective.n_tasks,
             convex=parts.convex,
             guard=objective.guard,
         )

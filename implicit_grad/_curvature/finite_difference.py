@@ -30,7 +30,7 @@ class FiniteDifference(Hessian):
     curvature = "finite_difference"
 
     def __init__(self, objective: Objective) -> None:
-        if objective.tasks is not None:
+        if objective.n_tasks is not None:
             raise GraphError("finite differences are taken for one task at a time")
         if objective.again is None:
             raise GraphError(

@@ -43,7 +43,7 @@ class Hessian(Linearization):
             F.scale,
             anchors=F.anchors,
             starts=F.starts,
-            tasks=objective.tasks,
+            n_tasks=objective.n_tasks,
             convex=self._convex(objective),
             guard=objective.guard,
         )

@@ -97,10 +97,10 @@ class _Run:
         self.steps: list[_Iteration] = []
         self.stopped: dict[int, LinearSolution] = {}  # of tasks that have no strict minimum
 
-    def _end(self, tasks: Tensor, status: Status) -> Tensor:
-        """Give the tasks their status; returns the others."""
-        self.status = self.status.masked_fill(tasks, status)
-        return ~tasks
+    def _end(self, which: Tensor, status: Status) -> Tensor:
+        """Give these tasks their status; returns the others."""
+        self.status = self.status.masked_fill(which, status)
+        return ~which
 
     def iterate(self, started: Tensor) -> None:
         """Conjugate gradients on operator · d = residual for some of the tasks, adding d to x."""
@@ -178,11 +178,11 @@ class _Run:
         size, most = self._scaled_norm(self.x), self._residual_norm(self.rhs)
         self.x.mul_(_column(torch.where(stopped & (size > most), most / size, 1.0), self.x))
 
-    def _instead_of_minimum(self, tasks: Tensor) -> None:
+    def _instead_of_minimum(self, which: Tensor) -> None:
         """For want of a unit, take what trainings that were stopped make of these tasks' rhs."""
-        if not bool(tasks.any()):
+        if not bool(which.any()):
             return
-        rows = self.rhs.masked_fill(~tasks[:, None], 0.0)
+        rows = self.rhs.masked_fill(~which[:, None], 0.0)
         found = instead_of_minimum(self.operator, rows, self.budget.maxiter)
         for task, solution in enumerate(found):
             if solution.status is Status.ZERO_RHS:

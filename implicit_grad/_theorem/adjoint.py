@@ -107,9 +107,9 @@ def _solve(
     accuracy: Accuracy,
     transposed: bool,
 ) -> Solved:
-    flat = Flat(rhs, around.tasks)
+    flat = Flat(rhs, around.n_tasks)
     system = _System(around, flat)
-    solve = solver.solve if around.tasks is None else solver.solve_tasks
+    solve = solver.solve if around.n_tasks is None else solver.solve_tasks
     while True:
         operator, vector = system.operator(accuracy, transposed), flat.ravel(rhs)
         try:

@@ -171,7 +171,7 @@ class Reporting:
 
     def _reports(self, solved: Solved, around: Linearization) -> list[Report]:
         """One for each task, or for the only one."""
-        flat, count = Flat(around.phi, around.tasks), len(solved.solutions)
+        flat, count = Flat(around.phi, around.n_tasks), len(solved.solutions)
         with torch.no_grad():
             F, phi, u = (
                 flat.ravel(t).view(count, -1) for t in (around.residual, around.phi, solved.x)
@@ -249,7 +249,7 @@ def _at_stake(around: Linearization) -> float:
     with torch.no_grad():
         pulled = around.pullback(w, a)
         shares = sum(float((g * t).abs().sum()) for g, t in zip(pulled, a, strict=True))
-    return shares / length(w) / math.sqrt(around.tasks or 1)
+    return shares / length(w) / math.sqrt(around.n_tasks or 1)
 
 
 def solve_and_report(

@@ -125,11 +125,11 @@ class ImplicitSolver:
         """A call with tensors that torch.func or forward mode look at."""
         if self.setup.has_aux:
             check_not_batched(inputs)
-        condition, for_tasks = self.setup.condition.for_tasks(), None
+        condition, at_once = self.setup.condition.for_tasks(), None
         if condition is not None and self._takes_tasks():
             setup = dataclasses.replace(self.setup, condition=condition)
-            for_tasks = setup, functools.partial(self._run_for_tasks, condition)
-        return Transformed(self.setup, run, tree, self.solver).phi(inputs, for_tasks)
+            at_once = setup, functools.partial(self._run_for_tasks, condition)
+        return Transformed(self.setup, run, tree, self.solver).phi(inputs, at_once)
 
     def _tell_unread(self, evaluation: Evaluation, inputs: Tensors, tree: Tree) -> None:
         """Warn of arguments whose gradient is asked for and is 0 whatever their values."""

@@ -120,7 +120,7 @@ class Step(Recorded):
     outputs: Tensors | None
     gate_of_phi: Gate
     minimised: bool
-    tasks: int | None
+    n_tasks: int | None
     replay: weakref.ref[Replay] | None = None
     finding: Finding | None = None
     third: Finding | None = None  # what is wrong with the loss's third derivatives
@@ -140,7 +140,7 @@ class Step(Recorded):
             return self
         again, outputs, checks = replay.loss_elsewhere, (self.loss,), self.method.checks
         objective = Objective(
-            self.loss, self.phi, outputs=self.outputs, again=again, tasks=self.tasks
+            self.loss, self.phi, outputs=self.outputs, again=again, n_tasks=self.n_tasks
         )
         probe = check.Probe(outputs, self.phi, self.captured, lambda phi, _: (again(phi),))
 
@@ -185,7 +185,7 @@ class Step(Recorded):
             outputs=self.outputs,
             again=None if self.replay is None else self._again,
             guard=self.gate_of_phi.closed,
-            tasks=self.tasks,
+            n_tasks=self.n_tasks,
             own=self.minimised,
         )
         return linearize(objective, curvature), (*inputs, *self.captured)
@@ -231,7 +231,7 @@ def _step(
         outputs=weights.outputs_behind(loss) if method.needs_outputs else None,
         gate_of_phi=gate_of_phi,
         minimised=minimised,
-        tasks=weights.tasks,
+        n_tasks=weights.n_tasks,
     )
 
 
