@@ -197,8 +197,6 @@ def implicit(
             f"implicit: rtol_gradient={rtol_gradient!r} is for CG, whose coefficients tell the "
             f"error; {type(linear_solver).__name__} stops by its own options"
         )
-    if condition.tasks:
-        _check_tasks(linear_solver, curvature, polish, rtol_gradient)
     reporting = Reporting(
         monitor=monitor,
         on_failure=on_failure,
@@ -216,6 +214,8 @@ def implicit(
         checks=checks,
         has_aux=has_aux,
     )
+    if condition.tasks and setup.one_by_one is not None:
+        raise InvalidArgumentError(f"implicit: with tasks=True, {setup.one_by_one}")
 
     def wrap(solver: Solver) -> ImplicitSolver:
         return _wrapped(solver, setup, init)
@@ -263,20 +263,6 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
         setup = dataclasses.replace(setup, condition=condition, training=training)
         solver = _to_accuracy(solver, setup.reporting.rtol_gradient)
     return ImplicitSolver(solver, setup, init)
-
-
-def _check_tasks(
-    linear_solver: LinearSolver, curvature: Curvature, polish: int, rtol_gradient: float | None
-) -> None:
-    if not linear_solver.takes_tasks:
-        raise InvalidArgumentError(
-            "implicit: with tasks=True, linear_solver must be CG without preconditioner and warm "
-            f'start, and with on_negative_curvature "stop" or "raise"; got {linear_solver!r}'
-        )
-    if polish or rtol_gradient is not None or curvature == "finite_difference":
-        raise InvalidArgumentError(
-            "implicit: polish, rtol_gradient and finite differences do not go with tasks=True"
-        )
 
 
 def _check_curvature(

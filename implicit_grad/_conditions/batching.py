@@ -12,6 +12,8 @@ from torch.func import vmap
 
 from implicit_grad._conditions.base import Condition, scalar
 from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors, Tree
 
@@ -28,6 +30,28 @@ def n_tasks_of(condition: Condition, phi: Any) -> int | None:
             f"phi counts the tasks; got {', '.join(map(describe, tensors))}"
         )
     return lengths.pop()
+
+
+def why_one_by_one(
+    linear_solver: LinearSolver,
+    curvature: Curvature,
+    polish: int = 0,
+    rtol_gradient: float | None = None,
+) -> str | None:
+    """Why problems, with these options, cannot be one batch; None if they can.
+
+    The one rule on that, for conditions with tasks=True, `torch.func.vmap` and `clone(tasks=)`.
+    """
+    if not linear_solver.takes_tasks:
+        return (
+            "a batch of tasks is solved by EarlyStopped, or by CG without preconditioner and warm "
+            f'start and with on_negative_curvature "stop" or "raise"; got {linear_solver!r}'
+        )
+    if curvature == "finite_difference":
+        return "finite differences are taken for one task at a time"
+    if polish or rtol_gradient is not None:
+        return "polish and rtol_gradient are for one task at a time"
+    return None
 
 
 def batched_model(model: Callable[..., Any] | None) -> Callable[..., Any] | None:

@@ -126,7 +126,7 @@ class ImplicitSolver:
         if self.setup.has_aux:
             check_not_batched(inputs)
         condition, at_once = self.setup.condition.for_tasks(), None
-        if condition is not None and self._takes_tasks():
+        if condition is not None and self.setup.one_by_one is None:
             setup = dataclasses.replace(self.setup, condition=condition)
             at_once = setup, functools.partial(self._run_for_tasks, condition)
         return Transformed(self.setup, run, tree, self.solver).phi(inputs, at_once)
@@ -136,13 +136,6 @@ class ImplicitSolver:
         unread = [inputs[i] for i in evaluation.unread]
         if unread and self.setup.reporting.on_failure != "ignore":
             tell_unread(self.setup.condition, Call(*tree.rebuild(inputs)), unread)
-
-    def _takes_tasks(self) -> bool:
-        """Whether a batch of such problems can be linearised, and its systems solved, at once."""
-        setup = self.setup
-        plain = not setup.polish and setup.reporting.rtol_gradient is None
-        plain = plain and setup.curvature != "finite_difference"
-        return plain and setup.linear_solver.takes_tasks
 
     def _run_for_tasks(self, condition: Condition, call: Call) -> Any:
         """The solver's output for a batch: at once if it works element by element."""

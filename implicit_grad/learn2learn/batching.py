@@ -8,17 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from implicit_grad._conditions.batching import why_one_by_one
 from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._options import is_integer
+from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._torch import pytree
 from implicit_grad._torch.modules import Contents, replace_buffers
 from implicit_grad._torch.pytree import Tensors
 
 
 def check_tasks(
-    tasks: object, already: int | None, solver: LinearSolver, curvature: str, module: nn.Module
+    tasks: object,
+    already: int | None,
+    solver: LinearSolver,
+    curvature: Curvature,
+    module: nn.Module,
 ) -> None:
     """Raise unless a learner with these options can be one for a batch of tasks."""
     if not is_integer(tasks, 1):
@@ -29,15 +35,9 @@ def check_tasks(
         raise InvalidArgumentError(
             f"clone(tasks={tasks}): this learner has {already} tasks already"
         )
-    if not solver.takes_tasks:
-        raise InvalidArgumentError(
-            f"clone(tasks={tasks}): a batch of tasks is solved by CG without preconditioner and "
-            f'warm start, and with on_negative_curvature "stop" or "raise"; got {solver!r}'
-        )
-    if curvature == "finite_difference":
-        raise InvalidArgumentError(
-            f"clone(tasks={tasks}): finite differences are taken for one task at a time"
-        )
+    one_by_one = why_one_by_one(solver, curvature)
+    if one_by_one is not None:
+        raise InvalidArgumentError(f"clone(tasks={tasks}): {one_by_one}")
     for part in module.modules():
         if isinstance(part, nn.RNNBase):
             raise InvalidArgumentError(
