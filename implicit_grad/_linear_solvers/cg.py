@@ -87,15 +87,15 @@ class ConjugateGradients(Run):
         while self.iterations < self.budget.maxiter:
             product = self.operator.matvec(p)
             self.iterations += 1
-            curvature = dot(p, product)
-            if not math.isfinite(curvature):
+            pMp = dot(p, product)
+            if not math.isfinite(pMp):
                 return self.fail(Status.NONFINITE_OPERATOR)
             pp = dot(p, p)
-            self.meet(curvature / pp)
-            if curvature <= 0:
+            self.meet(pMp / pp)
+            if pMp <= 0:
                 return self._stop_at_negative_curvature()
-            alpha = rz / curvature
-            if alpha * math.sqrt(pp) * self._curvature[1] * eps > LOST * size:
+            alpha = rz / pMp
+            if alpha * math.sqrt(pp) * self._extremes[1] * eps > LOST * size:
                 self.status = Status.SINGULAR
                 return
             self.x.add_(p, alpha=alpha)
@@ -162,7 +162,7 @@ class ConjugateGradients(Run):
         else:  # the coefficients do not tell about M over its scale, but ‖e‖ ≤ ‖r‖/μ
             scale = self.operator.scale
             largest = 1.0 if scale is None else float(torch.as_tensor(scale).max())
-            mu = self._curvature[0] / largest if known is None else known
+            mu = self._extremes[0] / largest if known is None else known
             error = self.operator.residual_norm(self.residual) / mu
             near = error <= limit
         if near:
@@ -179,7 +179,7 @@ class ConjugateGradients(Run):
         self._at_least_first_order()
         size, limit = self.operator.scaled_norm(self.x), self.operator.residual_norm(self.rhs)
         if self.operator.scale is None:
-            greatest = max(map(abs, self._curvature))
+            greatest = max(map(abs, self._extremes))
             limit = UNKNOWN_TIME * limit / greatest if greatest else size
         if size > limit:
             self.x.mul_(limit / size)
@@ -390,10 +390,10 @@ class CG(Iterative):
 
 
 def _after(first: LinearSolution, second: LinearSolution) -> LinearSolution:
-    """The second solution, with the products of a first attempt and the curvature that it met."""
-    met = (*(first.curvature or ()), *(second.curvature or ()))
+    """The second solution, with the products of a first attempt and the extremes that it met."""
+    met = (*(first.extremes or ()), *(second.extremes or ()))
     iterations = first.iterations + second.iterations
-    return dataclasses.replace(second, iterations=iterations, curvature=(min(met), max(met)))
+    return dataclasses.replace(second, iterations=iterations, extremes=(min(met), max(met)))
 
 
 def _refusal(solution: LinearSolution) -> LinearSolveError:

@@ -118,12 +118,12 @@ class _Run:
                 break
             product = self.operator.matvec(p)
             self.iterations = self.iterations + going
-            curvature, pp = dots(p, product), dots(p, p)
-            finite = torch.isfinite(curvature)
+            pMp, pp = dots(p, product), dots(p, p)
+            finite = torch.isfinite(pMp)
             going = going & self._end(going & ~finite, Status.NONFINITE_OPERATOR)
-            self._meet(curvature / pp, going)
-            going = going & self._end(going & (curvature <= 0), Status.NEGATIVE_CURVATURE)
-            alpha = rz / curvature
+            self._meet(pMp / pp, going)
+            going = going & self._end(going & (pMp <= 0), Status.NEGATIVE_CURVATURE)
+            alpha = rz / pMp
             lost = alpha * pp.sqrt() * self.greatest * eps > LOST * self.size
             going = going & self._end(going & lost, Status.SINGULAR)
             alpha = torch.where(going, alpha, 0.0)
@@ -161,10 +161,10 @@ class _Run:
             rows.masked_fill_(~going[:, None], 0.0)
         return rows
 
-    def _meet(self, curvature: Tensor, going: Tensor) -> None:
-        """Remember the curvatures pᵀMp/pᵀp of the tasks that go on."""
-        self.least = torch.where(going, self.least.minimum(curvature), self.least)
-        self.greatest = torch.where(going, self.greatest.maximum(curvature), self.greatest)
+    def _meet(self, quotients: Tensor, going: Tensor) -> None:
+        """Remember the quotients pᵀMp/pᵀp of the tasks that go on."""
+        self.least = torch.where(going, self.least.minimum(quotients), self.least)
+        self.greatest = torch.where(going, self.greatest.maximum(quotients), self.greatest)
 
     def _limit(self, started: Tensor) -> None:
         """After negative curvature, keep x no longer than the first-order solution."""
@@ -191,9 +191,9 @@ class _Run:
             self.iterations[task] += solution.iterations
             if not solution.status.ok:
                 self.status[task] = solution.status
-            for curvature in solution.curvature or ():
-                self.least[task].clamp_(max=curvature)
-                self.greatest[task].clamp_(min=curvature)
+            for quotient in solution.extremes or ():
+                self.least[task].clamp_(max=quotient)
+                self.greatest[task].clamp_(min=quotient)
 
     def refine(self) -> Tensor:
         """Hold the carried residuals to their word, and restart tasks where they have drifted.

@@ -43,9 +43,9 @@ class Exact(LinearSolver):
         matrix = operator.dense(rhs)
         if not bool(torch.isfinite(matrix).all()):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_OPERATOR, n)
-        curvature, size = None, None
+        extremes, size = None, None
         if _is_symmetric(matrix, operator.precision(rhs)):
-            x, curvature, singular = _solve_symmetric((matrix + matrix.mT) / 2, rhs)
+            x, extremes, singular = _solve_symmetric((matrix + matrix.mT) / 2, rhs)
         else:
             x, singular = _solve_lu(matrix, rhs)
             size = float(torch.linalg.matrix_norm(matrix, 2))
@@ -55,7 +55,7 @@ class Exact(LinearSolver):
         residual = norm(rhs - matrix @ x) / norm(rhs)
         if residual > torch.finfo(rhs.dtype).eps ** 0.5 and singular:  # there is no solution
             return LinearSolution(torch.full_like(rhs, math.nan), status, n, norm=size)
-        return LinearSolution(x, status, n, residual, curvature, norm=size)
+        return LinearSolution(x, status, n, residual, extremes, norm=size)
 
 
 def _is_symmetric(matrix: Tensor, eps: float) -> bool:

@@ -107,7 +107,7 @@ class _Arnoldi(Run):
             self.status = Status.CONVERGED
 
     def solution(self, residual: float | None) -> LinearSolution:
-        """The result, with ‖M‖ beside the curvature, which is 0 where M is a quarter turn."""
+        """The result, with ‖M‖ beside the extremes, which are 0 where M is a quarter turn."""
         return dataclasses.replace(super().solution(residual), norm=self.size or None)
 
     def _cycle(self, beta: float) -> Status | None:
@@ -164,7 +164,7 @@ class _Arnoldi(Run):
         return v if self.precondition is None else self.precondition(v)
 
     def _meet_product(self, z: Tensor, column: list[float]) -> None:
-        """Remember the stretch ‖M z‖/‖z‖ and, where it is at hand, the curvature zᵀM z/zᵀz."""
+        """Remember the stretch ‖M z‖/‖z‖ and, where it is at hand, the quotient zᵀM z/zᵀz."""
         stretch = math.hypot(*column)
         self.reach = max(self.reach, stretch)
         if self.precondition is None:  # then z is of length 1, and a vector of the basis

@@ -51,7 +51,7 @@ class Solved:
 
 def judged(solution: LinearSolution, around: Linearization) -> Status:
     """How one solve ended, in the light of what it is for."""
-    least, _ = solution.curvature or (0.0, 0.0)
+    least, _ = solution.extremes or (0.0, 0.0)
     if around.is_wrong and solution.status is not Status.ZERO_RHS:
         return Status.WRONG_PRODUCT  # and what else was seen may come of that
     if not solution.status.ok:

@@ -192,7 +192,7 @@ class Reporting:
         outer_error: float,
     ) -> Report:
         status = judged(solution, around)
-        least, greatest = solution.curvature or (None, None)
+        least, greatest = solution.extremes or (None, None)
         size_of_A = solution.norm
         if size_of_A is None and least is not None and greatest is not None:
             size_of_A = max(abs(least), abs(greatest))
@@ -285,8 +285,8 @@ def _sentence(
     status, sentence = report.status, report.status.sentence
     if status is Status.WRONG_PRODUCT:
         return f"{report.check}. So {sentence}"
-    if status is Status.NEGATIVE_CURVATURE and solution.curvature is not None:
-        least, greatest = solution.curvature
+    if status is Status.NEGATIVE_CURVATURE and solution.extremes is not None:
+        least, greatest = solution.extremes
         if least >= -_ZERO * Flat(around.phi).eps * greatest:
             sentence = _FLAT
     if solution.substitute == "early_stopped":
