@@ -77,6 +77,7 @@ class Linearization:
     is_hessian = False  # A is the second derivative of an objective, or stands for it
     precision: float | None = None  # relative, of the products; None: that of the tensors
     finding: Finding | None = None
+    remark: str | None = None  # what users should know of A, whatever a solve comes to
     is_differentiated = False  # solutions of its linear systems will be, or are derivatives
     training: Callable[[], Filter | None] | None = None
 

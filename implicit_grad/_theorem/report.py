@@ -259,6 +259,8 @@ def solve_and_report(
     verify = reporting.wants_residual
     solved = solve_adjoint(solver, around, v, verify, reporting.accuracy(around))
     reporting.record(solved, around)
+    if reporting.on_failure != "ignore" and (remark := (solved.convex or around).remark):
+        reporting.say(remark)
     return solved.x
 
 
