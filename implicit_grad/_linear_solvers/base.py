@@ -222,6 +222,10 @@ class LinearSolver(abc.ABC):
         """The solver for the backward pass of one call; asked for when that call runs forward."""
         return self
 
+    def cold(self) -> LinearSolver:
+        """This solver, but with no start from, or for, solves of other right-hand sides."""
+        return self
+
     def to_tolerance(self) -> LinearSolver:
         """What solves for a solution that is differentiated: this solver, without a fixed budget.
 

@@ -269,6 +269,9 @@ class CG(Iterative):
             return self
         return dataclasses.replace(self, warm_start=self.warm_start.slot())
 
+    def cold(self) -> LinearSolver:
+        return self if self.warm_start is None else dataclasses.replace(self, warm_start=None)
+
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         if self.maxiter == 0:
             return LinearSolution(operator.over_scale(rhs), Status.FIRST_ORDER)

@@ -96,8 +96,8 @@ def solve_adjoint(
 def solve_newton(solver: LinearSolver, around: Linearization) -> Solved:
     """Solve A d = −F: the way from φ to a solution of the inner problem, to first order."""
     with torch.no_grad():
-        rhs = tuple(-f for f in around.residual)
-        return _solve(solver, around, rhs, False, Accuracy(), transposed=False)
+        rhs = tuple(-f for f in around.residual)  # which has nothing to do with gradients' v
+        return _solve(solver.cold(), around, rhs, False, Accuracy(), transposed=False)
 
 
 def _solve(
