@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from implicit_grad._curvature.comparison import changes_unseen, direction, dot, is_wrong, units
+from implicit_grad._curvature.comparison import changes_unseen, direction, is_wrong, units
 from implicit_grad._curvature.culprit import culprit
 from implicit_grad._curvature.finite_difference import FiniteDifference
 from implicit_grad._curvature.hessian import GaussNewton, Hessian
@@ -29,7 +29,7 @@ from implicit_grad._torch.graph import (
 )
 from implicit_grad._torch.kinks import take_pieces
 from implicit_grad._torch.products import gradient, vjp, without_hooks
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, inner
 
 Check = Literal["once", "always", "never"]
 _SHOWS_AT = (
@@ -242,9 +242,9 @@ class _Objective:
             value = self._value(phi, probe.moved_inputs(away, t))
             return gradient_at(value, phi, self._guard)
 
-        def claimed(u: Tensors) -> Tensor:
+        def claimed(u: Tensors) -> float:
             found = crossed(u)
-            return dot([found[own[id(t)]] for t in targets], away)
+            return inner([found[own[id(t)]] for t in targets], away)
 
         return changes_unseen(slope, self._slope, claimed, probe.eps)
 
@@ -313,9 +313,9 @@ class _Residual:
         def moved(t: float) -> Tensors:
             return self._residual(_moved(phi, self._along, t), ())
 
-        def transposed(u: Tensors) -> Tensor:
+        def transposed(u: Tensors) -> float:
             with torch.no_grad():
-                return dot(self._around.transposed(u), self._along)
+                return inner(self._around.transposed(u), self._along)
 
         if changes_unseen(moved, self._here, transposed, eps):
             return True
@@ -335,9 +335,9 @@ class _Residual:
         def moved(t: float) -> Tensors:
             return self._residual(probe.phi, probe.moved_inputs(away, t))
 
-        def claimed(u: Tensors) -> Tensor:
+        def claimed(u: Tensors) -> float:
             with torch.no_grad():
-                return dot(self._around.pullback(u, targets), away)
+                return inner(self._around.pullback(u, targets), away)
 
         return changes_unseen(moved, self._here, claimed, probe.eps)
 

@@ -176,6 +176,12 @@ def length(tensors: Sequence[Tensor]) -> float:
     return float(norm([t.double() for t in tensors]))
 
 
+def inner(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
+    """xᵀy over all tensors, in double precision."""
+    pairs = zip(xs, ys, strict=True)
+    return sum(float((x.detach().double() * y.detach().double()).sum()) for x, y in pairs)
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often each has been written to: a later list tells which were changed since."""
     return [t._version for t in tensors]

@@ -8,9 +8,9 @@ import math
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._options import is_number, require, require_positive
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, inner
 from implicit_grad.solvers._descent import Stepwise, Watch
-from implicit_grad.solvers._objective import inner, moved
+from implicit_grad.solvers._objective import moved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

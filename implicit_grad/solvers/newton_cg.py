@@ -9,9 +9,9 @@ import torch
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._options import require_count
 from implicit_grad._theorem.adjoint import solve_adjoint
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, inner
 from implicit_grad.solvers._descent import Descent, Watch
-from implicit_grad.solvers._objective import ObjectiveFunction, Point, inner, moved
+from implicit_grad.solvers._objective import ObjectiveFunction, Point, moved
 
 # Armijo's condition: the share of the decrease that the slope promises which must come true.
 _SUFFICIENT = 1e-4
