@@ -206,7 +206,7 @@ class Evaluation(Recorded):
         assert self._record is not None
         snapshot, a = self._record
         around = snapshot.linearize(curvature)
-        around.training = self._filter
+        around.training = functools.cache(self._filter)  # a solve asks, and a report of it
         return around, (*a, *self.captured)
 
     def _filter(self) -> Filter | None:
