@@ -328,7 +328,7 @@ def minimiser(solver: Any, lr: float, steps: int | None) -> tuple[Callable[[Any,
     """
     if solver is None:
         descent = GradientDescent(lr=lr, steps=1 if steps is None else steps)
-        return descent.minimize, descent.time or 0.0
+        return descent.minimize, time_of(descent) or 0.0
     if steps is not None:
         raise InvalidArgumentError(
             "adapt: steps is for the default gradient descent; this learner has solver="
@@ -362,7 +362,8 @@ def check_solver(solver: Any, lam: Any) -> None:
 
 def time_of(solver: Any) -> float | None:
     """The sum of a minimiser's step lengths, if it is gradient descent for a number of steps."""
-    return solver.time if isinstance(solver, GradientDescent) else None
+    counted = isinstance(solver, GradientDescent) and solver.counts_steps
+    return solver.lr * solver.most_steps if counted else None
 
 
 def means_to_solve(solver: Any) -> bool:

@@ -57,7 +57,7 @@ class Nesterov(Stepwise):
     def elementwise(self) -> bool:
         """Whether it descends a batch of problems just as each of them alone."""
         restarts = self.kappa is None and self.momentum is None
-        return self.tol is None and self.rtol is None and not restarts
+        return not self.has_tolerance and not restarts
 
     def training(self, phi: Tensors) -> EarlyStopped | None:
         beta = self._constant_momentum()
