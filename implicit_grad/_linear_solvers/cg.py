@@ -214,21 +214,23 @@ class CG(Iterative):
             solve the same system by "minres", or one with the "gauss_newton" matrix in A's place
             (the condition has to know its `model`). The last two start again, with as many
             iterations to spend.
-        preconditioner: `Jacobi()`, `Nystrom(rank=...)`, one of them or `Cholesky()` kept for many
-            solves by `Reuse(...)`, or a function of the flat residual r (φ's tensors one after
-            another) that approximates A⁻¹r, symmetric and positive definite. None divides by A's
-            scale (λ of `proximal`).
+        preconditioner: `Jacobi()` or `Nystrom(rank=...)`; `Reuse(...)`, which keeps one of these or
+            `Cholesky()` for many solves; or a function of the flat residual r (φ's tensors one
+            after another) that approximates A⁻¹r, symmetric and positive definite. None divides by
+            A's scale (λ of `proximal`).
         warm_start: a `WarmStart()`, to start from the last solution where that is nearer than 0.
             The results then depend on the calls before.
 
     A solve that stops before convergence is not linear in v: the gradient of a sum of losses is
-    then not exactly the sum of their gradients. Where all curvature is positive the safeguard
-    changes no bit. Where it is not, φ is not a strict minimum. With `proximal`, x is then the last
-    iterate, no longer than the first-order solution v/λ, and that one (first-order MAML) on the
-    very first direction. With `argmin` there is no such unit, and `EarlyStopped` takes over, with
-    the training of φ where a minimiser of ours tells of it, and else with a time of ‖φ‖/‖F‖, of
-    1 to 200 over the greatest curvature, for 20 products at most (`maxiter`, if that is less).
-    Either way vᵀx > 0.
+    then not exactly the sum of their gradients.
+
+    "stop" changes no bit where all curvature is positive. Where it is not, φ is no strict minimum,
+    and what CG returns depends on the condition. With `proximal` it is the last iterate, made no
+    longer than v/λ; if already the first direction is bent down, it is v/λ itself, as in
+    first-order MAML. With `argmin` there is no such unit: `EarlyStopped` takes over, for at most 20
+    products (or `maxiter`, if that is less). It is told how φ was trained if one of
+    `implicit_grad.solvers` did that. Else it takes a time of ‖φ‖/‖F‖, but at least 1 and at most
+    200 over the greatest curvature met. In either case vᵀx > 0.
 
     >>> CG(maxiter=5).on_negative_curvature
     'stop'

@@ -18,9 +18,9 @@ from implicit_grad._options import require_count
 class Exact(LinearSolver):
     """Dense solution by a factorisation, for small problems and as the reference in tests.
 
-    A matrix that is symmetric but for rounding is factorised as LLᵀ (Cholesky) if it is positive
-    definite and else as LDLᵀ (Bunch and Kaufman, 1977); any other as LU. Takes one product per
-    unknown, so it refuses systems of more than `max_size` unknowns.
+    A matrix that is symmetric, to rounding, is factorised as LLᵀ (Cholesky) if it is positive
+    definite, and as LDLᵀ (Bunch and Kaufman, 1977) if it is not; any other matrix as LU. Takes one
+    product per unknown, so it refuses systems of more than `max_size` unknowns.
 
     >>> Exact(max_size=100).max_size
     100

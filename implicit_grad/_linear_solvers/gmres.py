@@ -30,9 +30,10 @@ class GMRES(Iterative):
     """The generalised minimal residual method (Saad and Schultz, 1986), for any square system.
 
     One product with Aᵀ an iteration; `NormalCG` also takes as many with A, which differentiate the
-    residual twice. A vector is kept for each iteration up to `restart`: with as many as there are
-    unknowns the end is that of a direct method. With fewer, cycles between restarts can lead
-    nowhere (the matrix is like a rotation); the status says so, and `NormalCG` may be the way.
+    residual twice. One vector is kept for each iteration, up to `restart`. If that is the number of
+    unknowns, the solution is exact but for rounding. If it is less, the cycles between restarts can
+    make no progress (where the matrix is like a rotation): the status says so, and `NormalCG` may
+    do better.
 
     Args:
         maxiter: most products to take; by default 10 for each unknown, at most 2,000.
