@@ -144,7 +144,7 @@ def check_third(objective: Objective, probe: Probe) -> Finding | None:
 
 
 def check_residual(around: Linearization, probe: Probe, both_products: bool) -> Finding | None:
-    """The same where F is given, and not the gradient of anything."""
+    """What is wrong with products around φ, where F is given and no objective's gradient."""
     if probe.eps > _COARSE or not probe.phi:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Nested containers <-> flat tuples of tensors, and tuples of tensors <-> one flat vector.
+"""Nested containers <-> flat tuples of tensors, and these <-> one flat vector; their norms.
 
 Containers are those of Python, what is registered in optree or in torch.utils._pytree, and
 dataclasses.

@@ -210,7 +210,7 @@ class Evaluation(Recorded):
         return around, (*a, *self.captured)
 
     def _filter(self) -> Filter | None:
-        """That of the training which ended at φ, if it is known."""
+        """The filter of the training that ended at φ, if it is known."""
         known = self.method.training
         training = None if known is None else known(self._at_phi)
         return None if training is None else training.weigh
