@@ -206,9 +206,10 @@ class Evaluation(Recorded):
         assert self._record is not None
         snapshot, a = self._record
         around = snapshot.linearize(curvature)
-        around.training = functools.cache(self._filter)  # a solve asks, and a report of it
+        around.training = lambda: self._filter
         return around, (*a, *self.captured)
 
+    @functools.cached_property
     def _filter(self) -> Filter | None:
         """The filter of the training that ended at φ, if it is known."""
         known = self.method.training
