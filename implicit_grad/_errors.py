@@ -71,7 +71,7 @@ class Status(enum.IntEnum):
 
     @staticmethod
     def worst(statuses: Iterable[Status]) -> Status:
-        """That of several solves: of trouble, the last in this list, or else the least exact."""
+        """One for several solves: the trouble that is last in the list, else the least exact."""
         return min(statuses, key=lambda status: (status.ok, -abs(status)))
 
     @property

@@ -85,40 +85,41 @@ def implicit(
     not differentiated and may be any code. Without a solver, a decorator is returned.
 
     Args:
-        solver: any callable; its tensors arrive detached, with gradient recording on, as training
-            loops need it (one that applies a module without training it saves memory under
-            `torch.no_grad()`). Or one of `implicit_grad.solvers`, which is handed the condition's
+        solver: any callable. Tensors reach it detached, and with gradient recording on, as training
+            loops need it. (A solver that only applies modules saves memory by working under
+            `torch.no_grad()`.) Or one of `implicit_grad.solvers`, which is handed the condition's
             objective.
         condition: what phi solves: `argmin`, `proximal`, `root` or `fixed_point`.
-        linear_solver: for Aᵀu = v: `CG()` (the default) where A is symmetric, `MINRES()` (the
-            default) where it may be indefinite too, with constraints and for symmetric roots,
-            `GMRES()` or `NormalCG()` (the default: the first, and if it fails the second) where it
-            need not be symmetric; or `Neumann()`, `Exact()`. Or a function `solve(matvec, b)` that
-            returns x with matvec(x) = b, as a tensor or an array: see below.
+        linear_solver: what solves Aᵀu = v. By default `CG()` for `argmin` and `proximal`;
+            `MINRES()` for equality and inequality constraints and for symmetric roots, where A may
+            be indefinite; for other roots and fixed points `GMRES()`, and `NormalCG()` if that
+            fails. There are `EarlyStopped(...)`, `Neumann()` and `Exact()` as well. Or a function
+            `solve(matvec, b)` that returns x with matvec(x) = b, a tensor or an array: see below.
         curvature: products with the "hessian" of an argmin's or proximal's objective, with its
             "gauss_newton" part (the condition has `model=`; changes the answer), or by
             "finite_difference"s of gradients. "auto" takes the Hessian, and differences if an
             operation has no second derivative in torch; the report says which.
         init: `init(*args)` is where a solver of `implicit_grad.solvers` starts; by default the
             first argument.
-        has_aux: the solver is a function that returns (phi, aux), and so does the wrapped one: aux
-            (a count of steps, a residual, a trained model) is anything, comes back as it is but
-            for the graphs of its tensors, and no condition sees it.
+        has_aux: whether the solver is a function that returns (phi, aux). The wrapped one then does
+            so too. aux may be anything (a count of steps, a residual, a trained model): it comes
+            back as it is, with its tensors detached, and no condition sees it.
         polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller; with
             Hessian products and a linear solver run to a tolerance, the gradient's error is then
             second order in what the solver left unsolved.
         check: whether products with A, and how F changes with the arguments, are held against
             differences, at φ: "once" for this solver and each kind of graph, "always" or "never".
-            The condition's function is then evaluated a few times more. If torch's derivatives are
-            wrong (custom Functions whose backward detaches or uses NumPy), differences take over
-            with curvature="auto"; else, or where they are wrong too, the status is WRONG_PRODUCT.
-            So it is where the objective's gradient is not the derivative of its value (a part that
-            depends on phi is detached; estimators such as DiCE mean that: "never" for them). Where
-            rounding or kinks leave it open, and in half precision, nothing is said.
-        rtol_gradient: stop the linear solve as soon as the relative error of u is below this, by
-            a bound where the strong convexity is known, else by an estimate (the report says
-            which); and a minimiser of `implicit_grad.solvers` without a tolerance of its own when
-            ‖F‖ has fallen by this factor, which says less: see `certify`.
+            The condition's function is then evaluated a few times more. Torch's derivatives can be
+            wrong, as where a custom Function's backward detaches or uses NumPy. Differences then
+            take over with curvature="auto"; with another one, or if they are wrong too, the status
+            is WRONG_PRODUCT. So it is where the objective's gradient is not the derivative of its
+            value: a part that depends on phi is detached (estimators such as DiCE mean that: take
+            "never" for them). Nothing is said where rounding or kinks leave it open, or in half
+            precision.
+        rtol_gradient: stop the linear solve as soon as the relative error of u is below this: by a
+            bound where the strong convexity is known, by an estimate where it is not (the report
+            says which). A minimiser of `implicit_grad.solvers` without a tolerance of its own also
+            stops when ‖F‖ has fallen by this factor, which promises less: see `certify`.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn" (`ImplicitGradWarning`), "raise"
             (`LinearSolveError`) or "ignore".
@@ -205,8 +206,6 @@ def implicit(
             f"implicit: rtol_gradient={rtol_gradient!r} is for CG, whose coefficients tell the "
             f"error; {type(linear_solver).__name__} stops by its own options"
         )
-    if condition.tasks:
-        _check_tasks(linear_solver, curvature, polish, rtol_gradient)
     reporting = Reporting(
         monitor=monitor,
         on_failure=on_failure,
@@ -224,6 +223,8 @@ def implicit(
         checks=checks,
         has_aux=has_aux,
     )
+    if condition.tasks and setup.one_by_one is not None:
+        raise InvalidArgumentError(f"implicit: with tasks=True, {setup.one_by_one}")
 
     def wrap(solver: Solver) -> ImplicitSolver:
         return _wrapped(solver, setup, init)
@@ -271,20 +272,6 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
         setup = dataclasses.replace(setup, condition=condition, training=training)
         solver = _to_accuracy(solver, setup.reporting.rtol_gradient)
     return ImplicitSolver(solver, setup, init)
-
-
-def _check_tasks(
-    linear_solver: LinearSolver, curvature: Curvature, polish: int, rtol_gradient: float | None
-) -> None:
-    if not linear_solver.takes_tasks:
-        raise InvalidArgumentError(
-            "implicit: with tasks=True, linear_solver must be CG without preconditioner and warm "
-            f'start, and with on_negative_curvature "stop" or "raise"; got {linear_solver!r}'
-        )
-    if polish or rtol_gradient is not None or curvature == "finite_difference":
-        raise InvalidArgumentError(
-            "implicit: polish, rtol_gradient and finite differences do not go with tasks=True"
-        )
 
 
 def _check_curvature(

@@ -21,7 +21,7 @@ from implicit_grad._conditions.base import (
     composed,
     curvatures,
 )
-from implicit_grad._conditions.batching import batched, batched_model, tasks_of, total
+from implicit_grad._conditions.batching import batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
@@ -111,7 +111,7 @@ class argmin(Condition):
         function = composed(self.objective, self.model, call.args, call.kwargs)
 
         def objective(phi: Any) -> Tensor:
-            return total("argmin: objective", function(phi)[0], tasks_of(self, phi))
+            return total("argmin: objective", function(phi)[0], n_tasks_of(self, phi))
 
         return objective, self.constraints.for_minimizer(call.args, call.kwargs)
 
@@ -129,9 +129,9 @@ class argmin(Condition):
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
-        tasks = tasks_of(self, phi)
-        value = total("argmin: objective", returned, tasks)
-        objective = Objective(value, variables, outputs=outputs, again=again, tasks=tasks)
+        n_tasks = n_tasks_of(self, phi)
+        value = total("argmin: objective", returned, n_tasks)
+        objective = Objective(value, variables, outputs=outputs, again=again, n_tasks=n_tasks)
         if not self.constraints:
             return Snapshot((value,), functools.partial(linearize, objective), objective)
         check_distinct("argmin", phi, variables)

@@ -12,16 +12,46 @@ from torch.func import vmap
 
 from implicit_grad._conditions.base import Condition, scalar
 from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors, Tree
 
 
-def tasks_of(condition: Condition, phi: Any) -> int | None:
-    """How many problems there are, if φ is a batch."""
+def n_tasks_of(condition: Condition, phi: Any) -> int | None:
+    """How many problems there are, if φ is a batch: the length of its first dimension."""
     if not condition.tasks:
         return None
-    tensors = tuple(filter(torch.is_tensor, pytree.leaves(phi)))
-    return number_of_tasks(type(condition).__name__, tensors)
+    tensors = [t for t in pytree.leaves(phi) if torch.is_tensor(t)]
+    lengths = {len(t) if t.dim() else 0 for t in tensors}
+    if len(lengths) != 1 or 0 in lengths:
+        raise InvalidArgumentError(
+            f"{type(condition).__name__}: with tasks=True, the first dimension of each tensor of "
+            f"phi counts the tasks; got {', '.join(map(describe, tensors))}"
+        )
+    return lengths.pop()
+
+
+def why_one_by_one(
+    linear_solver: LinearSolver,
+    curvature: Curvature,
+    polish: int = 0,
+    rtol_gradient: float | None = None,
+) -> str | None:
+    """Why problems, with these options, cannot be one batch; None if they can.
+
+    The one rule on that, for conditions with tasks=True, `torch.func.vmap` and `clone(tasks=)`.
+    """
+    if not linear_solver.takes_tasks:
+        return (
+            "a batch of tasks is solved by EarlyStopped, or by CG without preconditioner and warm "
+            f'start and with on_negative_curvature "stop" or "raise"; got {linear_solver!r}'
+        )
+    if curvature == "finite_difference":
+        return "finite differences are taken for one task at a time"
+    if polish or rtol_gradient is not None:
+        return "polish and rtol_gradient are for one task at a time"
+    return None
 
 
 def batched_model(model: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -54,28 +84,17 @@ def batched(function: Callable[..., Any], as_number: str = "") -> Callable[..., 
     return call
 
 
-def total(name: str, losses: object, tasks: int | None) -> Tensor:
+def total(name: str, losses: object, n_tasks: int | None) -> Tensor:
     """The loss, or the sum of the tasks' losses, none of which depends on another task's φ."""
-    if tasks is None:
+    if n_tasks is None:
         return scalar(name, losses)
-    if not torch.is_tensor(losses) or losses.shape != (tasks,) or not losses.is_floating_point():
+    if not torch.is_tensor(losses) or losses.shape != (n_tasks,) or not losses.is_floating_point():
         raise InvalidArgumentError(
-            f"{name} must be one number for each of {tasks} tasks, a floating-point tensor of "
-            f"shape ({tasks},), such as torch.func.vmap(loss)(outputs, y); got {describe(losses)}"
+            f"{name} must be one number for each of {n_tasks} tasks, a floating-point tensor of "
+            f"shape ({n_tasks},), such as torch.func.vmap(loss)(outputs, y); got {describe(losses)}"
         )
     # in float16 the sum may overflow where no task's loss does
     return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
-
-
-def number_of_tasks(name: str, tensors: Tensors) -> int:
-    """The length of the first dimension, if it is the same for all."""
-    lengths = {len(t) if t.dim() else 0 for t in tensors}
-    if len(lengths) != 1 or 0 in lengths:
-        raise InvalidArgumentError(
-            f"{name}: with tasks=True, the first dimension of each tensor of phi counts the tasks; "
-            f"got {', '.join(map(describe, tensors))}"
-        )
-    return lengths.pop()
 
 
 def aligned(values: Any, like: Any) -> Any:

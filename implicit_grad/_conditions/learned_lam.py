@@ -34,7 +34,8 @@ class LearnedLam(nn.Module):
     of this range back to its end, and U likewise to a trace of U Uᵀ of at most init·within (the
     projected gradient method). So gradients are those of exp(ρ) everywhere, and lead back from an
     end. Without this, the λ of a bias that the outer loss hardly sees goes wherever the noise of
-    its gradient takes it. That a λ has come to an end is an `ImplicitGradWarning`, once for each.
+    its gradient takes it. The first time that a λ comes to an end of its range, an
+    `ImplicitGradWarning` says so.
 
     Args:
         theta: what λ holds φ near to: a module, a tensor or a container of tensors.

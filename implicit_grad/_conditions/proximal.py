@@ -19,7 +19,7 @@ from implicit_grad._conditions.base import (
     composed,
     curvatures,
 )
-from implicit_grad._conditions.batching import aligned, batched, batched_model, tasks_of, total
+from implicit_grad._conditions.batching import aligned, batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.lam import LowRank, check_lam, evaluated, proximal_term
 from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
 from implicit_grad._curvature.auto import linearize
@@ -120,22 +120,22 @@ class proximal(Condition):
         whole = composed(self.loss, self.model, rest, call.kwargs)
 
         def loss(phi: Any) -> Tensor:
-            return total("proximal: loss", whole(phi)[0], tasks_of(self, phi))
+            return total("proximal: loss", whole(phi)[0], n_tasks_of(self, phi))
 
         return ProximalObjective(loss, self._pull(call), tuple(pytree.leaves(theta))), {}
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         theta, *rest = call.args
         returned, outputs = composed(self.loss, self.model, rest, call.kwargs)(phi)
-        tasks, pull = tasks_of(self, phi), self._pull(call)
-        value = total("proximal: loss", returned, tasks)
+        n_tasks, pull = n_tasks_of(self, phi), self._pull(call)
+        value = total("proximal: loss", returned, n_tasks)
         slot = {id(t): i for i, t in enumerate(variables)}
         slots = [slot[id(t)] for t in pytree.leaves(phi)]
 
         def stationarity(slope: Tensors) -> Any:
             return pull.stationarity(slope, variables, pytree.leaves(theta), slots)
 
-        objective = Objective(value, variables, stationarity, outputs, again, tasks=tasks)
+        objective = Objective(value, variables, stationarity, outputs, again, n_tasks=n_tasks)
         return Snapshot((value,), functools.partial(linearize, objective), objective)
 
 

@@ -107,7 +107,7 @@ class AutoCurvature(Linearization):
             parts.scale,
             anchors=parts.anchors,
             starts=parts.starts,
-            tasks=objective.tasks,
+            n_tasks=objective.n_tasks,
             convex=parts.convex,
             guard=objective.guard,
         )
@@ -127,7 +127,7 @@ class AutoCurvature(Linearization):
 
     @property
     def precision(self) -> float | None:  # type: ignore[override]
-        """That of the products that work here."""
+        """The relative precision of the products that work here."""
         return self._rung.precision
 
     def transposed(self, u: Tensors) -> Tensors:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from implicit_grad._curvature.comparison import changes_unseen, direction, dot, is_wrong, units
+from implicit_grad._curvature.comparison import changes_unseen, direction, is_wrong, units
 from implicit_grad._curvature.culprit import culprit
 from implicit_grad._curvature.finite_difference import FiniteDifference
 from implicit_grad._curvature.hessian import GaussNewton, Hessian
@@ -29,7 +29,7 @@ from implicit_grad._torch.graph import (
 )
 from implicit_grad._torch.kinks import take_pieces
 from implicit_grad._torch.products import gradient, vjp, without_hooks
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, inner
 
 Check = Literal["once", "always", "never"]
 _SHOWS_AT = (
@@ -151,7 +151,7 @@ def check_third(objective: Objective, probe: Probe) -> Finding | None:
 
 
 def check_residual(around: Linearization, probe: Probe, both_products: bool) -> Finding | None:
-    """The same where F is given, and not the gradient of anything."""
+    """What is wrong with products around φ, where F is given and no objective's gradient."""
     if probe.eps > _COARSE or not probe.phi:
         return None
     try:
@@ -177,10 +177,11 @@ class _Objective:
 
     def finding(self, curvature: Curvature) -> Finding | None:
         slope = gradient_at(self._objective.value, self._all, self._guard)
+        along = slope[0].new_tensor(inner(self._slope, self._along))
         wrong = is_wrong(
             self._moved_phi,
             (self._objective.value.detach(), *self._scaled(slope)),
-            (dot(self._slope, self._along), *self._scaled((*self._product, *self._cross))),
+            (along, *self._scaled((*self._product, *self._cross))),
             self._probe.eps,
         )
         if wrong[0]:
@@ -253,9 +254,9 @@ class _Objective:
             value = self._value(phi, probe.moved_inputs(away, t))
             return gradient_at(value, phi, self._guard)
 
-        def claimed(u: Tensors) -> Tensor:
+        def claimed(u: Tensors) -> float:
             found = crossed(u)
-            return dot([found[own[id(t)]] for t in targets], away)
+            return inner([found[own[id(t)]] for t in targets], away)
 
         return changes_unseen(slope, self._slope, claimed, probe.eps)
 
@@ -324,9 +325,9 @@ class _Residual:
         def moved(t: float) -> Tensors:
             return self._residual(_moved(phi, self._along, t), ())
 
-        def transposed(u: Tensors) -> Tensor:
+        def transposed(u: Tensors) -> float:
             with torch.no_grad():
-                return dot(self._around.transposed(u), self._along)
+                return inner(self._around.transposed(u), self._along)
 
         if changes_unseen(moved, self._here, transposed, eps):
             return True
@@ -346,9 +347,9 @@ class _Residual:
         def moved(t: float) -> Tensors:
             return self._residual(probe.phi, probe.moved_inputs(away, t))
 
-        def claimed(u: Tensors) -> Tensor:
+        def claimed(u: Tensors) -> float:
             with torch.no_grad():
-                return dot(self._around.pullback(u, targets), away)
+                return inner(self._around.pullback(u, targets), away)
 
         return changes_unseen(moved, self._here, claimed, probe.eps)
 

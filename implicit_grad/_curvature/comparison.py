@@ -10,13 +10,12 @@ a kink or a function that has changed would leave, is as small. Between the two,
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, inner, length
 
 _FACTOR = 4.0
 _POWERS = (0, 1, -1, 2, -2)  # of it, for steps in the order in which they are tried
@@ -63,17 +62,17 @@ def _difference(
     triples = list(zip(ahead, behind, here, strict=True))
     return _Difference(
         tuple((a - b) / (2 * step) for a, b, _ in triples),
-        [size(a + b - 2 * f) / (2 * step) for a, b, f in triples],
-        [_ROUNDINGS * eps * size(a) / step for a, _, _ in triples],
+        [_size(a + b - 2 * f) / (2 * step) for a, b, f in triples],
+        [_ROUNDINGS * eps * _size(a) / step for a, _, _ in triples],
     )
 
 
 def _off(found: _Difference, claimed: Tensors, eps: float) -> list[bool]:
     """Which blocks are farther from what is claimed than precision alone explains."""
     relative, absolute = 2 * eps ** (1 / 3), 3 * eps**0.5
-    total = max(norm(found.slope), norm(claimed))
+    total = max(length(found.slope), length(claimed))
     return [
-        not size(d - c) <= relative * max(size(d), size(c)) + absolute * total + rounding
+        not _size(d - c) <= relative * max(_size(d), _size(c)) + absolute * total + rounding
         for d, c, rounding in zip(found.slope, claimed, found.rounding, strict=True)
     ]
 
@@ -84,26 +83,20 @@ def _steady(three: Sequence[_Difference], claimed: Tensors) -> Iterator[bool]:
         slopes = [found.slope[i] for found in three]
         if not bool(torch.isfinite(c).all()):
             c = torch.zeros_like(c)  # where differences are steady, there is a derivative
-        errors = [size(d - c) for d in slopes]
-        spread = [size(slopes[j] - slopes[k]) for j, k in ((0, 1), (1, 2), (0, 2))]
+        errors = [_size(d - c) for d in slopes]
+        spread = [_size(slopes[j] - slopes[k]) for j, k in ((0, 1), (1, 2), (0, 2))]
         noise = [*spread, *(found.bend[i] for found in three)]
         yield all(_TIMES * n < e for n in noise for e in errors)  # never so where one is NaN
 
 
-def size(tensor: Tensor) -> float:
-    """‖tensor‖₂, in double precision."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
-
-
-def norm(tensors: Tensors) -> float:
-    """That of all together."""
-    return math.hypot(*map(size, tensors))
+def _size(tensor: Tensor) -> float:
+    return length([tensor])
 
 
 def changes_unseen(
     at: Callable[[float], Tensors],
     here: Tensors,
-    claimed: Callable[[Tensors], Tensor],
+    claimed: Callable[[Tensors], float],
     eps: float,
 ) -> bool:
     """Whether uᵀ(derivative of `at`) is certainly not claimed(u), for one u near that derivative.
@@ -113,20 +106,23 @@ def changes_unseen(
     step = eps ** (1 / 3)
     change = tuple((a - b) / (2 * step) for a, b in zip(at(step), at(-step), strict=True))
     u = tuple(map(torch.add, change, direction(change)))
-    length = norm(u)
-    u = tuple(x / length for x in u)
+    size = length(u)
+    u = tuple(x / size for x in u)
+
+    def number(value: float) -> Tensors:
+        return (torch.tensor(value, dtype=torch.float64),)
 
     def along(t: float) -> Tensors:
-        return (dot(at(t), u),)
+        return number(inner(at(t), u))
 
-    return any(is_wrong(along, (dot(here, u),), (claimed(u),), eps))
+    return any(is_wrong(along, number(inner(here, u)), number(claimed(u)), eps))
 
 
 def units(tensors: Tensors) -> list[float]:
     """The root mean square of each; of all, where it is zero."""
     count = max(1, sum(t.numel() for t in tensors))
-    all_of_them = norm(tensors) / count**0.5
-    return [size(t) / max(1, t.numel()) ** 0.5 or all_of_them or 1.0 for t in tensors]
+    all_of_them = length(tensors) / count**0.5
+    return [_size(t) / max(1, t.numel()) ** 0.5 or all_of_them or 1.0 for t in tensors]
 
 
 def direction(tensors: Tensors) -> Tensors:
@@ -136,10 +132,3 @@ def direction(tensors: Tensors) -> Tensors:
         (torch.randn(t.shape, generator=random) * unit).to(t.device, t.dtype)
         for t, unit in zip(tensors, units(tensors), strict=True)
     )
-
-
-def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """xᵀy over all tensors, in double precision."""
-    pairs = zip(xs, ys, strict=True)
-    parts = [(x.detach().double() * y.detach().double()).sum().cpu() for x, y in pairs]
-    return torch.stack(parts).sum()

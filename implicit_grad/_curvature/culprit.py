@@ -15,11 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from implicit_grad._curvature.comparison import changes_unseen, dot
+from implicit_grad._curvature.comparison import changes_unseen
 from implicit_grad._torch.graph import between, name_of
 from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import gradient, vjp
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, inner
 
 Line = Callable[[float], tuple[Tensor, Tensors]]
 
@@ -45,9 +45,9 @@ def culprit(line: Line, along: Tensors, eps: float) -> str | None:
     def is_wrong(i: int) -> bool:
         slope = slopes[i]
 
-        def claimed(u: Tensors) -> Tensor:
+        def claimed(u: Tensors) -> float:
             with torch.no_grad():
-                return dot(vjp((slope,), phi, u), along)
+                return inner(vjp((slope,), phi, u), along)
 
         return changes_unseen(lambda t: (at(t)[i],), (slope.detach(),), claimed, eps)
 

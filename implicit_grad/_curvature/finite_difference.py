@@ -30,7 +30,7 @@ class FiniteDifference(Hessian):
     curvature = "finite_difference"
 
     def __init__(self, objective: Objective) -> None:
-        if objective.tasks is not None:
+        if objective.n_tasks is not None:
             raise GraphError("finite differences are taken for one task at a time")
         if objective.again is None:
             raise GraphError(
@@ -63,7 +63,7 @@ class FiniteDifference(Hessian):
         return tuple(map(torch.add, exact, self.smooth_pullback(u, inputs)))
 
     def smooth_pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
-        """The same of ∇value alone."""
+        """(∂∇value/∂inputs)ᵀu, by differences: without what λ(φ − θ) adds."""
         return self._differences(u, inputs)[len(u) :]
 
     def _differences(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:

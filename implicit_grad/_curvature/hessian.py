@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
 
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import ImplicitGradWarning
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.graph import between
 from implicit_grad._torch.own_backward import own_backwards
@@ -43,7 +41,7 @@ class Hessian(Linearization):
             F.scale,
             anchors=F.anchors,
             starts=F.starts,
-            tasks=objective.tasks,
+            n_tasks=objective.n_tasks,
             convex=self._convex(objective),
             guard=objective.guard,
         )
@@ -80,16 +78,19 @@ class GaussNewton(Hessian):
             self._loss_gradient = gradient(objective.value, self._outputs)
             self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in self._outputs)
             self._to_phi = vjp(self._outputs, self.phi, self._dummy)
-            self._tell_of_linear_outputs()
 
-    def _tell_of_linear_outputs(self) -> None:
-        """Warn where an output that bends with φ enters the loss linearly: A has nothing of it."""
+    @property
+    def remark(self) -> str | None:  # type: ignore[override]
+        """Of an output that bends with φ and enters the loss linearly: A has nothing of it."""
         for i, (output, slope) in enumerate(zip(self._outputs, self._loss_gradient, strict=True)):
             bends = any(True for _ in between([slope], self._outputs))
             if bends or not bool(slope.any()):  # or the loss does not look at it
                 continue
-            if any(True for _ in between(gradient(output.sum(), self.phi), self.phi)):
-                warnings.warn(_LINEAR.format(i, tuple(output.shape)), ImplicitGradWarning, 2)
+            with torch.enable_grad():
+                one = gradient(output.sum(), self.phi)
+            if any(True for _ in between(one, self.phi)):
+                return _LINEAR.format(i, tuple(output.shape))
+        return None
 
     def _slope(self) -> Tensors:  # no product goes through it
         return gradient(self.objective.value, self.objective.phi)

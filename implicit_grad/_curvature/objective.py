@@ -24,7 +24,7 @@ class Objective:
         outputs: the model's outputs that value depends on φ through, if there is a model.
         again: evaluates value at another φ, on the same arguments; needed for differences.
         guard: see `Linearization`.
-        tasks: how many separate problems the value sums over.
+        n_tasks: how many separate problems the value sums over.
         own: whether the graph is nobody else's.
     """
 
@@ -34,5 +34,5 @@ class Objective:
     outputs: Tensors | None = None
     again: Callable[[Tensors], Tensor] | None = None
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    tasks: int | None = None
+    n_tasks: int | None = None
     own: bool = True

@@ -142,7 +142,7 @@ class LinearSolution:
         iterations: products taken by the iteration, those of a first attempt included; not those
             that build a preconditioner or recompute the residual.
         residual: ‖rhs − M x‖/‖rhs‖, computed from x and not carried along; None if not computed.
-        curvature: the least and greatest pᵀMp/pᵀp met.
+        extremes: the least and greatest Rayleigh quotient pᵀMp/pᵀp met.
         coefficients: CG's: for each iteration alpha, beta and the new residual's rᵀS⁻¹r; Ritz
             values and error bounds follow from them. Empty where a restart or a preconditioner of
             another kind than S breaks the connection.
@@ -154,7 +154,7 @@ class LinearSolution:
             "early_stopped" for g(|M|) rhs.
         error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
             was a bound, or an estimate for want of μ.
-        norm: an estimate of ‖M‖₂ where the curvature is not known.
+        norm: an estimate of ‖M‖₂ where the extremes are not known.
         filter_error: where x is another function of M times rhs than M⁻¹rhs (`EarlyStopped`), an
             estimate of its relative error as that; None for solutions.
         rounding: `Operator.rounding`, where the residual was recomputed.
@@ -164,7 +164,7 @@ class LinearSolution:
     status: Status
     iterations: int = 0
     residual: float | None = None
-    curvature: tuple[float, float] | None = None
+    extremes: tuple[float, float] | None = None
     coefficients: tuple[tuple[float, float, float], ...] = ()
     residual_norm: float | None = None
     gap: float | None = None
@@ -176,10 +176,10 @@ class LinearSolution:
 
     def of_negated(self) -> LinearSolution:
         """The solution of M x = rhs, found as that of (−M) x = −rhs."""
-        least, greatest = self.curvature or (math.inf, -math.inf)
+        least, greatest = self.extremes or (math.inf, -math.inf)
         return dataclasses.replace(
             self,
-            curvature=None if self.curvature is None else (-greatest, -least),
+            extremes=None if self.extremes is None else (-greatest, -least),
             coefficients=tuple((-a, b, rr) for a, b, rr in self.coefficients),
         )
 
@@ -220,6 +220,10 @@ class LinearSolver(abc.ABC):
 
     def for_call(self) -> LinearSolver:
         """The solver for the backward pass of one call; asked for when that call runs forward."""
+        return self
+
+    def cold(self) -> LinearSolver:
+        """This solver, but with no start from, or for, solves of other right-hand sides."""
         return self
 
     def to_tolerance(self) -> LinearSolver:
@@ -271,7 +275,7 @@ def drift(size: T, greatest: T, length: T, rhs: T, rounding: float) -> T:
     make, of one for each iteration and of the recomputing. It counts twice, as any sample may be
     smaller than what it is a sample of. Where unknowns are few it may be small by chance; there
     `rounding` (see `Operator`) of ‖M‖ times `length` = ‖x‖ and of ‖rhs‖ is enough, with the
-    greatest curvature met in place of ‖M‖.
+    greatest quotient met in place of ‖M‖.
     """
     return 2 * size + rounding * (greatest * length + rhs)
 

@@ -87,15 +87,15 @@ class ConjugateGradients(Run):
         while self.iterations < self.budget.maxiter:
             product = self.operator.matvec(p)
             self.iterations += 1
-            curvature = dot(p, product)
-            if not math.isfinite(curvature):
+            pMp = dot(p, product)
+            if not math.isfinite(pMp):
                 return self.fail(Status.NONFINITE_OPERATOR)
             pp = dot(p, p)
-            self.meet(curvature / pp)
-            if curvature <= 0:
+            self.meet(pMp / pp)
+            if pMp <= 0:
                 return self._stop_at_negative_curvature()
-            alpha = rz / curvature
-            if alpha * math.sqrt(pp) * self._curvature[1] * eps > LOST * size:
+            alpha = rz / pMp
+            if alpha * math.sqrt(pp) * self._extremes[1] * eps > LOST * size:
                 self.status = Status.SINGULAR
                 return
             self.x.add_(p, alpha=alpha)
@@ -162,7 +162,7 @@ class ConjugateGradients(Run):
         else:  # the coefficients do not tell about M over its scale, but ‖e‖ ≤ ‖r‖/μ
             scale = self.operator.scale
             largest = 1.0 if scale is None else float(torch.as_tensor(scale).max())
-            mu = self._curvature[0] / largest if known is None else known
+            mu = self._extremes[0] / largest if known is None else known
             error = self.operator.residual_norm(self.residual) / mu
             near = error <= limit
         if near:
@@ -179,7 +179,7 @@ class ConjugateGradients(Run):
         self._at_least_first_order()
         size, limit = self.operator.scaled_norm(self.x), self.operator.residual_norm(self.rhs)
         if self.operator.scale is None:
-            greatest = max(map(abs, self._curvature))
+            greatest = max(map(abs, self._extremes))
             limit = UNKNOWN_TIME * limit / greatest if greatest else size
         if size > limit:
             self.x.mul_(limit / size)
@@ -214,21 +214,23 @@ class CG(Iterative):
             solve the same system by "minres", or one with the "gauss_newton" matrix in A's place
             (the condition has to know its `model`). The last two start again, with as many
             iterations to spend.
-        preconditioner: `Jacobi()`, `Nystrom(rank=...)`, one of them or `Cholesky()` kept for many
-            solves by `Reuse(...)`, or a function of the flat residual r (φ's tensors one after
-            another) that approximates A⁻¹r, symmetric and positive definite. None divides by A's
-            scale (λ of `proximal`).
+        preconditioner: `Jacobi()` or `Nystrom(rank=...)`; `Reuse(...)`, which keeps one of these or
+            `Cholesky()` for many solves; or a function of the flat residual r (φ's tensors one
+            after another) that approximates A⁻¹r, symmetric and positive definite. None divides by
+            A's scale (λ of `proximal`).
         warm_start: a `WarmStart()`, to start from the last solution where that is nearer than 0.
             The results then depend on the calls before.
 
     A solve that stops before convergence is not linear in v: the gradient of a sum of losses is
-    then not exactly the sum of their gradients. Where all curvature is positive the safeguard
-    changes no bit. Where it is not, φ is not a strict minimum. With `proximal`, x is then the last
-    iterate, no longer than the first-order solution v/λ, and that one (first-order MAML) on the
-    very first direction. With `argmin` there is no such unit, and `EarlyStopped` takes over, with
-    the training of φ where a minimiser of ours tells of it, and else with a time of ‖φ‖/‖F‖, of
-    1 to 200 over the greatest curvature, for 20 products at most (`maxiter`, if that is less).
-    Either way vᵀx > 0.
+    then not exactly the sum of their gradients.
+
+    "stop" changes no bit where all curvature is positive. Where it is not, φ is no strict minimum,
+    and what CG returns depends on the condition. With `proximal` it is the last iterate, made no
+    longer than v/λ; if already the first direction is bent down, it is v/λ itself, as in
+    first-order MAML. With `argmin` there is no such unit: `EarlyStopped` takes over, for at most 20
+    products (or `maxiter`, if that is less). It is told how φ was trained if one of
+    `implicit_grad.solvers` did that. Else it takes a time of ‖φ‖/‖F‖, but at least 1 and at most
+    200 over the greatest curvature met. In either case vᵀx > 0.
 
     >>> CG(maxiter=5).on_negative_curvature
     'stop'
@@ -268,6 +270,9 @@ class CG(Iterative):
         if self.warm_start is None:
             return self
         return dataclasses.replace(self, warm_start=self.warm_start.slot())
+
+    def cold(self) -> LinearSolver:
+        return self if self.warm_start is None else dataclasses.replace(self, warm_start=None)
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         if self.maxiter == 0:
@@ -390,10 +395,10 @@ class CG(Iterative):
 
 
 def _after(first: LinearSolution, second: LinearSolution) -> LinearSolution:
-    """The second solution, with the products of a first attempt and the curvature that it met."""
-    met = (*(first.curvature or ()), *(second.curvature or ()))
+    """The second solution, with the products of a first attempt and the extremes that it met."""
+    met = (*(first.extremes or ()), *(second.extremes or ()))
     iterations = first.iterations + second.iterations
-    return dataclasses.replace(second, iterations=iterations, curvature=(min(met), max(met)))
+    return dataclasses.replace(second, iterations=iterations, extremes=(min(met), max(met)))
 
 
 def _refusal(solution: LinearSolution) -> LinearSolveError:

@@ -97,10 +97,10 @@ class _Run:
         self.steps: list[_Iteration] = []
         self.stopped: dict[int, LinearSolution] = {}  # of tasks that have no strict minimum
 
-    def _end(self, tasks: Tensor, status: Status) -> Tensor:
-        """Give the tasks their status; returns the others."""
-        self.status = self.status.masked_fill(tasks, status)
-        return ~tasks
+    def _end(self, which: Tensor, status: Status) -> Tensor:
+        """Give these tasks their status; returns the others."""
+        self.status = self.status.masked_fill(which, status)
+        return ~which
 
     def iterate(self, started: Tensor) -> None:
         """Conjugate gradients on operator · d = residual for some of the tasks, adding d to x."""
@@ -118,12 +118,12 @@ class _Run:
                 break
             product = self.operator.matvec(p)
             self.iterations = self.iterations + going
-            curvature, pp = dots(p, product), dots(p, p)
-            finite = torch.isfinite(curvature)
+            pMp, pp = dots(p, product), dots(p, p)
+            finite = torch.isfinite(pMp)
             going = going & self._end(going & ~finite, Status.NONFINITE_OPERATOR)
-            self._meet(curvature / pp, going)
-            going = going & self._end(going & (curvature <= 0), Status.NEGATIVE_CURVATURE)
-            alpha = rz / curvature
+            self._meet(pMp / pp, going)
+            going = going & self._end(going & (pMp <= 0), Status.NEGATIVE_CURVATURE)
+            alpha = rz / pMp
             lost = alpha * pp.sqrt() * self.greatest * eps > LOST * self.size
             going = going & self._end(going & lost, Status.SINGULAR)
             alpha = torch.where(going, alpha, 0.0)
@@ -161,10 +161,10 @@ class _Run:
             rows.masked_fill_(~going[:, None], 0.0)
         return rows
 
-    def _meet(self, curvature: Tensor, going: Tensor) -> None:
-        """Remember the curvatures pᵀMp/pᵀp of the tasks that go on."""
-        self.least = torch.where(going, self.least.minimum(curvature), self.least)
-        self.greatest = torch.where(going, self.greatest.maximum(curvature), self.greatest)
+    def _meet(self, quotients: Tensor, going: Tensor) -> None:
+        """Remember the quotients pᵀMp/pᵀp of the tasks that go on."""
+        self.least = torch.where(going, self.least.minimum(quotients), self.least)
+        self.greatest = torch.where(going, self.greatest.maximum(quotients), self.greatest)
 
     def _limit(self, started: Tensor) -> None:
         """After negative curvature, keep x no longer than the first-order solution."""
@@ -178,11 +178,11 @@ class _Run:
         size, most = self._scaled_norm(self.x), self._residual_norm(self.rhs)
         self.x.mul_(_column(torch.where(stopped & (size > most), most / size, 1.0), self.x))
 
-    def _instead_of_minimum(self, tasks: Tensor) -> None:
+    def _instead_of_minimum(self, which: Tensor) -> None:
         """For want of a unit, take what trainings that were stopped make of these tasks' rhs."""
-        if not bool(tasks.any()):
+        if not bool(which.any()):
             return
-        rows = self.rhs.masked_fill(~tasks[:, None], 0.0)
+        rows = self.rhs.masked_fill(~which[:, None], 0.0)
         found = instead_of_minimum(self.operator, rows, self.budget.maxiter)
         for task, solution in enumerate(found):
             if solution.status is Status.ZERO_RHS:
@@ -191,9 +191,9 @@ class _Run:
             self.iterations[task] += solution.iterations
             if not solution.status.ok:
                 self.status[task] = solution.status
-            for curvature in solution.curvature or ():
-                self.least[task].clamp_(max=curvature)
-                self.greatest[task].clamp_(min=curvature)
+            for quotient in solution.extremes or ():
+                self.least[task].clamp_(max=quotient)
+                self.greatest[task].clamp_(min=quotient)
 
     def refine(self) -> Tensor:
         """Hold the carried residuals to their word, and restart tasks where they have drifted.

@@ -31,22 +31,21 @@ _PRODUCTS = 20
 class EarlyStopped(LinearSolver):
     """For φ that were trained by gradient steps, and stopped before they solved anything.
 
-    One step is φ⁺ = φ − lr F(φ, a). Differentiate it with A = ∂F/∂φ held fixed: after n of them
-    the derivative by a is that of a fixed point of the steps, but for what is left of the start,
+    One step is φ⁺ = φ − lr F(φ, a). Differentiate n of them, with A = ∂F/∂φ held fixed:
 
-        dφ/da = −g(A) ∂F/∂a,    g(h) = (1 − p(h))/h,    p(h) = (1 − lr·h)ⁿ ≈ exp(−t·h),    t = n·lr,
+        dφ/da = −g(A) ∂F/∂a,    g(h) = (1 − p(h))/h,    p(h) = (1 − lr·h)ⁿ ≈ exp(−t·h),    t = n·lr.
 
-    where a solution would have −A⁻¹∂F/∂a; by the starting point, which is θ with `proximal`, it is
-    p(A) = I − A g(A). g(h) is 1/h where training has settled, t where it has only begun, and finite
-    everywhere: early stopping is a regularisation, close to a ridge of 1/t (Landweber's filter, in
-    Engl, Hanke and Neubauer, 1996, Regularization of Inverse Problems, 6.1; Ali, Kolter and
-    Tibshirani, 2019, A continuous-time view of early stopping for least squares regression). For
-    `Neumann(terms=n, scale=lr)` the same polynomial takes n products (Lorraine et al., 2020);
-    here `maxiter` of them make the best polynomial of their number.
+    A solution would have A⁻¹ in the place of g(A). The derivative by the starting point, which is θ
+    with `proximal`, is p(A) = I − A g(A). g(h) is 1/h where training has settled, t where it has
+    only begun, and finite everywhere: early stopping is a regularisation, close to a ridge of 1/t
+    (Landweber's filter, in Engl, Hanke and Neubauer, 1996, Regularization of Inverse Problems, 6.1;
+    Ali, Kolter and Tibshirani, 2019, A continuous-time view of early stopping for least squares
+    regression). `Neumann(terms=n, scale=lr)` takes n products for the same polynomial (Lorraine et
+    al., 2020); here `maxiter` products make the best polynomial of their number.
 
     Where h < 0 the steps' own factor would grow as exp(t|h|), which no training follows, for A
-    changes on the way. So g is taken at |h|: in the median of small networks that is as good as
-    anything tried (40 % off the unrolled derivative), and never far too long.
+    changes on the way. So g is taken at |h|. In the median of small networks this is 40 % off the
+    unrolled derivative; nothing else that was tried came closer, and it is never far too long.
 
     `imaml` counts its steps: `EarlyStopped()` there is the derivative of the steps themselves, with
     A from the one in the middle, where g(h) is right for h < 0 too.
@@ -55,8 +54,8 @@ class EarlyStopped(LinearSolver):
         time: t, the sum of all step lengths over 1 − momentum, in the units of φ² over the
             objective's: see `training_time`. Then p(h) = exp(−t·h).
         steps: or n, with
-        lr: the length of a step, for the exact polynomial. A curvature for which steps are too long
-            (lr·h ≥ 2 without momentum) counts as one for which training has settled.
+        lr: the length of a step, for the exact polynomial. Where steps are too long for a curvature
+            (lr·h ≥ 2 without momentum), training counts as settled.
         momentum: β of v⁺ = βv + F, φ⁺ = φ − lr v⁺, from v = 0 (heavy ball, as torch.optim.SGD has
             it), 0 ≤ β < 1.
         nesterov: F is taken ahead, at φ + β(φ − φ⁻), as by Nesterov.

@@ -31,7 +31,7 @@ def error_bound(solution: LinearSolution, mu: float) -> float | None:
     """
     if solution.residual_norm is None or not math.isfinite(solution.residual_norm):
         return None
-    if solution.substitute or (solution.curvature and solution.curvature[0] <= 0):
+    if solution.substitute or (solution.extremes and solution.extremes[0] <= 0):
         return None  # then M ⪰ μS is not true
     rounding, below = solution.rounding or torch.finfo(solution.x.dtype).eps, mu
     if ritz := ritz_values(solution.coefficients):

@@ -18,9 +18,9 @@ from implicit_grad._options import require_count
 class Exact(LinearSolver):
     """Dense solution by a factorisation, for small problems and as the reference in tests.
 
-    A matrix that is symmetric but for rounding is factorised as LLᵀ (Cholesky) if it is positive
-    definite and else as LDLᵀ (Bunch and Kaufman, 1977); any other as LU. Takes one product per
-    unknown, so it refuses systems of more than `max_size` unknowns.
+    A matrix that is symmetric, to rounding, is factorised as LLᵀ (Cholesky) if it is positive
+    definite, and as LDLᵀ (Bunch and Kaufman, 1977) if it is not; any other matrix as LU. Takes one
+    product per unknown, so it refuses systems of more than `max_size` unknowns.
 
     >>> Exact(max_size=100).max_size
     100
@@ -43,9 +43,9 @@ class Exact(LinearSolver):
         matrix = operator.dense(rhs)
         if not bool(torch.isfinite(matrix).all()):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_OPERATOR, n)
-        curvature, size = None, None
+        extremes, size = None, None
         if _is_symmetric(matrix, operator.precision(rhs)):
-            x, curvature, singular = _solve_symmetric((matrix + matrix.mT) / 2, rhs)
+            x, extremes, singular = _solve_symmetric((matrix + matrix.mT) / 2, rhs)
         else:
             x, singular = _solve_lu(matrix, rhs)
             size = float(torch.linalg.matrix_norm(matrix, 2))
@@ -55,7 +55,7 @@ class Exact(LinearSolver):
         residual = norm(rhs - matrix @ x) / norm(rhs)
         if residual > torch.finfo(rhs.dtype).eps ** 0.5 and singular:  # there is no solution
             return LinearSolution(torch.full_like(rhs, math.nan), status, n, norm=size)
-        return LinearSolution(x, status, n, residual, curvature, norm=size)
+        return LinearSolution(x, status, n, residual, extremes, norm=size)
 
 
 def _is_symmetric(matrix: Tensor, eps: float) -> bool:

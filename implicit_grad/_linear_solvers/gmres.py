@@ -30,9 +30,10 @@ class GMRES(Iterative):
     """The generalised minimal residual method (Saad and Schultz, 1986), for any square system.
 
     One product with Aᵀ an iteration; `NormalCG` also takes as many with A, which differentiate the
-    residual twice. A vector is kept for each iteration up to `restart`: with as many as there are
-    unknowns the end is that of a direct method. With fewer, cycles between restarts can lead
-    nowhere (the matrix is like a rotation); the status says so, and `NormalCG` may be the way.
+    residual twice. One vector is kept for each iteration, up to `restart`. If that is the number of
+    unknowns, the solution is exact but for rounding. If it is less, the cycles between restarts can
+    make no progress (where the matrix is like a rotation): the status says so, and `NormalCG` may
+    do better.
 
     Args:
         maxiter: most products to take; by default 10 for each unknown, at most 2,000.
@@ -107,7 +108,7 @@ class _Arnoldi(Run):
             self.status = Status.CONVERGED
 
     def solution(self, residual: float | None) -> LinearSolution:
-        """The result, with ‖M‖ beside the curvature, which is 0 where M is a quarter turn."""
+        """The result, with ‖M‖ beside the extremes, which are 0 where M is a quarter turn."""
         return dataclasses.replace(super().solution(residual), norm=self.size or None)
 
     def _cycle(self, beta: float) -> Status | None:
@@ -164,7 +165,7 @@ class _Arnoldi(Run):
         return v if self.precondition is None else self.precondition(v)
 
     def _meet_product(self, z: Tensor, column: list[float]) -> None:
-        """Remember the stretch ‖M z‖/‖z‖ and, where it is at hand, the curvature zᵀM z/zᵀz."""
+        """Remember the stretch ‖M z‖/‖z‖ and, where it is at hand, the quotient zᵀM z/zᵀz."""
         stretch = math.hypot(*column)
         self.reach = max(self.reach, stretch)
         if self.precondition is None:  # then z is of length 1, and a vector of the basis

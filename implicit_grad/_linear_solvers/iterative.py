@@ -115,7 +115,7 @@ class Run(abc.ABC):
         self.residual_norm: float | None = None
         self.gap: float | None = None
         self.rounding: float | None = None
-        self._curvature = (math.inf, -math.inf)
+        self._extremes = (math.inf, -math.inf)
 
     @abc.abstractmethod
     def iterate(self) -> None:
@@ -152,7 +152,7 @@ class Run(abc.ABC):
 
     def _measure(self, carried: Tensor) -> None:
         """The true residual and its distance from the carried one, in the units of the bounds."""
-        operator, greatest = self.operator, max(self._curvature[1], 0.0)
+        operator, greatest = self.operator, max(self._extremes[1], 0.0)
         sizes = norm(self.residual - carried), greatest, norm(self.x), norm(self.rhs)
         least_scale = (
             1.0 if operator.scale is None else float(torch.as_tensor(operator.scale).min())
@@ -163,20 +163,20 @@ class Run(abc.ABC):
         self.gap = operator.residual_norm(self.residual - carried) + error
 
     @property
-    def curvature(self) -> tuple[float, float] | None:
-        """The least and greatest pᵀMp/pᵀp met."""
-        return self._curvature if self._curvature[0] <= self._curvature[1] else None
+    def extremes(self) -> tuple[float, float] | None:
+        """The least and greatest quotient pᵀMp/pᵀp met."""
+        return self._extremes if self._extremes[0] <= self._extremes[1] else None
 
-    def meet(self, curvature: float) -> None:
-        """Remember a curvature pᵀMp/pᵀp."""
-        least, greatest = self._curvature
-        self._curvature = (min(least, curvature), max(greatest, curvature))
+    def meet(self, quotient: float) -> None:
+        """Remember a Rayleigh quotient pᵀMp/pᵀp."""
+        least, greatest = self._extremes
+        self._extremes = (min(least, quotient), max(greatest, quotient))
 
     def follow(self, other: Run) -> None:
-        """Count the products of a first attempt, and remember the curvature that it met."""
+        """Count the products of a first attempt, and remember the extremes that it met."""
         self.iterations += other.iterations
-        for curvature in other.curvature or ():
-            self.meet(curvature)
+        for quotient in other.extremes or ():
+            self.meet(quotient)
 
     def fail(self, status: Status) -> None:
         """Give up without an answer."""
@@ -190,7 +190,7 @@ class Run(abc.ABC):
             self.status,
             self.iterations,
             residual,
-            self.curvature,
+            self.extremes,
             residual_norm=self.residual_norm,
             gap=self.gap,
             rounding=self.rounding,

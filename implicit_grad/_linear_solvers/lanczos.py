@@ -132,10 +132,8 @@ class _Tridiagonal:
         if self.status in (Status.NONFINITE_RHS, Status.NONFINITE_OPERATOR):
             return LinearSolution(x.fill_(math.nan), self.status, len(self._diagonal))
         ritz = self.ritz.tolist()
-        curvature = (ritz[0], ritz[-1]) if ritz else None
-        return LinearSolution(
-            x, self.status, len(ritz), curvature=curvature, filter_error=self.error
-        )
+        extremes = (ritz[0], ritz[-1]) if ritz else None
+        return LinearSolution(x, self.status, len(ritz), extremes=extremes, filter_error=self.error)
 
     def _function(self) -> tuple[Tensor, Tensor]:
         """T's eigenvalues, and f(T) e₁."""

@@ -47,7 +47,7 @@ class MINRES(Iterative):
         run = _MinimalResidual(operator.damped(self.damping), rhs, budget)
         run.iterate()
         found = run.solution(run.refine() if verify or not budget.fixed else None)
-        # curvatures are 0 where M only links two groups of unknowns, such as φ and multipliers
+        # the extremes are 0 where M only links two groups of unknowns, such as φ and multipliers
         return dataclasses.replace(found, norm=None if operator.scale is not None else run.size)
 
 

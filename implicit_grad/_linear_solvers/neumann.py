@@ -27,7 +27,7 @@ class Neumann(LinearSolver):
     is asked for: they need not converge (see also `EarlyStopped`), but may not be too long.
 
     Args:
-        terms: how many; each takes one product, the last one to tell the residual.
+        terms: how many. Each takes one product; that of the last one tells the residual.
         scale: s; None takes 1/|λ| for the eigenvalue λ of greatest size, estimated by 8 power
             iterations from a fixed random vector.
 

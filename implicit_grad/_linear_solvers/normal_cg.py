@@ -61,8 +61,8 @@ class NormalCG(Iterative):
             if stretch == 0.0:
                 status = Status.SINGULAR
                 break
-            curvature = math.sqrt(stretch / dot(p, p))
-            least, greatest = min(least, curvature), max(greatest, curvature)
+            quotient = math.sqrt(stretch / dot(p, p))
+            least, greatest = min(least, quotient), max(greatest, quotient)
             x.add_(p, alpha=rr / stretch)
             s.sub_(product, alpha=rr / stretch)
             if norm(s) <= budget.target:

@@ -126,11 +126,11 @@ class Nystrom:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cholesky:
-    """A itself, factorised: for `Reuse`, where the matrix of one problem serves many alike.
+    """A itself, factorised, for `Reuse`: one factorisation then serves many similar problems.
 
-    Takes a product for each unknown. Where A is not positive definite, |A| stands in for it, the
-    matrix with the sizes of its eigenvalues; it is calculated from them where A is ill-conditioned
-    as well.
+    Takes a product for each unknown. Where A is not positive definite, |A| stands in for it: A with
+    the absolute values of its eigenvalues. (Where A is very ill-conditioned, the inverse is
+    calculated from the eigenvalues, too.)
 
     Args:
         max_size: most unknowns to build a dense matrix for.
@@ -171,11 +171,11 @@ class Cholesky:
 class Reuse:
     """A preconditioner that is built once and kept for many solves.
 
-    For hypergradients that follow one another, as in meta-training: φ and with it A moves little
-    from one to the next, and what approximated A⁻¹ then approximates it now. Solves to a tolerance
-    stay as right as they are, and only take fewer iterations; with a fixed budget, or after a stop
-    at negative curvature, the results depend on the calls before. Different problems of one size
-    should each have their own. A copy or pickle has kept nothing.
+    For hypergradients that follow one another, as in meta-training: φ, and A with it, changes
+    little from one to the next, so that an approximation of A⁻¹ stays a good one for a while.
+    Solves to a tolerance are as accurate as without it, and take fewer iterations. With a fixed
+    budget, or after a stop at negative curvature, the results depend on the calls before. Give each
+    of several problems of one size a `Reuse` of its own. Copies and pickles start empty.
 
     Args:
         preconditioner: `Cholesky()`, `Nystrom(rank=...)` or `Jacobi()`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import torch
@@ -32,12 +31,14 @@ class Solved:
         solutions: how it was found: one for each task, or for the only one.
         products: with A, that were taken for all of them.
         solver: what solved it.
+        convex: what stood in for `around`, if products with it were taken.
     """
 
     x: Tensors
     solutions: tuple[LinearSolution, ...]
     products: int
     solver: LinearSolver
+    convex: Linearization | None = None
 
     @property
     def damping(self) -> float:
@@ -51,7 +52,7 @@ class Solved:
 
 def judged(solution: LinearSolution, around: Linearization) -> Status:
     """How one solve ended, in the light of what it is for."""
-    least, _ = solution.curvature or (0.0, 0.0)
+    least, _ = solution.extremes or (0.0, 0.0)
     if around.is_wrong and solution.status is not Status.ZERO_RHS:
         return Status.WRONG_PRODUCT  # and what else was seen may come of that
     if not solution.status.ok:
@@ -95,8 +96,8 @@ def solve_adjoint(
 def solve_newton(solver: LinearSolver, around: Linearization) -> Solved:
     """Solve A d = −F: the way from φ to a solution of the inner problem, to first order."""
     with torch.no_grad():
-        rhs = tuple(-f for f in around.residual)
-        return _solve(solver, around, rhs, False, Accuracy(), transposed=False)
+        rhs = tuple(-f for f in around.residual)  # which has nothing to do with gradients' v
+        return _solve(solver.cold(), around, rhs, False, Accuracy(), transposed=False)
 
 
 def _solve(
@@ -107,9 +108,9 @@ def _solve(
     accuracy: Accuracy,
     transposed: bool,
 ) -> Solved:
-    flat = Flat(rhs, around.tasks)
+    flat = Flat(rhs, around.n_tasks)
     system = _System(around, flat)
-    solve = solver.solve if around.tasks is None else solver.solve_tasks
+    solve = solver.solve if around.n_tasks is None else solver.solve_tasks
     while True:
         operator, vector = system.operator(accuracy, transposed), flat.ravel(rhs)
         try:
@@ -119,7 +120,8 @@ def _solve(
         if around.said_symmetric and isinstance(found, LinearSolution):
             found = _held_to_symmetry(found, solver, operator, vector)
         x, solutions = (found.x, [found]) if isinstance(found, LinearSolution) else found
-        return Solved(flat.unravel(x), tuple(solutions), system.products, solver)
+        products, convex = system.products, system.convex
+        return Solved(flat.unravel(x), tuple(solutions), products, solver, convex)
 
 
 def _held_to_symmetry(
@@ -137,6 +139,7 @@ class _System:
 
     def __init__(self, around: Linearization, flat: Flat) -> None:
         self._around, self._flat, self.products = around, flat, 0
+        self.convex: Linearization | None = None
         self._scale = _flat_scale(around.scale, around.phi, flat)
 
     def operator(self, accuracy: Accuracy, transposed: bool) -> Operator:
@@ -161,8 +164,13 @@ class _System:
         make = self._around.convex
         if make is None:
             return None
-        convex = functools.cache(make)  # its graph is built only if a product is asked for
-        return self._flat_product(lambda u: convex().unscaled_transposed(u))
+
+        def product(u: Tensors) -> Tensors:
+            if self.convex is None:  # its graph is built only if a product is asked for
+                self.convex = make()
+            return self.convex.unscaled_transposed(u)
+
+        return self._flat_product(product)
 
     def _flat_product(self, smooth: Callable[[Tensors], Tensors]) -> Callable[[Tensor], Tensor]:
         flat, scale = self._flat, self._scale

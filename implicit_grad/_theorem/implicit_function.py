@@ -88,7 +88,7 @@ class Problem:
                 u,
                 smooth,
                 scale=around.scale,
-                tasks=around.tasks,
+                n_tasks=around.n_tasks,
                 is_adjoint=True,
                 said_symmetric=around.said_symmetric,
             )

@@ -63,7 +63,7 @@ class Linearization:
             back, λ). Products with ∂F/∂θ then need no graph.
         starts: for each tensor of φ, the one (of θ) that its training starts from; () if that is
             not known.
-        tasks: how many tasks there are along φ's first dimension; None if φ is one solution.
+        n_tasks: how many tasks there are along φ's first dimension; None if φ is one solution.
         convex: makes the same problem with an operator that is never indefinite, where it can.
         is_adjoint: whether F is itself the residual of an adjoint problem.
         finding: what a check of its products found, if they are wrong or were replaced.
@@ -78,6 +78,7 @@ class Linearization:
     is_hessian = False  # A is the second derivative of an objective, or stands for it
     precision: float | None = None  # relative, of the products; None: that of the tensors
     finding: Finding | None = None
+    remark: str | None = None  # what users should know of A, whatever a solve comes to
     is_differentiated = False  # solutions of its linear systems will be, or are derivatives
     training: Callable[[], Filter | None] | None = None
 
@@ -91,7 +92,7 @@ class Linearization:
         *,
         anchors: Mapping[int, tuple[int, Tensor]] = MappingProxyType({}),
         starts: Tensors = (),
-        tasks: int | None = None,
+        n_tasks: int | None = None,
         convex: Callable[[], Linearization] | None = None,
         is_adjoint: bool = False,
         degenerate: Status | None = None,
@@ -102,7 +103,7 @@ class Linearization:
         self.phi = phi
         self.smooth = self.residual if smooth is None else smooth
         self.linear_part, self.scale, self.anchors = linear_part, scale, anchors
-        self.starts, self.tasks, self.convex = starts, tasks, convex
+        self.starts, self.n_tasks, self.convex = starts, n_tasks, convex
         self.is_adjoint, self.degenerate = is_adjoint, degenerate
         self.said_symmetric = said_symmetric
         self._guard = guard
@@ -119,13 +120,13 @@ class Linearization:
         with torch.enable_grad():
             return self.make_residual()
 
-    def longest_training(self, tasks: int) -> list[float]:
+    def longest_training(self, n_tasks: int) -> list[float]:
         """‖φ‖/‖F‖ for each task: the time in which a slope as at the end makes φ's whole length.
 
         Where the slope has fallen on the way, φ went at least ‖F‖ times the time of its training.
         """
         rows = [
-            [[t.detach().reshape(tasks, -1)[task] for t in tensors] for task in range(tasks)]
+            [[t.detach().reshape(n_tasks, -1)[task] for t in tensors] for task in range(n_tasks)]
             for tensors in (self.phi, self.residual)
         ]
         sizes = ((length(phi), length(slope)) for phi, slope in zip(*rows, strict=True))

@@ -42,7 +42,7 @@ class Reattached(Linearization):
             (),
             scale=scale,
             starts=tuple(own.get(id(s), s) for s in recorded.starts),
-            tasks=recorded.tasks,
+            n_tasks=recorded.n_tasks,
             said_symmetric=recorded.said_symmetric,
         )
 

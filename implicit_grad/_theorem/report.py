@@ -171,7 +171,7 @@ class Reporting:
 
     def _reports(self, solved: Solved, around: Linearization) -> list[Report]:
         """One for each task, or for the only one."""
-        flat, count = Flat(around.phi, around.tasks), len(solved.solutions)
+        flat, count = Flat(around.phi, around.n_tasks), len(solved.solutions)
         with torch.no_grad():
             F, phi, u = (
                 flat.ravel(t).view(count, -1) for t in (around.residual, around.phi, solved.x)
@@ -192,7 +192,7 @@ class Reporting:
         outer_error: float,
     ) -> Report:
         status = judged(solution, around)
-        least, greatest = solution.curvature or (None, None)
+        least, greatest = solution.extremes or (None, None)
         size_of_A = solution.norm
         if size_of_A is None and least is not None and greatest is not None:
             size_of_A = max(abs(least), abs(greatest))
@@ -249,7 +249,7 @@ def _at_stake(around: Linearization) -> float:
     with torch.no_grad():
         pulled = around.pullback(w, a)
         shares = sum(float((g * t).abs().sum()) for g, t in zip(pulled, a, strict=True))
-    return shares / length(w) / math.sqrt(around.tasks or 1)
+    return shares / length(w) / math.sqrt(around.n_tasks or 1)
 
 
 def solve_and_report(
@@ -259,6 +259,8 @@ def solve_and_report(
     verify = reporting.wants_residual
     solved = solve_adjoint(solver, around, v, verify, reporting.accuracy(around))
     reporting.record(solved, around)
+    if reporting.on_failure != "ignore" and (remark := (solved.convex or around).remark):
+        reporting.say(remark)
     return solved.x
 
 
@@ -286,8 +288,8 @@ def _sentence(
     if status is Status.WRONG_PRODUCT:
         complete = around.finding is not None and around.finding.complete
         return f"{report.check}" if complete else f"{report.check}. So {sentence}"
-    if status is Status.NEGATIVE_CURVATURE and solution.curvature is not None:
-        least, greatest = solution.curvature
+    if status is Status.NEGATIVE_CURVATURE and solution.extremes is not None:
+        least, greatest = solution.extremes
         if least >= -_ZERO * Flat(around.phi).eps * greatest:
             sentence = _FLAT
     if solution.substitute == "early_stopped":

@@ -113,7 +113,7 @@ class Lent:
         return any(leaf is t for t in self._leaves)
 
     def changed(self, among: Sequence[Tensor]) -> Tensors:
-        """Those that have been written to since."""
+        """Which of `among` are leaves that have been written to since."""
         ids = {id(t) for t in among}
         now = zip(self._leaves, self._before, versions(self._leaves), strict=True)
         return tuple(t for t, before, after in now if before != after and id(t) in ids)

@@ -36,6 +36,16 @@ def names_in(module: nn.Module) -> tuple[str, ...]:
     return (*module._modules, *module._parameters)
 
 
+def _places(module: nn.Module, *kinds: str) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Every place of these kinds, in a module and in those in it, and the tensor that it holds."""
+    for owner in module.modules():
+        for kind in kinds:
+            held = getattr(owner, kind)
+            for name, tensor in held.items():
+                if tensor is not None:
+                    yield held, name, tensor
+
+
 class Layout:
     """The parts of a module and the parameters in them; to look again costs a few microseconds."""
 
@@ -74,10 +84,9 @@ class Places:
     def __init__(self, module: nn.Module, parameters: Iterable[Tensor]) -> None:
         index = {id(p): i for i, p in enumerate(parameters)}
         self._places = [
-            (owner._parameters, name, index[id(p)])
-            for owner in module.modules()
-            for name, p in owner._parameters.items()
-            if p is not None and id(p) in index
+            (held, name, index[id(p)])
+            for held, name, p in _places(module, "_parameters")
+            if id(p) in index
         ]
         self._recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
 
@@ -88,8 +97,8 @@ class Places:
 
     def fill(self, tensors: Tensors) -> None:
         """Put the tensors into the places of the parameters, as they are (not `Parameter`s)."""
-        for parameters, name, i in self._places:
-            parameters[name] = tensors[i]  # type: ignore[assignment]  # as learn2learn does
+        for held, name, i in self._places:
+            held[name] = tensors[i]
         for layer in self._recurrent:
             refresh_recurrent(layer)
 
@@ -101,14 +110,11 @@ class Contents:
         self.tensors: list[Tensor] = []
         self._places: list[tuple[dict[str, Any], str, int]] = []
         index: dict[int, int] = {}
-        for owner in module.modules():
-            for held in (owner._parameters, owner._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        if id(tensor) not in index:
-                            index[id(tensor)] = len(self.tensors)
-                            self.tensors.append(tensor)
-                        self._places.append((held, name, index[id(tensor)]))
+        for held, name, tensor in _places(module, "_parameters", "_buffers"):
+            if id(tensor) not in index:
+                index[id(tensor)] = len(self.tensors)
+                self.tensors.append(tensor)
+            self._places.append((held, name, index[id(tensor)]))
 
     @contextlib.contextmanager
     def replaced_by(self, tensors: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
@@ -137,9 +143,7 @@ class Contents:
 def replace_buffers(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
     """Put another tensor in the place of each buffer; one that two modules share stays one."""
     replaced: dict[int, Tensor] = {}
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                if id(buffer) not in replaced:
-                    replaced[id(buffer)] = replace(buffer)
-                owner._buffers[name] = replaced[id(buffer)]
+    for held, name, buffer in list(_places(module, "_buffers")):
+        if id(buffer) not in replaced:
+            replaced[id(buffer)] = replace(buffer)
+        held[name] = replaced[id(buffer)]

@@ -70,7 +70,7 @@ def stand_ins(tensors: Tensors, wanted: Sequence[bool]) -> Tensors:
 
 
 def device_types(devices: Iterable[torch.device]) -> set[str]:
-    """Those of the devices, and the CPU."""
+    """The devices' types, and the CPU's."""
     return {"cpu", *(d.type for d in devices)}
 
 

@@ -1,4 +1,4 @@
-"""Nested containers <-> flat tuples of tensors, and tuples of tensors <-> one flat vector.
+"""Nested containers <-> flat tuples of tensors, and these <-> one flat vector; their norms.
 
 Containers are those of Python, what is registered in optree or in torch.utils._pytree, and
 dataclasses.
@@ -176,6 +176,12 @@ def length(tensors: Sequence[Tensor]) -> float:
     return float(norm([t.double() for t in tensors]))
 
 
+def inner(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
+    """xᵀy over all tensors, in double precision."""
+    pairs = zip(xs, ys, strict=True)
+    return sum(float((x.detach().double() * y.detach().double()).sum()) for x, y in pairs)
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often each has been written to: a later list tells which were changed since."""
     return [t._version for t in tensors]
@@ -184,14 +190,14 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 class Flat:
     """One flat vector for a tuple of tensors, in a dtype wide enough for Krylov recurrences.
 
-    With `tasks`, the tensors have that many tasks along their first dimension, and the vector is a
-    matrix with a row for each.
+    With `n_tasks`, the tensors have that many tasks along their first dimension, and the vector is
+    a matrix with a row for each.
     """
 
-    def __init__(self, like: Tensors, tasks: int | None = None) -> None:
+    def __init__(self, like: Tensors, n_tasks: int | None = None) -> None:
         self._shapes = [t.shape for t in like]
         self._places = [(t.device, t.dtype) for t in like]
-        self._rows = () if tasks is None else (tasks,)
+        self._rows = () if n_tasks is None else (n_tasks,)
         self._sizes = [t.shape[len(self._rows) :].numel() for t in like]
         self.device = like[0].device if like else torch.device("cpu")
         self.dtype, self.eps = torch.float32, 0.0  # eps is that of the coarsest tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import Again, Call, Condition, Snapshot
+from implicit_grad._conditions.batching import why_one_by_one
 from implicit_grad._curvature import check
 from implicit_grad._errors import (
     GraphError,
@@ -76,6 +78,12 @@ class Setup(Method):
     polish: int = 0
     has_aux: bool = False
     training: Callable[[Tensors], EarlyStopped | None] | None = None  # of a minimiser of ours
+
+    @functools.cached_property
+    def one_by_one(self) -> str | None:
+        """Why calls cannot be one batch; None if they can."""
+        asked = self.reporting.rtol_gradient
+        return why_one_by_one(self.linear_solver, self.curvature, self.polish, asked)
 
 
 class Evaluation(Recorded):
@@ -198,11 +206,12 @@ class Evaluation(Recorded):
         assert self._record is not None
         snapshot, a = self._record
         around = snapshot.linearize(curvature)
-        around.training = self._filter
+        around.training = lambda: self._filter
         return around, (*a, *self.captured)
 
+    @functools.cached_property
     def _filter(self) -> Filter | None:
-        """That of the training which ended at φ, if it is known."""
+        """The filter of the training that ended at φ, if it is known."""
         known = self.method.training
         training = None if known is None else known(self._at_phi)
         return None if training is None else training.weigh

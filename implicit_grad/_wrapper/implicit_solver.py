@@ -125,24 +125,17 @@ class ImplicitSolver:
         """A call with tensors that torch.func or forward mode look at."""
         if self.setup.has_aux:
             check_not_batched(inputs)
-        condition, for_tasks = self.setup.condition.for_tasks(), None
-        if condition is not None and self._takes_tasks():
+        condition, at_once = self.setup.condition.for_tasks(), None
+        if condition is not None and self.setup.one_by_one is None:
             setup = dataclasses.replace(self.setup, condition=condition)
-            for_tasks = setup, functools.partial(self._run_for_tasks, condition)
-        return Transformed(self.setup, run, tree, self.solver).phi(inputs, for_tasks)
+            at_once = setup, functools.partial(self._run_for_tasks, condition)
+        return Transformed(self.setup, run, tree, self.solver).phi(inputs, at_once)
 
     def _tell_unread(self, evaluation: Evaluation, inputs: Tensors, tree: Tree) -> None:
         """Warn of arguments whose gradient is asked for and is 0 whatever their values."""
         unread = [inputs[i] for i in evaluation.unread]
         if unread and self.setup.reporting.on_failure != "ignore":
             tell_unread(self.setup.condition, Call(*tree.rebuild(inputs)), unread)
-
-    def _takes_tasks(self) -> bool:
-        """Whether a batch of such problems can be linearised, and its systems solved, at once."""
-        setup = self.setup
-        plain = not setup.polish and setup.reporting.rtol_gradient is None
-        plain = plain and setup.curvature != "finite_difference"
-        return plain and setup.linear_solver.takes_tasks
 
     def _run_for_tasks(self, condition: Condition, call: Call) -> Any:
         """The solver's output for a batch: at once if it works element by element."""

@@ -30,11 +30,11 @@ class Transformed:
         self._first: Evaluation | None = None
         self._phi_tree: Tree | None = None
 
-    def phi(self, inputs: Tensors, for_tasks: tuple[Setup, Callable[[Call], Any]] | None) -> Any:
-        """The solver's φ; `for_tasks` are a setup and a run for batches, where there are such."""
+    def phi(self, inputs: Tensors, at_once: tuple[Setup, Callable[[Call], Any]] | None) -> Any:
+        """The solver's φ; `at_once` are a setup and a run for batches, where there are such."""
         batched = None
-        if for_tasks is not None:
-            batched = Plain(lambda xs, known: self._batch(*for_tasks, xs, known))
+        if at_once is not None:
+            batched = Plain(lambda xs, known: self._batch(*at_once, xs, known))
         phi = lifted(Plain(self._single, batched), inputs)
         assert self._first is not None and self._phi_tree is not None
         # below, in the plain calls, what a transform looks at passes for a number without a history

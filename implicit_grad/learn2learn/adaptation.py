@@ -138,7 +138,7 @@ class Step(Recorded):
     outputs: Tensors | None
     gate_of_phi: Gate
     minimised: bool
-    tasks: int | None
+    n_tasks: int | None
     number: int  # of steps since clone()
     replay: weakref.ref[Replay] | None = None
     finding: Finding | None = None
@@ -159,7 +159,7 @@ class Step(Recorded):
             return self
         again, outputs, checks = replay.loss_elsewhere, (self.loss,), self.method.checks
         objective = Objective(
-            self.loss, self.phi, outputs=self.outputs, again=again, tasks=self.tasks
+            self.loss, self.phi, outputs=self.outputs, again=again, n_tasks=self.n_tasks
         )
         probe = check.Probe(outputs, self.phi, self.captured, lambda phi, _: (again(phi),))
 
@@ -215,7 +215,7 @@ class Step(Recorded):
             outputs=self.outputs,
             again=None if self.replay is None else self._again,
             guard=self.gate_of_phi.closed,
-            tasks=self.tasks,
+            n_tasks=self.n_tasks,
             own=self.minimised,
         )
         return linearize(objective, curvature), (*inputs, *self.captured)
@@ -263,7 +263,7 @@ def _step(
         outputs=weights.outputs_behind(loss) if wants_outputs else None,
         gate_of_phi=gate_of_phi,
         minimised=minimised,
-        tasks=weights.tasks,
+        n_tasks=weights.n_tasks,
         number=number,
     )
 
@@ -392,7 +392,7 @@ def minimiser_of(solver: Any, lr: float, steps: int | None) -> Minimiser:
     """The solver, or gradient steps if there is none."""
     if solver is None:
         descent = GradientDescent(lr=lr, steps=1 if steps is None else steps)
-        return Minimiser(descent.minimize, descent.time or 0.0, descent)
+        return Minimiser(descent.minimize, time_of(descent) or 0.0, descent)
     if steps is not None:
         raise InvalidArgumentError(
             "adapt: steps is for the default gradient descent; this learner has solver="
@@ -427,7 +427,8 @@ def check_solver(solver: Any, lam: Any) -> None:
 
 def time_of(solver: Any) -> float | None:
     """The sum of a minimiser's step lengths, if it is gradient descent for a number of steps."""
-    return solver.time if isinstance(solver, GradientDescent) else None
+    counted = isinstance(solver, GradientDescent) and solver.counts_steps
+    return solver.lr * solver.most_steps if counted else None
 
 
 def means_to_solve(solver: Any) -> bool:

@@ -118,10 +118,10 @@ class Weights:
         theta: Tensors,
         pull: ProximalTerm | None,
         trainable: list[bool],
-        tasks: int | None = None,
+        n_tasks: int | None = None,
     ) -> None:
-        """With `tasks`, the tensors of θ are stacks with a first dimension of that many."""
-        self.trainable, self.tasks = trainable, tasks
+        """With `n_tasks`, the tensors of θ are stacks with a first dimension of that many."""
+        self.trainable, self.n_tasks = trainable, n_tasks
         named = named_weights(module)
         kept = [i for i, trains in enumerate(trainable) if trains]
         adapted = {named[i][0] for i in kept}
@@ -163,7 +163,7 @@ class Weights:
 
     def total(self, name: str, loss: object) -> Tensor:
         """The loss, if it is one number, or the sum of one for each task."""
-        return total(name, loss, self.tasks)
+        return total(name, loss, self.n_tasks)
 
     def inputs(self, time: float, stopped: bool) -> tuple[Tensors, Tree]:
         """(θ, Λ), flat: what weights that were reached in that time depend on.

@@ -73,10 +73,10 @@ def check_names(weights: Weights, module: nn.Module, lam: Any) -> None:
 
 def _check_new(weights: Weights, new: dict[str, Tensor]) -> None:
     theta = {id(t) for t in weights.theta}
-    if new and weights.tasks is not None:
+    if new and weights.n_tasks is not None:
         raise InvalidArgumentError(
-            f"adapt: {', '.join(new)} were put into a learner for {weights.tasks} tasks, each with "
-            "weights of its own: put them into the model before clone(tasks=...)"
+            f"adapt: {', '.join(new)} were put into a learner for {weights.n_tasks} tasks, each "
+            "with weights of its own: put them into the model before clone(tasks=...)"
         )
     before = dict(zip(weights.names, weights.theta, strict=True))
     for name, tensor in new.items():

@@ -155,8 +155,3 @@ _WHY = (
 def moved(phi: Tensors, direction: Tensors, length: float) -> Tensors:
     """φ + length · direction."""
     return added(phi, direction, length)
-
-
-def inner(x: Tensors, y: Tensors) -> float:
-    """xᵀy over all tensors."""
-    return sum(float((a.double() * b.double()).sum()) for a, b in zip(x, y, strict=True))

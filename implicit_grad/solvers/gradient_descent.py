@@ -38,12 +38,7 @@ class GradientDescent(Stepwise):
     @property
     def elementwise(self) -> bool:
         """Whether it descends a batch of problems just as each of them alone."""
-        return self.tol is None and self.rtol is None
-
-    @property
-    def time(self) -> float | None:
-        """The sum of the steps' lengths, where it is known beforehand."""
-        return self.lr * self.most_steps if self.counts_steps else None
+        return not self.has_tolerance
 
     def training(self, phi: Tensors) -> EarlyStopped | None:
         return EarlyStopped(steps=self.steps, lr=self.lr) if self.counts_steps else None

@@ -33,8 +33,8 @@ class GurobiQP:
     """The minimum of φᵀQφ/2 + cᵀφ with Aφ = b, Gφ ≤ h and bounds.
 
     The functions are ordinary torch functions: Q, c and the rows are their derivatives at init,
-    which are exact for quadratic objectives and affine constraints. Whether they are that is tried
-    at two more points. Q is dense, and φ should not have more than some thousand elements.
+    which are exact for quadratic objectives and affine constraints. Two more points
+    show whether they are. Q is dense, so φ should not have more than a few thousand elements.
 
     Args:
         params: Gurobi's parameters, such as {"TimeLimit": 60}; they have precedence over ours,

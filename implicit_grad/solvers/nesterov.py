@@ -8,9 +8,9 @@ import math
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._options import is_number, require, require_positive
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, inner
 from implicit_grad.solvers._descent import Stepwise, Watch
-from implicit_grad.solvers._objective import inner, moved
+from implicit_grad.solvers._objective import moved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Nesterov(Stepwise):
     def elementwise(self) -> bool:
         """Whether it descends a batch of problems just as each of them alone."""
         restarts = self.kappa is None and self.momentum is None
-        return self.tol is None and self.rtol is None and not restarts
+        return not self.has_tolerance and not restarts
 
     def training(self, phi: Tensors) -> EarlyStopped | None:
         beta = self._constant_momentum()

@@ -9,9 +9,9 @@ import torch
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._options import require_count
 from implicit_grad._theorem.adjoint import solve_adjoint
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, inner
 from implicit_grad.solvers._descent import Descent, Watch
-from implicit_grad.solvers._objective import ObjectiveFunction, Point, inner, moved
+from implicit_grad.solvers._objective import ObjectiveFunction, Point, moved
 
 # Armijo's condition: the share of the decrease that the slope promises which must come true.
 _SUFFICIENT = 1e-4
@@ -33,17 +33,17 @@ class NewtonCG(Descent):
 
     The Hessian is used in products only (Martens, 2010, Deep learning via Hessian-free
     optimization; Rajeswaran et al., 2019, use it for inner problems), by differences of gradients
-    where an operation has no second derivative in torch. Where CG meets negative
-    curvature, d is what its size makes of it, and so a descent direction all the same (Dauphin et
-    al., 2014, Identifying and attacking the saddle point problem). The length t starts at 1 and is
-    halved until the objective falls enough, so the objective never rises by more than its own
-    rounding error; where no length will do, the run ends. `lr` is not needed, and the objective
-    must not be random.
+    where an operation has no second derivative in torch. Where CG meets negative curvature, its
+    absolute value is taken instead, so that d still leads downhill (Dauphin et al., 2014,
+    Identifying and attacking the saddle point problem). The length t starts at 1 and is halved
+    until the objective falls enough, so the objective never rises by more than its own rounding
+    error; where no length will do, the run ends. `lr` is not needed, and the objective must not be
+    random.
 
     Args:
         maxiter: the most Newton steps.
-        cg: Hessian-vector products for one step; as many as there are unknowns make it Newton's
-            own.
+        cg: Hessian-vector products for one step. With as many as there are unknowns, a step is
+            Newton's.
         tol: stop when ‖∇objective‖₂ is at most this, in the objective's units over φ's.
         rtol: or when it is at most `rtol` times its value at init, 0 < rtol < 1.
 

@@ -39,8 +39,8 @@ class SciPyMinimize:
     """`scipy.optimize.minimize` on φ as one flat float64 vector.
 
     Gradients are autograd's, as are Hessians and products with them where the method uses them.
-    A method that was not successful is an `ImplicitGradWarning` with SciPy's message, unless the
-    gradient, projected on the bounds, says that it was: line searches often end at rounding level.
+    Where SciPy calls a run unsuccessful, an `ImplicitGradWarning` passes its message on, unless φ
+    meets the conditions of a minimum: line searches often end at rounding level.
 
     Args:
         method: any of SciPy's, by name.

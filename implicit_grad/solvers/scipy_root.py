@@ -33,9 +33,8 @@ _WITHOUT_JACOBIAN = (
 class SciPyRoot:
     """`scipy.optimize.root` on φ as one flat float64 vector: residual(φ) = 0.
 
-    The dense Jacobian for hybr and lm is autograd's, one product a row. A method that was not
-    successful is an `ImplicitGradWarning` with SciPy's message, unless the residual says that it
-    was.
+    The dense Jacobian for hybr and lm is autograd's, one product a row. Where SciPy calls a
+    run unsuccessful, an `ImplicitGradWarning` passes its message on, unless the residual is small.
 
     Args:
         method: any of SciPy's, by name.

@@ -34,11 +34,11 @@ def check_implicit(
     directions: int = 2,
     raise_on_failure: bool = True,
 ) -> CheckReport:
-    """Check a solver's gradients at one point, and say what is wrong if they are.
+    """Check a solver's gradients at one point, and if they are wrong say why.
 
-    The gradients of outer(solve(*args)) by every argument that requires grad (by every
-    floating-point tensor, if none does), by the condition's own tensors such as λ, and by tensors
-    that the functions involved capture are compared with a reference. Where they differ,
+    The gradients of outer(solve(*args)) are compared with a reference: those by every argument that
+    requires grad (by every floating-point tensor, if none does), by the condition's own tensors
+    such as λ, and by tensors that the functions involved capture. Where they differ,
     measurements tell why: calls are repeated, ‖F‖ and A's symmetry and curvature are looked at, the
     derivatives of F are held against differences of F, and the system is solved anew by a dense
     solver, at φ and at the exact solution next to it. All elements of a tensor are moved

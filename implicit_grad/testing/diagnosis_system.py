@@ -186,11 +186,11 @@ def _conjugate_gradients(matrix: Tensor, rhs: Tensor, most: int) -> list[Tensor]
     p, iterates = r.clone(), [torch.zeros_like(rhs)]
     for _ in range(most):
         rr, product = r @ r, matrix @ p
-        curvature = p @ product
-        if not float(curvature) or float(rr) < 1e-28 * float(rhs @ rhs):
+        pMp = p @ product
+        if not float(pMp) or float(rr) < 1e-28 * float(rhs @ rhs):
             break
-        x = x + rr / curvature * p
-        r = r - rr / curvature * product
+        x = x + rr / pMp * p
+        r = r - rr / pMp * product
         p = r + (r @ r) / rr * p
         if not bool(torch.isfinite(x).all()):
             break

@@ -309,17 +309,17 @@ BAD = {
         lambda: ig.implicit(
             torch.clone, ig.proximal(loss, 1.0, tasks=True), curvature="finite_difference"
         ),
-        "finite differences do not go with tasks=True",
+        "with tasks=True, finite differences are taken for one task at a time",
     ),
     "linear solver": (
         lambda: ig.implicit(
             torch.clone, ig.proximal(loss, 1.0, tasks=True), linear_solver=ig.MINRES()
         ),
-        "linear_solver must be CG",
+        "CG without preconditioner and warm start.*got MINRES",
     ),
     "polish": (
         lambda: ig.implicit(torch.clone, ig.proximal(loss, 1.0, tasks=True), polish=1),
-        "do not go with tasks=True",
+        "with tasks=True, polish and rtol_gradient are for one task at a time",
     ),
     "constraints": (
         lambda: ig.argmin(loss, bounds=(0, 1), tasks=True),

@@ -34,7 +34,6 @@ SECOND = {
     "multilabel_margin_loss": lambda x: F.multilabel_margin_loss(
         x.view(3, 4).sin(), torch.tensor([[1, 2, -1, 0]] * 3)
     ),
-    "max_unpool2d": unpooled,
     "scaled_dot_product_attention": attention,
     "masked.logaddexp": lambda x: torch.masked.logaddexp(
         x[:6].sin(), x[6:].cos(), input_mask=torch.arange(6) < 4, other_mask=torch.arange(6) > 1
@@ -84,6 +83,16 @@ def test_second_derivatives(name):
     v = grad(wavy(theta), theta)[0]
     expected = 8 * torch.linalg.solve(hessian_by_differences(special, at), v)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_unpooling_to_overlapping_places_is_told():
+    """Torch's gradient there is that of a sum; its value is that of one of the terms."""
+    theta, monitor = normal(12, seed=1), ig.Monitor()
+    condition = ig.argmin(lambda x, theta: objective(unpooled, x, theta))
+    phi = ig.implicit(solver, condition, on_failure="ignore", monitor=monitor)(theta)
+    wavy(phi).backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+    assert "not the derivative of its value" in monitor.last.check
 
 
 @pytest.mark.parametrize("name", THIRD)

@@ -298,9 +298,9 @@ def test_negative_curvature_is_found_and_the_answer_descends(dtype):
         solution = CG().solve(operator(matrix), rhs)
         found += solution.status == Status.NEGATIVE_CURVATURE
         assert solution.iterations <= n + 20
-        assert solution.curvature is not None and solution.curvature[0] < 0
+        assert solution.extremes is not None and solution.extremes[0] < 0
         assert float(rhs.double() @ solution.x.double()) > 0
-        greatest = max(map(abs, EarlyStopped(time=1.0).solve(operator(matrix), rhs).curvature))
+        greatest = max(map(abs, EarlyStopped(time=1.0).solve(operator(matrix), rhs).extremes))
         stopped = EarlyStopped(time=200 / greatest).solve(operator(matrix), rhs)
         torch.testing.assert_close(solution.x, stopped.x, rtol=1e-3, atol=1e-3)
     assert found == 400

@@ -105,7 +105,7 @@ def equal_solutions(found, expected, tolerance=None):
     assert found.status == expected.status
     assert found.iterations == expected.iterations
     assert near(found.x, expected.x, tolerance)
-    assert near(found.curvature, expected.curvature, tolerance)
+    assert near(found.extremes, expected.extremes, tolerance)
     assert near(found.coefficients or None, expected.coefficients or None, tolerance)
     for name in ("residual", "residual_norm", "gap", "filter_error"):
         actual, alone = getattr(found, name), getattr(expected, name)

@@ -79,7 +79,7 @@ def test_negative_curvature_counts_as_its_size():
         found = ig.EarlyStopped(time=5.0, maxiter=60).solve(operator(matrix), rhs)
         expected = filtered(matrix, rhs, lambda h: -math.expm1(-5.0 * h) / h)
         assert found.status == Status.CONVERGED and relative(found.x, expected) < 1e-9
-        assert found.curvature[0] < 0 < found.curvature[1] and float(found.x @ rhs) > 0
+        assert found.extremes[0] < 0 < found.extremes[1] and float(found.x @ rhs) > 0
 
 
 @pytest.mark.parametrize(

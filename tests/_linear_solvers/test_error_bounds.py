@@ -249,7 +249,7 @@ def test_there_is_no_bound_where_nothing_is_known():
     for change in (
         {"residual_norm": None},
         {"residual_norm": math.nan},
-        {"curvature": (-0.1, 1.0)},
+        {"extremes": (-0.1, 1.0)},
         {"substitute": "minres"},
         {"coefficients": ((2.0, 0.1, 1e-3),)},  # a Ritz value of 1/2 denies that μ is 1
     ):
@@ -328,7 +328,7 @@ def test_preconditioned_cg_stops_by_its_residual(preconditioner, known_mu):
         assert solution.error_is_bound == known_mu
         limit = 1e-3 * problem.norm(solution.x.double().numpy())
         residual = known.residual_norm(problem.rhs - problem.matrix @ solution.x)
-        mu = problem.mu if known_mu else solution.curvature[0] / float(problem.weights.max())
+        mu = problem.mu if known_mu else solution.extremes[0] / float(problem.weights.max())
         assert residual <= 1.01 * mu * limit
         if known_mu:
             assert problem.error(solution.x) <= limit

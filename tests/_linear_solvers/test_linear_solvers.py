@@ -317,10 +317,10 @@ def test_minres_has_the_least_residual_of_the_krylov_space():
             found = ig.MINRES(maxiter=steps).solve(operator(matrix, scale=scale), rhs)
             torch.testing.assert_close(found.x, (basis @ least)[:, 0], rtol=1e-8, atol=1e-10)
             assert found.status == Status.TRUNCATED and found.iterations == steps
-            assert found.gap < 1e-13 and -3 <= found.curvature[0] <= found.curvature[1] <= 9
+            assert found.gap < 1e-13 and -3 <= found.extremes[0] <= found.extremes[1] <= 9
             powers.append(matrix @ powers[-1] / weights)
         found = ig.MINRES().solve(operator(matrix, scale=scale), rhs)
-        assert -3 - 1e-9 <= found.curvature[0] < 0 and found.status == Status.CONVERGED
+        assert -3 - 1e-9 <= found.extremes[0] < 0 and found.status == Status.CONVERGED
 
 
 def test_minres_damps():
@@ -352,9 +352,9 @@ def test_exact_reports_the_extreme_eigenvalues_of_symmetric_matrices(sign):
     rhs = torch.randn(9, dtype=F64, generator=random)
     found = ig.Exact().solve(operator(matrix), rhs)
     torch.testing.assert_close(found.x, torch.linalg.solve(matrix, rhs), rtol=1e-12, atol=1e-12)
-    assert found.status == Status.EXACT and (found.curvature is None) == (sign == 0.0)
+    assert found.status == Status.EXACT and (found.extremes is None) == (sign == 0.0)
     if sign:
-        torch.testing.assert_close(found.curvature, (float(values.min()), float(values.max())))
+        torch.testing.assert_close(found.extremes, (float(values.min()), float(values.max())))
 
 
 def test_exact_takes_rounded_matrices_for_symmetric_and_no_others():
@@ -363,11 +363,11 @@ def test_exact_takes_rounded_matrices_for_symmetric_and_no_others():
     rhs = torch.randn(50, generator=random)
     rounded = matrix * (1 + 0.004 * (torch.rand(50, 50, generator=random) - 0.5))
     coarse = Operator(lambda x: rounded @ x, lambda x: rounded.T @ x, eps=2.0**-8)
-    assert ig.Exact().solve(coarse, rhs).curvature is not None
-    assert ig.Exact().solve(operator(rounded), rhs).curvature is None
+    assert ig.Exact().solve(coarse, rhs).extremes is not None
+    assert ig.Exact().solve(operator(rounded), rhs).extremes is None
     skewed = matrix + 0.1 * torch.triu(torch.ones(50, 50))
     assert (
-        ig.Exact().solve(Operator(skewed.matmul, skewed.T.matmul, eps=2.0**-8), rhs).curvature
+        ig.Exact().solve(Operator(skewed.matmul, skewed.T.matmul, eps=2.0**-8), rhs).extremes
         is None
     )
 

@@ -34,7 +34,7 @@ def test_invariants_after_negative_curvature(preconditioner, scale):
         known = operator(matrix, scale=scale)
         solution = ig.CG(preconditioner=preconditioner).solve(known, rhs)
         assert solution.status == Status.NEGATIVE_CURVATURE and solution.iterations <= 80
-        assert solution.curvature[0] <= 0 and float(solution.x @ rhs) > 0
+        assert solution.extremes[0] <= 0 and float(solution.x @ rhs) > 0
         if scale is None:  # no longer than a training of that time could make it
             assert solution.substitute == "early_stopped"
             longest = 200 / 3.1 * rhs.norm() * 1.1
@@ -61,7 +61,7 @@ def test_on_request_minres_solves_the_same_system(damping):
         shifted = matrix + damping * torch.eye(60, dtype=F64)
         assert solution.status == Status.CONVERGED and solution.substitute == "minres"
         assert float((shifted @ solution.x - rhs).norm() / rhs.norm()) <= 2e-10
-        assert solution.curvature[0] < 0 < solution.curvature[1]
+        assert solution.extremes[0] < 0 < solution.extremes[1]
         assert counting.products == solution.iterations + 2  # and two residuals
     short = ig.CG(maxiter=5, on_negative_curvature="minres").solve(operator(matrix), rhs)
     assert short.status == Status.TRUNCATED
@@ -81,7 +81,7 @@ def test_on_request_gauss_newton_takes_the_convex_matrix(damping):
         exact = torch.linalg.solve(convex + damping * torch.eye(60, dtype=F64), rhs)
         assert solution.status == Status.CONVERGED and solution.substitute == "gauss_newton"
         assert float((solution.x - exact).norm() / exact.norm()) < 1e-7
-        assert solution.curvature[0] < 0
+        assert solution.extremes[0] < 0
     fixed = ig.CG(maxiter=8, on_negative_curvature="gauss_newton")
     solution = fixed.solve(operator(matrix, convex=lambda x: convex @ x), rhs)
     assert solution.status == Status.TRUNCATED and 8 < solution.iterations <= 16
@@ -102,7 +102,7 @@ def test_what_is_solved_instead_keeps_the_options(policy):
     assert found.status == fine.status == Status.CONVERGED
     assert 1e-3 < found.residual <= 0.1 and fine.residual < 1e-9
     if policy == "gauss_newton":  # the curvature of both matrices
-        assert found.curvature[0] < 0 and found.curvature[1] >= 100
+        assert found.extremes[0] < 0 and found.extremes[1] >= 100
 
 
 def test_what_is_solved_instead_starts_from_zero():
@@ -124,7 +124,7 @@ def test_a_matrix_in_as_place_may_fail_too(value, status):
     found = ig.CG(on_negative_curvature="gauss_newton").solve(
         operator(matrix, convex=lambda x: value * x), rhs
     )
-    assert found.status == status and found.curvature[0] < 0
+    assert found.status == status and found.extremes[0] < 0
 
 
 def test_a_preconditioner_lasts_when_a_warm_start_is_given_up():

@@ -189,6 +189,27 @@ def test_the_backward_pass_finds_the_key_of_its_forward_call():
     assert len(store) == 2
 
 
+@pytest.mark.parametrize("polish", [0, 1])
+def test_newton_steps_neither_take_nor_leave_a_start(polish):
+    """Their right-hand sides have nothing to do with those of gradients."""
+    matrix, rhs = changing(0)
+    monitor, store = ig.Monitor(), ig.WarmStart()
+    solve = ig.implicit(
+        lambda b: torch.linalg.solve(matrix, b) + 1e-3 * b.flip(0),  # not solved: there is a step
+        ig.argmin(lambda w, b: w @ matrix @ w / 2 - b @ w),
+        linear_solver=ig.CG(rtol=1e-8, warm_start=store),
+        polish=polish,
+        monitor=monitor,
+        on_failure="ignore",
+    )
+    b, towards = rhs.clone().requires_grad_(), rhs.flip(0)
+    for _ in range(3):
+        (solve(b) @ towards).backward()
+    taken = [report.iterations for report in monitor.reports]
+    assert taken[0] > 10 and taken[1:] == [1, 1]
+    assert (monitor.last.inner_residual < 1e-6) == polish and len(store) == 1
+
+
 def test_a_copy_of_a_store_is_empty():
 
     store = ig.WarmStart()

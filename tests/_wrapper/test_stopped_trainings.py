@@ -306,6 +306,22 @@ def test_by_default_a_saddle_gets_the_minimisers_own_steps():
     close(found, gradients(lambda a: own(a).pow(3).sum(), a))
 
 
+def test_a_minimisers_optimizer_is_looked_at_once_a_solve():
+    """A factory may be slow, or print; a run makes one as well."""
+    made = []
+
+    def factory(tensors):
+        made.append(torch.optim.SGD(tensors, lr=0.1))
+        return made[-1]
+
+    start = torch.tensor([0.4, 0.3], dtype=F64)
+    minimiser = ig.solvers.TorchOptim(factory=factory, steps=5)
+    solve = ig.implicit(minimiser, ig.argmin(bent), init=lambda a: start)
+    with pytest.warns(ig.ImplicitGradWarning, match="the minimiser's own number of steps"):
+        gradients(lambda a: solve(a).pow(3).sum(), normal(2, seed=4))
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("off", [0.0, 1e-3, 0.3])
 def test_by_default_a_saddle_gets_the_time_that_phi_and_its_slope_allow(off):
     """Each task its own, in a batch as alone; none below 1 over the greatest curvature."""

@@ -118,9 +118,10 @@ def ridge(lam):
     return torch.linalg.solve(X.T @ X + lam * torch.eye(3, dtype=X.dtype), X.T @ Y)
 
 
-def gauss_newton(objective, model):
+def gauss_newton(objective, model, **options):
     lam = torch.tensor(5.0, requires_grad=True)
-    solve = ig.implicit(ridge, ig.argmin(objective, model=model), curvature="gauss_newton")
+    condition = ig.argmin(objective, model=model)
+    solve = ig.implicit(ridge, condition, curvature="gauss_newton", **options)
     said = told(lambda: solve(lam).sum().backward())
     right = torch.autograd.grad(ridge(x := lam.detach().requires_grad_()).sum(), x)[0]
     return said, (lam.grad / right).item()
@@ -151,6 +152,29 @@ def test_a_penalty_among_the_outputs_is_told(case):
     said, ratio = gauss_newton(*PENALTY[case])
     assert abs(ratio - 1) > 0.05  # it is wrong
     assert len(said) == 1 and "enters the loss linearly" in said[0]
+
+
+def test_a_penalty_among_the_outputs_follows_on_failure():
+    said, _ = gauss_newton(*PENALTY["its value"], on_failure="ignore")
+    assert said == []
+    monitor = ig.Monitor()
+    with pytest.raises(ig.LinearSolveError, match="enters the loss linearly"):
+        gauss_newton(*PENALTY["its value"], on_failure="raise", monitor=monitor)
+    assert monitor.last.status.ok
+
+
+@pytest.mark.parametrize("a", [1.0, -1.0])
+def test_a_penalty_is_told_where_gauss_newton_products_take_over(a):
+    """a x² - t x, a share of which is the model's second output: bent down where a is negative."""
+    instead = ig.CG(on_negative_curvature="gauss_newton")
+    condition = ig.argmin(
+        lambda out, t: out[0].square().sum() / 2 - t * out[0].sum() + out[1],
+        model=lambda x, t: (x, (a - 0.5) * x.square().sum()),
+    )
+    t = torch.tensor(1.0, requires_grad=True)
+    solve = ig.implicit(lambda t: t.detach()[None] / (2 * a), condition, linear_solver=instead)
+    said = told(lambda: solve(t).sum().backward())
+    assert any("enters the loss linearly" in s for s in said) == (a < 0)
 
 
 def test_phi_itself_among_the_outputs_is_right():
