@@ -1,0 +1,125 @@
+"""The site: Sphinx with furo and MyST; `make docs` builds it, without the network."""
+
+from __future__ import annotations
+
+import re
+
+import latex2mathml.converter
+from docutils import nodes
+from sphinx import addnodes
+
+import implicit_grad as ig
+from implicit_grad.testing import strategies
+
+project = "implicit_grad"
+author = "The implicit_grad authors"
+copyright = author
+version = release = ig.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["README.md"]
+html_theme = "furo"
+html_title = "implicit_grad"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = html_copy_source = False
+html_theme_options = {"navigation_with_keys": True}
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+autodoc_typehints = "none"  # the docstrings say what may be given, in words
+add_module_names = False
+autodoc_member_order = "bysource"
+napoleon_use_rtype = False
+linkcheck_timeout = 20
+
+SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):$")
+CODE = re.compile(r"(``?)(.+?)\1")
+
+
+def inline(text: str) -> str:
+    """Our docstrings are Markdown: one backtick is code, and a star is a star."""
+    pieces, end = [], 0
+    for code in CODE.finditer(text):
+        pieces += [re.sub(r"([*|_\\])", r"\\\1", text[end : code.start()]), f"``{code[2]}``"]
+        if text[code.end() : code.end() + 1].isalnum():
+            pieces.append("\\ ")
+        end = code.end()
+    return "".join([*pieces, re.sub(r"([*|_\\])", r"\\\1", text[end:])])
+
+
+def as_rst(app, what, name, obj, options, lines) -> None:
+    """A docstring's code and formulas in the markup that autodoc reads."""
+    lines[:] = "\n".join(lines).expandtabs().split("\n")
+    written, section, formula, example = [], False, False, False
+    for line in lines:
+        indented = line.startswith("    ")
+        if line and not indented:
+            section, formula = bool(SECTION.match(line)), False
+        if not line:
+            formula = example = False
+        example = example or line.lstrip().startswith(">>>")
+        if indented and not section and not formula and not example:
+            if written and not written[-1]:
+                written += [".. code-block:: text", ""]
+                formula = True
+        if SECTION.match(line) or formula or example:
+            written.append(line)
+        else:
+            written.append(inline(line))
+    lines[:] = written
+
+
+def public(prefix: str, module) -> dict[str, str]:
+    """What a reader may write, and the name on the API page that it stands for."""
+    return {f"{prefix}.{name}": f"{module.__name__}.{name}" for name in module.__all__}
+
+
+NAMES = {
+    **public("ig", ig),
+    **public("ig.solvers", ig.solvers),
+    **public("ig.testing", ig.testing),
+}
+
+
+class Linked(nodes.GenericNodeVisitor):
+    """Makes each `ig.NAME`, with or without arguments, a link to the API page."""
+
+    def default_visit(self, node) -> None: ...
+
+    def default_departure(self, node) -> None: ...
+
+    def visit_literal(self, node) -> None:
+        name = re.match(r"ig(?:\.\w+)+", node.astext())
+        if not name or name[0] not in NAMES or isinstance(node.parent, nodes.reference):
+            return
+        reference = addnodes.pending_xref(
+            "", refdomain="py", reftype="obj", reftarget=NAMES[name[0]], refexplicit=True
+        )
+        reference["py:module"] = reference["py:class"] = None
+        node.replace_self(reference)
+        reference += node
+
+
+def link_names(app, doctree) -> None:
+    doctree.walk(Linked(doctree))
+
+
+def mathml(self, node, display: str) -> None:
+    """Browsers render MathML by themselves: no script, and nothing from another server."""
+    self.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", as_rst, priority=100)  # before napoleon
+    app.connect("doctree-read", link_names)
+    app.add_html_math_renderer(
+        "mathml",
+        inline_renderers=(lambda self, node: mathml(self, node, "inline"), None),
+        block_renderers=(lambda self, node: mathml(self, node, "block"), None),
+    )
+
+
+html_math_renderer = "mathml"
+assert strategies  # autodoc needs hypothesis for them
