@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import latex2mathml.converter
 from docutils import nodes
@@ -20,6 +21,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["README.md"]
 html_theme = "furo"
+pygments_dark_style = "github-dark"
+smartquotes = False
 html_title = "implicit_grad"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -32,6 +35,39 @@ add_module_names = False
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 linkcheck_timeout = 20
+
+ROOT = Path(__file__).parents[1]
+REST = re.compile(r"^The rest of this page is \[(.+?)\]\(.+\)\.$", re.MULTILINE)
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^()\s#]*)(#[^()\s]*)?\)")
+# Files that are pages here, or parts of one.
+PAGE_OF = {
+    ROOT / "benchmarks/README.md": "benchmarks.md",
+    ROOT / "benchmarks/results/census.md": "census.md",
+    ROOT / "examples/README.md": "gallery.md",
+}
+
+
+def with_the_rest(app, docname, source) -> None:
+    """Put a file of the repository into the page that announces it, and turn its links to here."""
+    found = REST.search(source[0])
+    if not found:
+        return
+    path = ROOT / found[1]
+    app.env.note_dependency(str(path))
+
+    def turned(link: re.Match[str]) -> str:
+        image, text, target, anchor = link[1], link[2], link[3], link[4] or ""
+        if not target or target.startswith("http"):
+            return link[0]
+        file = (path.parent / target).resolve()
+        if image:
+            return f"![{text}](../{file.relative_to(ROOT).as_posix()})"
+        return f"[{text}]({PAGE_OF[file]}{anchor})" if file in PAGE_OF else f"`{text}`"
+
+    rest = path.read_text("utf-8")
+    rest = rest.split("\n", 1)[1] if rest.startswith("# ") else rest
+    source[0] = source[0][: found.start()] + LINK.sub(turned, rest)
+
 
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):$")
 CODE = re.compile(r"(``?)(.+?)\1")
@@ -113,6 +149,7 @@ def mathml(self, node, display: str) -> None:
 
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", as_rst, priority=100)  # before napoleon
+    app.connect("source-read", with_the_rest)
     app.connect("doctree-read", link_names)
     app.add_html_math_renderer(
         "mathml",

@@ -22,6 +22,7 @@ BLOCK = re.compile(
     r"^( *)(`{3,})(\w*)(?: needs=([\w,.]+))?[^\n]*\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL
 )
 LINK = re.compile(r"\]\(([^()\s]+)\)")
+REST = re.compile(r"^The rest of this page is \[(.+?)\]", re.MULTILINE)  # see docs/conf.py
 ANCHOR = re.compile(r"^\(([\w-]+)\)=$", re.MULTILINE)
 
 
@@ -102,7 +103,9 @@ c = 3
 
 def anchors(page: Path) -> set[str]:
     """Those that are written, and those of headings, as GitHub and the site make them."""
-    text = BLOCK.sub("", text_of(page))
+    text = prose_of(page)
+    if rest := REST.search(text):
+        text += (ROOT / rest[1]).read_text("utf-8")
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     slugs = {re.sub(r"[^\w\- ]", "", t.lower()).strip().replace(" ", "-") for t in titles}
     return slugs | set(ANCHOR.findall(text))
