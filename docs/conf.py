@@ -19,10 +19,9 @@ version = release = ig.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["README.md"]
 html_theme = "furo"
 pygments_dark_style = "github-dark"
-smartquotes = False
+smartquotes_action = "D"  # dashes; quotation marks are often code
 html_title = "implicit_grad"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -119,18 +118,27 @@ NAMES = {
 
 
 class Linked(nodes.GenericNodeVisitor):
-    """Makes each `ig.NAME`, with or without arguments, a link to the API page."""
+    """Makes each `ig.NAME`, with or without arguments, a link to the API page.
+
+    On that page, which consists of docstrings, a `NAME` will do.
+    """
+
+    def __init__(self, document, docname: str) -> None:
+        super().__init__(document)
+        short = {name.split(".", 1)[1]: target for name, target in NAMES.items()}
+        self.names = {**short, **NAMES} if docname == "api" else NAMES
 
     def default_visit(self, node) -> None: ...
 
     def default_departure(self, node) -> None: ...
 
     def visit_literal(self, node) -> None:
-        name = re.match(r"ig(?:\.\w+)+", node.astext())
-        if not name or name[0] not in NAMES or isinstance(node.parent, nodes.reference):
+        name = re.match(r"[\w.]+", node.astext())
+        target = self.names.get(name[0]) if name else None
+        if not target or isinstance(node.parent, nodes.reference):
             return
         reference = addnodes.pending_xref(
-            "", refdomain="py", reftype="obj", reftarget=NAMES[name[0]], refexplicit=True
+            "", refdomain="py", reftype="obj", reftarget=target, refexplicit=True
         )
         reference["py:module"] = reference["py:class"] = None
         node.replace_self(reference)
@@ -138,7 +146,7 @@ class Linked(nodes.GenericNodeVisitor):
 
 
 def link_names(app, doctree) -> None:
-    doctree.walk(Linked(doctree))
+    doctree.walk(Linked(doctree, app.env.docname))
 
 
 def mathml(self, node, display: str) -> None:
