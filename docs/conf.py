@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -46,6 +47,21 @@ PAGE_OF = {
 }
 
 
+def as_markdown(notebook) -> str:
+    """A notebook's cells, with what they printed and drew."""
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text'])}\n```")
+            else:
+                image = output["data"]["image/png"].strip()
+                parts.append(f"![The picture](data:image/png;base64,{image})")
+    return "\n\n".join(parts)
+
+
 def with_the_rest(app, docname, source) -> None:
     """Put a file of the repository into the page that announces it, and turn its links to here."""
     found = REST.search(source[0])
@@ -56,7 +72,7 @@ def with_the_rest(app, docname, source) -> None:
 
     def turned(link: re.Match[str]) -> str:
         image, text, target, anchor = link[1], link[2], link[3], link[4] or ""
-        if not target or target.startswith("http"):
+        if not target or target.startswith(("http", "data:")):
             return link[0]
         file = (path.parent / target).resolve()
         if image:
@@ -64,6 +80,8 @@ def with_the_rest(app, docname, source) -> None:
         return f"[{text}]({PAGE_OF[file]}{anchor})" if file in PAGE_OF else f"`{text}`"
 
     rest = path.read_text("utf-8")
+    if path.suffix == ".ipynb":
+        rest = as_markdown(json.loads(rest))
     rest = rest.split("\n", 1)[1] if rest.startswith("# ") else rest
     source[0] = source[0][: found.start()] + LINK.sub(turned, rest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ import implicit_grad as ig
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 # A fence may say what its code needs besides: ```python needs=scipy
 BLOCK = re.compile(
     r"^( *)(`{3,})(\w*)(?: needs=([\w,.]+))?[^\n]*\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL
@@ -74,6 +76,18 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", ig.ImplicitGradWarning)
             exec(compile(block.source, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_runs(notebook, tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": notebook.stem}
+    for cell in json.loads(text_of(notebook))["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] or cell["execution_count"], "run it, and keep what it prints"
+            exec(compile("".join(cell["source"]), str(notebook), "exec"), namespace)
+    pyplot.close("all")
 
 
 def test_which_blocks_are_found():
