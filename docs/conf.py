@@ -39,6 +39,12 @@ linkcheck_timeout = 20
 ROOT = Path(__file__).parents[1]
 REST = re.compile(r"^The rest of this page is \[(.+?)\]\(.+\)\.$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^()\s#]*)(#[^()\s]*)?\)")
+TO_TARGET = re.compile(r"\]\(\w+\.md#([\w-]+)\)")
+TARGETS = {
+    target
+    for page in Path(__file__).parent.glob("*.md")
+    for target in re.findall(r"^\(([\w-]+)\)=$", page.read_text("utf-8"), re.MULTILINE)
+}
 # Files that are pages here, or parts of one.
 PAGE_OF = {
     ROOT / "benchmarks/README.md": "benchmarks.md",
@@ -60,6 +66,13 @@ def as_markdown(notebook) -> str:
                 image = output["data"]["image/png"].strip()
                 parts.append(f"![The picture](data:image/png;base64,{image})")
     return "\n\n".join(parts)
+
+
+def to_targets(app, docname, source) -> None:
+    """Links to a page's `(target)=` in the form that every MyST knows: by the target alone."""
+    source[0] = TO_TARGET.sub(
+        lambda link: f"](#{link[1]})" if link[1] in TARGETS else link[0], source[0]
+    )
 
 
 def with_the_rest(app, docname, source) -> None:
@@ -176,6 +189,7 @@ def mathml(self, node, display: str) -> None:
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", as_rst, priority=100)  # before napoleon
     app.connect("source-read", with_the_rest)
+    app.connect("source-read", to_targets)
     app.connect("doctree-read", link_names)
     app.add_html_math_renderer(
         "mathml",
