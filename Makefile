@@ -2,6 +2,7 @@
 #
 #   make test     style, types, tests
 #   make lint     style and types only
+#   make docs     the site, into out/docs; a warning is an error
 #   make demo     few-shot learning: implicit MAML next to first-order MAML (DEMO=--help lists more)
 #   make bench    the quick measurements (minutes), into out/
 #   make matrix   the tests with other arithmetic, Pythons, torches (hours, tens of GB; not in CI)
@@ -25,7 +26,7 @@ CREATED := $(VENV)/python-$(VERSION)
 READY := $(VENV)/ready
 SAY := @printf '== %s\n'
 
-.PHONY: test lint demo bench matrix clean
+.PHONY: test lint docs demo bench matrix clean
 
 # Each process has one torch thread: for small tensors, more of them only wait for each other.
 test: lint
@@ -38,6 +39,10 @@ lint: $(READY)
 	@$(BIN)/ruff format --check --quiet
 	$(SAY) 'types: mypy'
 	@$(BIN)/mypy
+
+docs: $(READY)
+	$(SAY) 'site: sphinx, docs/ into out/docs'
+	@$(BIN)/python -m sphinx -qW --keep-going docs out/docs
 
 demo: $(READY)
 	$(SAY) 'demo: examples/few_shot.py $(DEMO)'

@@ -20,6 +20,7 @@ NEIGHBOURS = {"learn2learn", "torchopt", "scipy", "gurobipy", "matplotlib", "pyt
 
 # From the top: what stands in one line does not import from its own line, but within a folder.
 ORDER = (
+    {"__main__"},
     {"__init__"},
     {"testing"},
     {"_implicit", "_certify", "learn2learn", "monitor"},
