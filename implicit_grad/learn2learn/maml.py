@@ -298,7 +298,7 @@ class ImplicitMAML(nn.Module):
         allow_nograd: bool | None = None,
         *,
         steps: int | None = None,
-    ) -> None:
+    ) -> ImplicitMAML:
         """Adapt the learner's weights to a loss, in place.
 
         Args:
@@ -312,6 +312,10 @@ class ImplicitMAML(nn.Module):
                 of being an error.
             allow_nograd: parameters with requires_grad=False stay where they are, likewise.
             steps: with a function, the number of gradient steps; by default 1.
+
+        Returns:
+            The learner itself. So `maml_update(model, lr, gradients)`, a step of a model that no
+            MAML holds, is `imaml(model, lr=lr).adapt(lambda: loss(model)).module`.
 
         Raises:
             InvalidArgumentError: the loss is not a scalar, or does not depend on the weights.
@@ -342,6 +346,7 @@ class ImplicitMAML(nn.Module):
                 "adapt: loss must be a scalar tensor, or a function without arguments that "
                 f"returns one, got {describe(loss)}"
             )
+        return self
 
     def _take_in(self, weights: Weights, past_call: bool = False) -> None:
         """Go on from the weights that the module has now, if others were put into it.
