@@ -86,7 +86,8 @@ def test_what_learns_its_steps_is_refused_with_the_line_that_takes_its_place() -
             ig.imaml(learner)
 
 
-def test_an_adapted_learner_is_returned() -> None:
-    learner = ig.imaml(nn.Linear(2, 1), lr=0.1).clone()
+def test_an_adapted_learner_is_returned_which_is_no_subclass_of_maml() -> None:
+    learner = ig.imaml(l2l.algorithms.MAML(nn.Linear(2, 1), lr=0.1)).clone()
+    assert not isinstance(learner, l2l.algorithms.MAML)  # as the README says
     assert learner.adapt(learner(torch.ones(3, 2)).square().mean()) is learner
     assert learner.adapt(lambda: learner(torch.ones(3, 2)).square().mean()) is learner
