@@ -128,7 +128,7 @@ def imaml(
 
     >>> maml = imaml(nn.Linear(2, 1), lr=0.1)
     >>> learner = maml.clone()
-    >>> learner.adapt(learner(torch.ones(3, 2)).square().mean())
+    >>> _ = learner.adapt(learner(torch.ones(3, 2)).square().mean())
     >>> learner(torch.ones(3, 2)).sum().backward()
     >>> [p.grad is not None for p in maml.parameters()]
     [True, True]
