@@ -120,8 +120,8 @@ def imaml(
         on_failure: on numerical trouble "warn", "raise" or "ignore".
         keep_steps: whether each step keeps the graph of its loss. Without, a step frees that of the
             one before, unless an outer loss of a call, `loss(learner(x), y)`, is left from between
-            them (MAML++, ProMP). Outer losses of anything else (the weights, a layer, what was
-            adapted to) need it.
+            them (MAML++). Outer losses of anything else (the weights, a layer, a method such as
+            `learner.density(x)` in ProMP, what was adapted to) need it.
 
     Raises:
         InvalidArgumentError: it is neither a model with an lr nor a MAML, or an option cannot work.
