@@ -3,7 +3,7 @@
 #   make test     style, types, tests
 #   make lint     style and types only
 #   make docs     the site, into out/docs; a warning is an error
-#   make demo     few-shot learning: implicit MAML next to first-order MAML (DEMO=--help lists more)
+#   make demo     why switch from MAML: a table and a picture, in a minute (DEMO=--help lists more)
 #   make bench    the quick measurements (minutes), into out/
 #   make matrix   the tests with other arithmetic, Pythons, torches (hours, tens of GB; not in CI)
 #   make clean    remove everything made here, the environment too
@@ -12,8 +12,7 @@
 
 PYTHON ?= python3
 PYTEST ?= --numprocesses auto --maxprocesses 8
-DEMO ?= --algorithm imaml fomaml --hidden 32 --meta-lr 3e-3 \
-        --iterations 60 --eval-every 20 --out demo
+DEMO ?= --out demo
 
 # With fewer repeats than what is published: under 15 minutes.
 BENCH := adaptation certificates,--problems,20 adaptive,--problems,60 floor,--seconds,30 \
@@ -45,8 +44,8 @@ docs: $(READY)
 	@$(BIN)/python -m sphinx -qW --keep-going docs out/docs
 
 demo: $(READY)
-	$(SAY) 'demo: examples/few_shot.py $(DEMO)'
-	@$(BIN)/python examples/few_shot.py $(DEMO)
+	$(SAY) 'demo: examples/demo.py $(DEMO)'
+	@$(BIN)/python examples/demo.py $(DEMO)
 
 bench: $(READY)
 	$(SAY) 'measurements into out/ (the others need data, peers or time: see benchmarks/README.md)'

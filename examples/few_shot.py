@@ -12,6 +12,8 @@ drawings of a query are classified together.
 to rounding: on a GPU, one task alone keeps little of it busy.
 """
 
+import quiet  # isort: skip  # noqa: F401 (before those that it keeps quiet)
+
 import argparse
 import hashlib
 import math

@@ -13,6 +13,8 @@ With four directions and fewer tasks (240 in all, now 300) the matrix gained not
 each element. The fixed λ is the best of a grid for the meta-parameters that the scalar one learned.
 """
 
+import quiet  # isort: skip  # noqa: F401 (before those that it keeps quiet)
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -9,6 +9,8 @@ meta-iterations; the table tells the seconds, too, because Newton's steps cost m
 learning rate two pairs were tried, and the better one for all three is the default.
 """
 
+import quiet  # isort: skip  # noqa: F401 (before those that it keeps quiet)
+
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple

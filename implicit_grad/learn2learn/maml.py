@@ -127,15 +127,15 @@ def imaml(
         on_failure: on numerical trouble "warn", "raise" or "ignore".
         keep_steps: whether each step keeps the graph of its loss. Without, a step frees that of the
             one before, unless an outer loss of a call, `loss(learner(x), y)`, is left from between
-            them (MAML++, ProMP). Outer losses of anything else (the weights, a layer, what was
-            adapted to) need it.
+            them (MAML++). Outer losses of anything else (the weights, a layer, a method such as
+            `learner.density(x)` in ProMP, what was adapted to) need it.
 
     Raises:
         InvalidArgumentError: it is neither a model with an lr nor a MAML, or an option cannot work.
 
     >>> maml = imaml(nn.Linear(2, 1), lr=0.1)
     >>> learner = maml.clone()
-    >>> learner.adapt(learner(torch.ones(3, 2)).square().mean())
+    >>> _ = learner.adapt(learner(torch.ones(3, 2)).square().mean())
     >>> learner(torch.ones(3, 2)).sum().backward()
     >>> [p.grad is not None for p in maml.parameters()]
     [True, True]
@@ -307,7 +307,7 @@ class ImplicitMAML(nn.Module):
         allow_nograd: bool | None = None,
         *,
         steps: int | None = None,
-    ) -> None:
+    ) -> ImplicitMAML:
         """Adapt the learner's weights to a loss, in place.
 
         Args:
@@ -321,6 +321,10 @@ class ImplicitMAML(nn.Module):
                 of being an error.
             allow_nograd: parameters with requires_grad=False stay where they are, likewise.
             steps: with a function, the number of gradient steps; by default 1.
+
+        Returns:
+            The learner itself. So `maml_update(model, lr, gradients)`, a step of a model that no
+            MAML holds, is `imaml(model, lr=lr).adapt(lambda: loss(model)).module`.
 
         Raises:
             InvalidArgumentError: the loss is not a scalar, or does not depend on the weights.
@@ -351,6 +355,7 @@ class ImplicitMAML(nn.Module):
                 "adapt: loss must be a scalar tensor, or a function without arguments that "
                 f"returns one, got {describe(loss)}"
             )
+        return self
 
     def _take_in(self, weights: Weights, past_call: bool = False) -> None:
         """Go on from the weights that the module has now, if others were put into it.

@@ -34,28 +34,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def four_alphabets() -> tuple[torch.Tensor, list[tuple[str, str]]]:
-    """Glyphs of two training and two test alphabets, drawn once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        import glyphs
-
-        kept = ("Georgian", "Tifinagh", "Latin", "Greek")
-        patch.setattr(glyphs, "ALPHABETS", {name: glyphs.ALPHABETS[name] for name in kept})
-        return glyphs.render.__wrapped__(drawings=20, seed=0)
-
-
-@pytest.fixture
-def small_glyphs(
-    four_alphabets: tuple[torch.Tensor, list[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Let the script find four alphabets only."""
-    import glyphs
-
-    monkeypatch.setattr(glyphs, "render", lambda seed: four_alphabets)
-
-
 def few_shot(out: Path, *arguments: str) -> None:
     """Run the script in this process."""
     import few_shot
