@@ -36,6 +36,10 @@ class Call:
     kwargs: dict[str, Any]
     parameters: Any = ()
 
+    def without_first(self) -> Call:
+        """The call as the user's function sees it if φ takes the first argument's place."""
+        return dataclasses.replace(self, args=self.args[1:])
+
 
 class Condition(abc.ABC):
     """F(φ, a) = 0.

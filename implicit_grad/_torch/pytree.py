@@ -1,7 +1,7 @@
 """Nested containers <-> flat tuples of tensors, and tuples of tensors <-> one flat vector.
 
-Containers are those of Python, what is registered in optree or in torch.utils._pytree, and
-dataclasses.
+Containers are those of Python, what is registered in optree or in torch.utils._pytree, dataclasses,
+and modules: their tensors are the parameters that train.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import optree
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as trees_of_torch
+
+from implicit_grad._torch import module_form
+from implicit_grad._torch.module_form import Form, can_be_opened, own, trained
 
 Tensors = tuple[Tensor, ...]
 NAMESPACE = "implicit_grad"
@@ -34,6 +37,8 @@ def _learn(leaves: list[Any]) -> None:
                 _register_as_torch(kind)
             elif dataclasses.is_dataclass(kind) and not issubclass(kind, _NO_RECORDS):
                 _register_dataclass(kind)
+            elif can_be_opened(kind):
+                _register_module(kind)
             else:
                 _opaque.add(kind)
 
@@ -67,6 +72,47 @@ def _register_dataclass(kind: type) -> None:
     )
 
 
+def _register_module(kind: type) -> None:
+    """By its parameters that train; rebuilt as a copy with others in their places."""
+
+    def parts(module: Any) -> tuple[list[Tensor], Form, tuple[str, ...]]:
+        form = Form(module)
+        return list(trained(module).values()), form, form.names
+
+    optree.register_pytree_node(
+        kind,
+        parts,
+        Form.filled,  # type: ignore[arg-type]  # optree knows containers only
+        path_entry_type=optree.GetAttrEntry,
+        namespace=NAMESPACE,
+    )
+
+
+def modules(container: Any) -> list[nn.Module]:
+    """The modules in a container, but not those that they consist of."""
+    return [leaf for leaf in _with_modules_whole(container)[0] if isinstance(leaf, nn.Module)]
+
+
+def _with_modules_whole(container: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure, with modules as leaves."""
+    _flattened(container)
+    leaves, structure = optree.tree_flatten(container, _is_module, namespace=NAMESPACE)
+    return leaves, structure
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def are_alike(one: Any, other: Any) -> bool:
+    """Whether both are modules of one class with the same parameters, or containers of such."""
+    (first, form), (second, other_form) = map(_with_modules_whole, (one, other))
+    both = (*first, *second)
+    if form != other_form or not both or not all(map(_is_module, both)):
+        return False
+    return all(map(module_form.are_alike, first, second))
+
+
 def _flattened(container: Any) -> tuple[list[Any], Any]:
     """optree's leaves and structure, with all objects in it looked into."""
     leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
@@ -96,13 +142,19 @@ class Tree:
         places = zip(self._leaves, self.slots, strict=True)
         return [leaf for leaf, slot in places if slot is None]
 
-    def rebuild(self, tensors: Sequence[Any]) -> Any:
-        """The container again, with `tensors` in the places of the distinct tensors."""
+    def rebuild(self, tensors: Sequence[Any], owned: bool = False) -> Any:
+        """The container again, with `tensors` in the places of the distinct tensors.
+
+        Where it is `owned` by someone who may write to it, its modules share no state with others.
+        """
         leaves = [
             leaf if slot is None else tensors[slot]
             for leaf, slot in zip(self._leaves, self.slots, strict=True)
         ]
-        return optree.tree_unflatten(self.structure, leaves)
+        container = optree.tree_unflatten(self.structure, leaves)
+        for module in modules(container) if owned else ():
+            own(module)
+        return container
 
 
 def flatten(

@@ -28,7 +28,7 @@ from implicit_grad._torch.transforms import (
 )
 from implicit_grad._wrapper.arguments import tell_unread
 from implicit_grad._wrapper.auxiliary import WithAux, check_not_batched
-from implicit_grad._wrapper.evaluation import Evaluation, Setup
+from implicit_grad._wrapper.evaluation import Evaluation, Setup, phi_replaces_first
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad._wrapper.under_transforms import CAPTURED, Transformed
 
@@ -92,17 +92,22 @@ class ImplicitSolver:
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             with torch.inference_mode(False):
                 phi = evaluation.values(inputs)
-                return evaluation.phi_tree.rebuild(phi)
+                return evaluation.phi_tree.rebuild(phi, owned=True)
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
         self._tell_unread(evaluation, inputs, tree)
         # a Function's forward does not see the tangents of what the user's function captured
         if in_forward_mode() and evaluation.captured_transformed():
             raise GraphError(CAPTURED)
-        if evaluation.captured:
-            # Only at φ do we learn which tensors the user's function captured: attach them too.
-            phi = ImplicitFunction.apply(problem, *inputs, *evaluation.captured)
-        return evaluation.phi_tree.rebuild(phi)
+        starts = evaluation.starts(inputs)
+        if evaluation.captured or starts:
+            # Only at φ do we learn which tensors the user's function captured, to be attached too,
+            # and which modules φ started from: their graph, maybe of another call, is let go.
+            known = [
+                t.new_zeros(()).expand(t.shape) if i in starts else t for i, t in enumerate(inputs)
+            ]
+            phi = ImplicitFunction.apply(problem, *known, *evaluation.captured)
+        return evaluation.phi_tree.rebuild(phi, owned=True)
 
     def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
         """One call, checked but not yet run, and the tensors that it depends on."""
@@ -176,6 +181,8 @@ class ImplicitSolver:
                 "implicit: without a positional argument to start from, this solver needs init="
             )
         init = call.args[0] if self.init is None else self.init(*call.args, **call.kwargs)
+        if phi_replaces_first(condition, init, call):
+            call = call.without_first()
         function, constraints = condition.problem_for(method, call)
         try:
             return getattr(self.solver, method)(function, init, **constraints)

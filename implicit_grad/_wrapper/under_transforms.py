@@ -45,7 +45,7 @@ class Transformed:
                 "under torch.func.vmap, phi holds an integer, of which there is one for each "
                 "sample: let the solver return the solution alone"
             )
-        return self._phi_tree.rebuild(phi)
+        return self._phi_tree.rebuild(phi, owned=True)
 
     def _single(self, xs: Tensors, known: Tensors) -> Tensors:
         """One problem, which is solved if its φ is not known."""

@@ -84,6 +84,8 @@ class Variables:
                 )
         self.container = init
         self.start: Tensors = tuple(t.detach().clone() for t in found)
+        if pytree.modules(init):  # a run may write to their buffers
+            _, self.tree = pytree.flatten(self.tree.rebuild(self.start, owned=True))
 
     def result(self, phi: Tensors) -> Any:
         """φ in the form of init, if it is made of numbers."""
@@ -91,7 +93,7 @@ class Variables:
             raise InvalidSolutionError(
                 f"{self.name}: phi holds NaN or Inf after the last step: {_WHY}"
             )
-        return self.tree.rebuild(tuple(t.detach() for t in phi))
+        return self.tree.rebuild(tuple(t.detach() for t in phi), owned=True)
 
 
 class ObjectiveFunction(Variables):
