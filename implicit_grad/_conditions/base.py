@@ -122,6 +122,7 @@ def scalar(name: str, value: object) -> Tensor:
 
 
 def like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
+    phi, value = pytree.opened(phi, value)
     phi_leaves, value_leaves = pytree.leaves(phi), pytree.leaves(value)
     check_distinct(name.split(":")[0], phi, variables)
     if pytree.structure(value) != pytree.structure(phi):

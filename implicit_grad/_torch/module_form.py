@@ -77,24 +77,12 @@ class Form:
         return f"{self.kind.__name__}({', '.join(self.names)})"
 
     def filled(self, tensors: Iterable[Any]) -> nn.Module:
-        """A module of this form with these tensors as they are, or as parameters if they can be.
-
-        They can where they have no gradient to pass on, as a solver's or one without a graph.
-        """
-        found = [_as_parameter(t) for t in tensors]
+        """A module of this form with these tensors, as they are, in the place of its parameters."""
+        found = list(tensors)
         module = copied(self._skeleton, lambda x, _: found[x.index] if type(x) is _Hole else x)
         for name in self._normed:
             _normalise(module.get_submodule(name))
         return module
-
-
-def _as_parameter(x: Any) -> Any:
-    plain = isinstance(x, Tensor) and not x.requires_grad and x.is_floating_point()
-    # to what torch.func and forward mode look at, a parameter would be another tensor
-    looked_at = torch._C._functorch.peek_interpreter_stack() is not None
-    if not plain or looked_at or forward_ad._current_level >= 0:
-        return x
-    return nn.Parameter(x)
 
 
 _NORMS = (WeightNorm, SpectralNorm)
@@ -110,9 +98,10 @@ def _normalise(part: nn.Module) -> None:
 
 
 def own(module: nn.Module) -> None:
-    """Give a copy buffers, flags of frozen parameters and lists of hooks of its own.
+    """Give what `Form.filled` made parameters, buffers and lists of hooks of its own.
 
-    The values of frozen parameters stay shared: they may be large (what a LoRA adapts).
+    Tensors without a gradient to pass on become parameters that train. The values of frozen ones
+    stay shared: they may be large (what a LoRA adapts).
     """
     made: dict[int, Tensor] = {}
     for part in module.modules():
@@ -120,13 +109,26 @@ def own(module: nn.Module) -> None:
             if buffer is not None:
                 part._buffers[name] = made.setdefault(id(buffer), buffer.detach().clone())
         for name, p in part._parameters.items():
-            if type(p) is nn.Parameter and not p.requires_grad:
-                alias = nn.Parameter(p.detach(), requires_grad=False)
-                part._parameters[name] = made.setdefault(id(p), alias)  # type: ignore[assignment]
+            if p is not None and id(p) not in made:
+                made[id(p)] = _own_parameter(p)
+            if p is not None:
+                part._parameters[name] = made[id(p)]  # type: ignore[assignment]
         held = vars(part)
         held.update({n: v.copy() for n, v in held.items() if n.endswith("_hooks") and v})
         if isinstance(part, nn.RNNBase):
             refresh_recurrent(part)
+
+
+def _own_parameter(p: Tensor) -> Tensor:
+    if p.requires_grad or type(p) not in (Tensor, nn.Parameter):
+        return p
+    if type(p) is nn.Parameter:
+        return nn.Parameter(p.detach(), requires_grad=False)
+    # of what torch.func and forward mode look at, a parameter would be another tensor
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return p
+    tangent = forward_ad.unpack_dual(p).tangent  # type: ignore[no-untyped-call]
+    return nn.Parameter(p) if tangent is None else p
 
 
 def frozen(modules: Sequence[nn.Module]) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ and modules: their tensors are the parameters that train.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -111,6 +112,32 @@ def are_alike(one: Any, other: Any) -> bool:
     if form != other_form or not both or not all(map(_is_module, both)):
         return False
     return all(map(module_form.are_alike, first, second))
+
+
+def opened(container: Any, values: Any) -> tuple[Any, Any]:
+    """Both with a tuple of parameters in the place of each module in the container.
+
+    There, values may be given by name, or in the parameters' order.
+    """
+    leaves, form = _with_modules_whole(container)
+    if not any(map(_is_module, leaves)):
+        return container, values
+    with contextlib.suppress(ValueError):  # values for whole branches, or of another form
+        pairs = zip(leaves, form.flatten_up_to(values), strict=True)
+        values = optree.tree_unflatten(form, [_in_order(v, of) for of, v in pairs])
+    parts = [tuple(trained(x).values()) if _is_module(x) else x for x in leaves]
+    return optree.tree_unflatten(form, parts), values
+
+
+def _in_order(values: Any, of: Any) -> Any:
+    """Values for a module's parameters as a tuple in their order, where they are of such a form."""
+    if not _is_module(of):
+        return values
+    names = trained(of)
+    values = trained(values) if can_be_opened(type(values)) else values
+    if isinstance(values, dict) and values.keys() == names.keys():
+        return tuple(values[name] for name in names)
+    return tuple(values) if type(values) is list else values
 
 
 def _flattened(container: Any) -> tuple[list[Any], Any]:

@@ -36,7 +36,7 @@ class WithAux:
         tensors, tree = pytree.flatten(aux)
         if not any(t.requires_grad for t in tensors):
             return aux
-        return tree.rebuild(tuple(t.detach() for t in tensors))
+        return tree.rebuild(tuple(t.detach() for t in tensors), owned=True)
 
 
 def check_not_batched(inputs: Tensors) -> None:

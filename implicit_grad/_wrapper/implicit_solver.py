@@ -131,7 +131,10 @@ class ImplicitSolver:
         if self.setup.has_aux:
             check_not_batched(inputs)
         condition, for_tasks = self.setup.condition.for_tasks(), None
-        if condition is not None and self._takes_tasks():
+        modules = pytree.modules(
+            tree.rebuild(inputs)
+        )  # whose parameters would not tell, in a batch
+        if condition is not None and self._takes_tasks() and not modules:
             setup = dataclasses.replace(self.setup, condition=condition)
             for_tasks = setup, functools.partial(self._run_for_tasks, condition)
         return Transformed(self.setup, run, tree, self.solver).phi(inputs, for_tasks)
@@ -165,7 +168,7 @@ class ImplicitSolver:
             one = Call(*tree.rebuild(row))
             phi, phi_tree = checked(self.run(one), row, self.setup.condition.template(one))
             solved.append(phi)
-        return phi_tree.rebuild(tuple(map(torch.stack, zip(*solved, strict=True))))
+        return phi_tree.rebuild(tuple(map(torch.stack, zip(*solved, strict=True))), owned=True)
 
     def run(self, call: Call) -> Any:
         """The solver's own output."""
