@@ -134,7 +134,7 @@ def _own_parameter(p: Tensor) -> Tensor:
 def frozen(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
     """The parameters that do not train."""
     for module in modules:
-        yield from (p for p in module.parameters() if not p.requires_grad)
+        yield from (p for _, p in module.named_parameters() if not p.requires_grad)
 
 
 def are_alike(one: nn.Module, other: nn.Module) -> bool:

@@ -160,8 +160,27 @@ class Evaluation(Recorded):
                 )
         self.replaces_first = phi_replaces_first(self.condition, returned, call)
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
+        self._check_trained(phi, inputs, lent, [t for _, t in reachable])
         self.devices |= {t.device for t in phi}
         return phi
+
+    def _check_trained(
+        self, phi: Tensors, inputs: Tensors, lent: Tensors, reachable: list[Tensor]
+    ) -> None:
+        """Raise if the solver returned a module as it was, and holds the original's parameters."""
+        held = {id(t) for t in reachable}
+        starts = [t for t, original in zip(lent, inputs, strict=True) if id(original) in held]
+        if self.replaces_first and len(starts) >= len(phi):
+            unchanged = {id(t) for t in starts}
+            first = {id(t) for t in pytree.leaves(self._call(lent).args[0])}
+            same = [t for t in lent if id(t) in first]
+            if first <= unchanged and all(map(torch.equal, phi, same)):
+                raise InvalidSolutionError(
+                    "the solver returned its first argument, a module, as it was, and refers to "
+                    "the parameters of the module that was passed, of which it gets a copy (an "
+                    "optimizer that was made outside?): make the optimizer in the solver, for the "
+                    "module that it is handed"
+                )
 
     def _run(self, call: Call, reachable: list[tuple[str, Tensor]]) -> Any:
         """What the solver returns; it may not backpropagate through what functions captured."""

@@ -118,7 +118,7 @@ class ImplicitSolver:
     def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
         """The tensors of a call, none of which autograd refuses to save."""
         inputs, tree = pytree.flatten((args, kwargs, self.setup.condition.parameters))
-        check_objects(tree.others)
+        check_objects(tree.others, inputs)
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
@@ -200,12 +200,23 @@ class ImplicitSolver:
             ) from error
 
 
-def check_objects(objects: Iterable[object]) -> None:
-    """Raise if objects among the arguments hold tensors with a history, which no one detaches."""
+def check_objects(objects: Iterable[object], inputs: Tensors) -> None:
+    """Raise if objects among the arguments hold tensors with a history, which no one detaches.
+
+    Or parameters of a module among the arguments, which an optimizer would train in its place.
+    """
+    parameters = {id(t) for t in inputs if isinstance(t, torch.nn.Parameter)}
     for thing in objects:
         if isinstance(thing, torch.nn.Module) or callable(thing):
             continue  # like functions that captured tensors
         for name, tensor in captured_tensors(thing):
+            if id(tensor) in parameters:
+                raise InvalidArgumentError(
+                    f"implicit: an argument, {describe(thing)}, holds {describe(tensor)} of another "
+                    "argument, of which the solver gets a copy, so that it would train the "
+                    "original. Make it where the copy is: ig.implicit(lambda model: "
+                    "train(model, SGD(model.parameters(), lr=...)), ...)"
+                )
             if tensor.grad_fn is not None:
                 raise InvalidArgumentError(
                     f"implicit: an argument, {describe(thing)}, holds a tensor with a history as "
