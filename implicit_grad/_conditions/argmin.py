@@ -37,7 +37,8 @@ class argmin(Condition):
 
     Args:
         objective: `objective(phi, *args)` returns a 0-d (or one-element) tensor, twice
-            differentiable around the solution.
+            differentiable around the solution. Where φ is a module that was trained from the first
+            argument, it is `objective(module, *args)` without that argument.
         strong_convexity: a known μ > 0 with ∂²objective ⪰ μ·I, which turns the linear solver's
             coefficients into a bound on its error (`Report.solve_error_bound`).
         model: if given, the objective is `objective(model(phi, *args), *args)`; this form allows

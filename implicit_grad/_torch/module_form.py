@@ -53,8 +53,8 @@ class Form:
     It keeps no graph alive: a module may have come from another call of a wrapped solver.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        weights = trained(module)
+    def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+        """`weights` are those of the module that train."""
         self.kind, self.names = type(module), tuple(weights)
         index = {id(t): _Hole(i) for i, t in enumerate(weights.values())}
         self._skeleton = copied(module, lambda x, _: index.get(id(x), x))

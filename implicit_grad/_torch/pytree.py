@@ -77,8 +77,9 @@ def _register_module(kind: type) -> None:
     """By its parameters that train; rebuilt as a copy with others in their places."""
 
     def parts(module: Any) -> tuple[list[Tensor], Form, tuple[str, ...]]:
-        form = Form(module)
-        return list(trained(module).values()), form, form.names
+        weights = trained(module)
+        form = Form(module, weights)
+        return list(weights.values()), form, form.names
 
     optree.register_pytree_node(
         kind,

@@ -212,8 +212,8 @@ def check_objects(objects: Iterable[object], inputs: Tensors) -> None:
         for name, tensor in captured_tensors(thing):
             if id(tensor) in parameters:
                 raise InvalidArgumentError(
-                    f"implicit: an argument, {describe(thing)}, holds {describe(tensor)} of another "
-                    "argument, of which the solver gets a copy, so that it would train the "
+                    f"implicit: an argument, {describe(thing)}, holds {describe(tensor)} of "
+                    "another argument, of which the solver gets a copy, so that it would train the "
                     "original. Make it where the copy is: ig.implicit(lambda model: "
                     "train(model, SGD(model.parameters(), lr=...)), ...)"
                 )

@@ -597,3 +597,24 @@ def test_what_cannot_be_is_refused():
 
     with pytest.raises(ig.InvalidSolutionError, match=r"phi\.bias holds NaN"):
         ig.implicit(diverges, ig.argmin(objective))(made("plain"), log_of(1.0))
+
+
+def test_an_optimizer_of_the_original_is_refused():
+    """The solver gets a copy, which such an optimizer does not know."""
+    model, log_wd = made("plain"), log_of(1.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(sgd, 1)
+
+    def train(model, log_wd, optimizer=sgd):
+        objective(model, log_wd).backward()
+        optimizer.step()
+        return model
+
+    condition = ig.argmin(lambda model, log_wd, *_: objective(model, log_wd))
+    before = state(model)
+    for optimizer in (sgd, schedule):
+        with pytest.raises(ig.InvalidArgumentError, match="would train the original"):
+            ig.implicit(train, condition)(model, log_wd, optimizer)
+    with pytest.raises(ig.InvalidSolutionError, match="make the optimizer in the solver"):
+        ig.implicit(train, condition)(model, log_wd)
+    assert_same(before, state(model))
