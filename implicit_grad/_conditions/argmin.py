@@ -27,7 +27,8 @@ from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._options import is_number, require, require_flag
-from implicit_grad._theorem.linearization import Curvature
+from implicit_grad._theorem.linearization import Curvature, Stationarity
+from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -132,9 +133,17 @@ class argmin(Condition):
         returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
         tasks = tasks_of(self, phi)
         value = total("argmin: objective", returned, tasks)
-        objective = Objective(value, variables, outputs=outputs, again=again, tasks=tasks)
+        stationarity = functools.partial(Stationarity, starts=_starts(call.start, phi))
+        objective = Objective(value, variables, stationarity, outputs, again, tasks=tasks)
         if not self.constraints:
             return Snapshot((value,), functools.partial(linearize, objective), objective)
         check_distinct("argmin", phi, variables)
         evaluated, at_constraints = self.constraints.at(objective, phi, call.args, call.kwargs)
         return Snapshot(evaluated, lambda _: at_constraints(), objective)
+
+
+def _starts(start: Any, phi: Any) -> Tensors:
+    """For each tensor of φ the one that its training starts from, if that is known."""
+    if start is None or pytree.structure(start) != pytree.structure(phi):
+        return ()
+    return pytree.flatten(start)[0]

@@ -35,10 +35,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     parameters: Any = ()
+    start: Any = None  # what φ was trained from, where that is known and no argument any more
 
     def without_first(self) -> Call:
         """The call as the user's function sees it if φ takes the first argument's place."""
-        return dataclasses.replace(self, args=self.args[1:])
+        return dataclasses.replace(self, args=self.args[1:], start=self.args[0])
 
 
 class Condition(abc.ABC):

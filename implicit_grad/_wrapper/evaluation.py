@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,10 @@ def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
     if not call.args or condition.template(call) is not None:
         return False
     return pytree.are_alike(phi, call.args[0])
+
+
+def _same(phi: Tensors, others: Sequence[Tensor]) -> bool:
+    return len(phi) == len(others) and all(map(torch.equal, phi, others))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,27 +164,22 @@ class Evaluation(Recorded):
                 )
         self.replaces_first = phi_replaces_first(self.condition, returned, call)
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
-        self._check_trained(phi, inputs, lent, [t for _, t in reachable])
+        self._check_trained(phi, inputs, [t for _, t in reachable])
         self.devices |= {t.device for t in phi}
         return phi
 
-    def _check_trained(
-        self, phi: Tensors, inputs: Tensors, lent: Tensors, reachable: list[Tensor]
-    ) -> None:
+    def _check_trained(self, phi: Tensors, inputs: Tensors, reachable: list[Tensor]) -> None:
         """Raise if the solver returned a module as it was, and holds the original's parameters."""
-        held = {id(t) for t in reachable}
-        starts = [t for t, original in zip(lent, inputs, strict=True) if id(original) in held]
-        if self.replaces_first and len(starts) >= len(phi):
-            unchanged = {id(t) for t in starts}
-            first = {id(t) for t in pytree.leaves(self._call(lent).args[0])}
-            same = [t for t in lent if id(t) in first]
-            if first <= unchanged and all(map(torch.equal, phi, same)):
-                raise InvalidSolutionError(
-                    "the solver returned its first argument, a module, as it was, and refers to "
-                    "the parameters of the module that was passed, of which it gets a copy (an "
-                    "optimizer that was made outside?): make the optimizer in the solver, for the "
-                    "module that it is handed"
-                )
+        if not self.replaces_first:
+            return
+        held, first = {id(t) for t in reachable}, pytree.leaves(self._call(inputs).args[0])
+        if first and all(id(t) in held for t in first) and _same(phi, first):
+            raise InvalidSolutionError(
+                "the solver returned its first argument, a module, as it was, and refers to the "
+                "parameters of the module that was passed, of which it gets a copy (an optimizer "
+                "that was made outside?): make the optimizer in the solver, for the module that it "
+                "is handed"
+            )
 
     def _run(self, call: Call, reachable: list[tuple[str, Tensor]]) -> Any:
         """What the solver returns; it may not backpropagate through what functions captured."""
@@ -357,8 +356,8 @@ class Evaluation(Recorded):
         return call.without_first() if self.replaces_first else call
 
     def starts(self, inputs: Tensors) -> set[int]:
-        """Places of inputs that are only where φ started: F does not know of them."""
-        if not self.replaces_first:
+        """Places of inputs that are only where φ started, if that does not count: F has none."""
+        if not self.replaces_first or self.method.linear_solver.keeps_start:
             return set()
         first = {id(t) for t in pytree.leaves(self._call(inputs).args[0])}
         return {i for i in self.unread if id(inputs[i]) in first}

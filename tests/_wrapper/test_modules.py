@@ -638,3 +638,39 @@ def test_an_optimizer_of_the_original_is_refused():
     with pytest.raises(ig.InvalidSolutionError, match="make the optimizer in the solver"):
         ig.implicit(train, condition)(model, log_wd)
     assert_same(before, state(model))
+
+
+def test_references_to_the_original_do_no_harm_where_the_copy_is_trained():
+    model, log_wd = made("plain"), log_of(0.3)
+
+    def train(start, log_wd):
+        assert start is not model
+        settle(start, lambda m: objective(m, log_wd))
+        return start
+
+    phi = ig.implicit(train, ig.argmin(objective))(model, log_wd)
+    assert torch.autograd.grad(outer(phi), log_wd)[0] != 0
+
+
+def test_the_start_of_a_training_that_was_stopped_has_its_gradient():
+    """Gradient steps on a quadratic: EarlyStopped's derivative is that of the steps themselves."""
+    model, log_wd, steps, lr = nn.Linear(3, 1, bias=False).double(), log_of(0.2), 7, 0.1
+
+    def train(model, log_wd):
+        sgd = torch.optim.SGD(model.parameters(), lr=lr)
+        for _ in range(steps):
+            sgd.zero_grad()
+            objective(model, log_wd).backward()
+            sgd.step()
+        return model
+
+    stopped = ig.EarlyStopped(steps=steps, lr=lr)
+    phi = ig.implicit(train, ig.argmin(objective), linear_solver=stopped)(model, log_wd)
+    found = torch.autograd.grad(outer(phi), model.weight)
+    w = model.weight
+    for _ in range(steps):
+        value = (X @ w[0] - Y).square().mean() + log_wd.exp() * w.square().sum()
+        w = w - lr * torch.autograd.grad(value, w, create_graph=True)[0]
+    torch.testing.assert_close(phi.weight, w)
+    want = torch.autograd.grad((X_VAL @ w[0] - Y_VAL).square().mean(), model.weight)
+    torch.testing.assert_close(found, want)
