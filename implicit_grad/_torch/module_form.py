@@ -6,6 +6,7 @@ What does not train (frozen parameters, buffers, modes, hooks, attributes) belon
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -97,14 +98,14 @@ def _normalise(part: nn.Module) -> None:
             setattr(part, hook.name, hook.compute_weight(part, do_power_iteration=False))
 
 
-def own(module: nn.Module) -> None:
+def own(modules: Sequence[nn.Module]) -> None:
     """Give what `Form.filled` made parameters, buffers and lists of hooks of its own.
 
     Tensors without a gradient to pass on become parameters that train. The values of frozen ones
     stay shared: they may be large (what a LoRA adapts).
     """
     made: dict[int, Tensor] = {}
-    for part in module.modules():
+    for part in itertools.chain(*(module.modules() for module in modules)):
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = made.setdefault(id(buffer), buffer.detach().clone())

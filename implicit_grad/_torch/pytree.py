@@ -97,8 +97,10 @@ def modules(container: Any) -> list[nn.Module]:
 
 def _with_modules_whole(container: Any) -> tuple[list[Any], Any]:
     """Leaves and structure, with modules as leaves."""
-    _flattened(container)
     leaves, structure = optree.tree_flatten(container, _is_module, namespace=NAMESPACE)
+    while not _opaque.issuperset(type(leaf) for leaf in leaves if not _is_module(leaf)):
+        _learn([leaf for leaf in leaves if not _is_module(leaf)])
+        leaves, structure = optree.tree_flatten(container, _is_module, namespace=NAMESPACE)
     return leaves, structure
 
 
@@ -180,20 +182,22 @@ class Tree:
             for leaf, slot in zip(self._leaves, self.slots, strict=True)
         ]
         container = optree.tree_unflatten(self.structure, leaves)
-        for module in modules(container) if owned else ():
-            own(module)
+        if owned:
+            own(modules(container))
         return container
 
 
 def flatten(
-    container: Any, is_variable: Callable[[Any], bool] = torch.is_tensor
+    container: Any,
+    is_variable: Callable[[Any], bool] = torch.is_tensor,
+    whole_modules: bool = False,
 ) -> tuple[tuple[Any, ...], Tree]:
     """Split a container into its distinct variables and the tree that holds their places.
 
     A tensor that occurs several times (tied weights) is listed once, so that it is one variable
-    with one gradient.
+    with one gradient. Modules stay in the tree if they are to stay whole.
     """
-    leaves, structure = _flattened(container)
+    leaves, structure = (_with_modules_whole if whole_modules else _flattened)(container)
     slot_of: dict[int, int] = {}
     variables: list[Any] = []
     slots: list[int | None] = []

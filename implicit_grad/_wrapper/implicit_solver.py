@@ -118,7 +118,7 @@ class ImplicitSolver:
     def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
         """The tensors of a call, none of which autograd refuses to save."""
         inputs, tree = pytree.flatten((args, kwargs, self.setup.condition.parameters))
-        check_objects(tree.others, inputs)
+        check_objects(tree.others, pytree.leaves(pytree.modules((args, kwargs))))
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
@@ -131,9 +131,8 @@ class ImplicitSolver:
         if self.setup.has_aux:
             check_not_batched(inputs)
         condition, for_tasks = self.setup.condition.for_tasks(), None
-        modules = pytree.modules(
-            tree.rebuild(inputs)
-        )  # whose parameters would not tell, in a batch
+        # modules are taken one by one: in a batch, parameters do not tell whether they train
+        modules = pytree.modules(tree.rebuild(inputs))
         if condition is not None and self._takes_tasks() and not modules:
             setup = dataclasses.replace(self.setup, condition=condition)
             for_tasks = setup, functools.partial(self._run_for_tasks, condition)
@@ -200,12 +199,12 @@ class ImplicitSolver:
             ) from error
 
 
-def check_objects(objects: Iterable[object], inputs: Tensors) -> None:
+def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> None:
     """Raise if objects among the arguments hold tensors with a history, which no one detaches.
 
     Or parameters of a module among the arguments, which an optimizer would train in its place.
     """
-    parameters = {id(t) for t in inputs if isinstance(t, torch.nn.Parameter)}
+    parameters = {id(t) for t in in_modules}
     for thing in objects:
         if isinstance(thing, torch.nn.Module) or callable(thing):
             continue  # like functions that captured tensors
@@ -213,8 +212,8 @@ def check_objects(objects: Iterable[object], inputs: Tensors) -> None:
             if id(tensor) in parameters:
                 raise InvalidArgumentError(
                     f"implicit: an argument, {describe(thing)}, holds {describe(tensor)} of "
-                    "another argument, of which the solver gets a copy, so that it would train the "
-                    "original. Make it where the copy is: ig.implicit(lambda model: "
+                    "a module among them, of which the solver gets a copy, so that it would train "
+                    "the original. Make it where the copy is: ig.implicit(lambda model: "
                     "train(model, SGD(model.parameters(), lr=...)), ...)"
                 )
             if tensor.grad_fn is not None:

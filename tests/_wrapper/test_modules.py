@@ -226,6 +226,31 @@ def test_weights_that_hooks_make_are_there_before_a_call():
     torch.testing.assert_close(before, slope())
 
 
+def test_modules_that_share_a_weight_share_it_in_the_solver_and_after():
+    first, second = made("plain"), made("plain")
+    second.weight = first.weight
+    aux = made("plain")
+
+    def loss(phi, log_wd):
+        a, b = phi
+        penalty = sum(p.square().sum() for p in (a.weight, a.bias, b.bias))
+        return misfit(a) + misfit(lambda x: b(x).tanh()) + log_wd.exp() * penalty
+
+    def train(parts, log_wd):
+        assert parts[0].weight is parts[1].weight
+        settle(nn.ModuleList(parts), lambda m: loss(list(m), log_wd))
+        return parts, aux
+
+    log_wd = log_of(0.3)
+    solve = ig.implicit(train, ig.argmin(loss), has_aux=True)
+    phi, same = solve([first, second], log_wd)
+    assert phi[0].weight is phi[1].weight and same is aux
+    (found,) = torch.autograd.grad(outer(phi[1]), log_wd)
+    with torch.no_grad():
+        there, here = (outer(solve([first, second], log_wd + h)[0][1]) for h in (1e-4, -1e-4))
+    torch.testing.assert_close(found, (there - here) / 2e-4, rtol=1e-6, atol=0)
+
+
 class Counting(nn.Module):
     """A container's parts need not be of one class."""
 
