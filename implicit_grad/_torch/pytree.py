@@ -109,12 +109,17 @@ def _is_module(value: Any) -> bool:
 
 
 def are_alike(one: Any, other: Any) -> bool:
-    """Whether both are modules of one class with the same parameters, or containers of such."""
+    """Whether both are modules of one class with the same parameters, or containers with such."""
     (first, form), (second, other_form) = map(_with_modules_whole, (one, other))
-    both = (*first, *second)
-    if form != other_form or not both or not all(map(_is_module, both)):
+    if form != other_form or not any(map(_is_module, first)):
         return False
-    return all(map(module_form.are_alike, first, second))
+    return all(map(_leaves_are_alike, first, second))
+
+
+def _leaves_are_alike(one: Any, other: Any) -> bool:
+    if _is_module(one) and _is_module(other):
+        return module_form.are_alike(one, other)
+    return torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape
 
 
 def opened(container: Any, values: Any) -> tuple[Any, Any]:

@@ -70,7 +70,7 @@ def is_better(there: Linearization, here: Linearization) -> bool:
 
 
 def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
-    """Whether φ is the first argument, trained: a module of its class, or a container of them.
+    """Whether φ is the first argument, trained: a module of its class, or a container with some.
 
     The condition's function is then not handed that argument, of which it has φ; nor is it that
     of a proximal term, whose first argument is θ in any case.
@@ -356,8 +356,8 @@ class Evaluation(Recorded):
         return call.without_first() if self.replaces_first else call
 
     def starts(self, inputs: Tensors) -> set[int]:
-        """Places of inputs that are only where φ started, if that does not count: F has none."""
-        if not self.replaces_first or self.method.linear_solver.keeps_start:
+        """Places of inputs that are only where φ started: F does not know of them."""
+        if not self.replaces_first:
             return set()
         first = {id(t) for t in pytree.leaves(self._call(inputs).args[0])}
         return {i for i in self.unread if id(inputs[i]) in first}

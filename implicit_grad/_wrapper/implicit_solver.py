@@ -95,11 +95,15 @@ class ImplicitSolver:
                 return evaluation.phi_tree.rebuild(phi, owned=True)
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
-        self._tell_unread(evaluation, inputs, tree)
+        starts = evaluation.starts(inputs)
+        unread = [inputs[i] for i in evaluation.unread if i not in starts]
+        if unread and self.setup.reporting.on_failure != "ignore":
+            tell_unread(self.setup.condition, Call(*tree.rebuild(inputs)), unread)
         # a Function's forward does not see the tangents of what the user's function captured
         if in_forward_mode() and evaluation.captured_transformed():
             raise GraphError(CAPTURED)
-        starts = evaluation.starts(inputs)
+        if self.setup.linear_solver.keeps_start:
+            starts = set()
         if evaluation.captured or starts:
             # Only at φ do we learn which tensors the user's function captured, to be attached too,
             # and which modules φ started from: their graph, maybe of another call, is let go.
@@ -137,12 +141,6 @@ class ImplicitSolver:
             setup = dataclasses.replace(self.setup, condition=condition)
             for_tasks = setup, functools.partial(self._run_for_tasks, condition)
         return Transformed(self.setup, run, tree, self.solver).phi(inputs, for_tasks)
-
-    def _tell_unread(self, evaluation: Evaluation, inputs: Tensors, tree: Tree) -> None:
-        """Warn of arguments whose gradient is asked for and is 0 whatever their values."""
-        unread = [inputs[i] for i in evaluation.unread]
-        if unread and self.setup.reporting.on_failure != "ignore":
-            tell_unread(self.setup.condition, Call(*tree.rebuild(inputs)), unread)
 
     def _takes_tasks(self) -> bool:
         """Whether a batch of such problems can be linearised, and its systems solved, at once."""

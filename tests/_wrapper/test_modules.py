@@ -297,7 +297,7 @@ def test_containers_with_modules_and_tensors():
     torch.testing.assert_close(found, (by_shift, by_wd), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("holds", [False, True], ids=["module", "dict of modules"])
+@pytest.mark.parametrize("holds", [False, True], ids=["module", "container"])
 def test_where_phi_started_is_not_handed_to_the_function_again(holds):
     """Whether it was trained in place or copied; a module of another class is an argument."""
     seen = []
@@ -305,14 +305,17 @@ def test_where_phi_started_is_not_handed_to_the_function_again(holds):
     def loss(phi, *rest):
         seen.append([type(r).__name__ for r in rest])
         model = phi["m"] if holds else phi
-        return misfit(model) + sum(p.square().sum() for p in model.parameters())
+        shift = phi["b"] if holds else 0
+        return misfit(lambda x: model(x) + shift) + sum(p.square().sum() for p in trained(model))
 
-    start = {"m": made("plain")} if holds else made("plain")
+    start = made("plain")
+    if holds:
+        start = {"m": start, "b": torch.zeros((), dtype=torch.float64, requires_grad=True)}
     for train in (lambda start, *_: start, lambda start, *_: copy.deepcopy(start)):
         ig.implicit(train, ig.argmin(loss))(start, torch.ones(()))
         assert all(rest == ["Tensor"] for rest in seen) and seen
         seen.clear()
-    other = {"m": made("frozen")} if holds else made("frozen")
+    other = {"m": made("frozen"), "b": torch.zeros(())} if holds else made("frozen")
     ig.implicit(lambda *_: start, ig.argmin(loss))(other, torch.ones(()))
     assert all(len(rest) == 2 for rest in seen) and seen
 
