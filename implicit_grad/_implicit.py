@@ -78,11 +78,16 @@ def implicit(
 ) -> ImplicitSolver | Callable[[Solver], ImplicitSolver]:
     """Make any solver differentiable by the implicit function theorem.
 
-    `solver(*args)` returns phi, a tensor or any container of tensors. The wrapped solver returns
-    the same phi with gradients with respect to all tensors among the arguments, and to those that
-    the condition's function captured: with F(φ, a) = 0 by the condition, A = ∂F/∂φ and v the
-    gradient that arrives at phi, it solves Aᵀu = v and returns −(∂F/∂a)ᵀu. The solver itself is
+    `solver(*args)` returns phi, a tensor, a module, or any container of them. The wrapped solver
+    returns the same phi with gradients with respect to all tensors among the arguments, and to
+    those that the condition's function captured: with F(φ, a) = 0 by the condition, A = ∂F/∂φ and v
+    the gradient that arrives at phi, it solves Aᵀu = v and returns −(∂F/∂a)ᵀu. The solver itself is
     not differentiated and may be any code. Without a solver, a decorator is returned.
+
+    A module stands for its parameters that require grad. The solver is handed a copy of one among
+    the arguments, to train in place as it likes; the condition's function a copy with φ in their
+    place (and not once more what φ was trained from, if that was the first argument); and what
+    comes back is a copy whose parameters carry the gradient.
 
     Args:
         solver: any callable. Tensors reach it detached, and with gradient recording on, as training

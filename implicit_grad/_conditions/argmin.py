@@ -27,7 +27,8 @@ from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._options import is_number, require, require_flag
-from implicit_grad._theorem.linearization import Curvature
+from implicit_grad._theorem.linearization import Curvature, Stationarity
+from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -37,7 +38,8 @@ class argmin(Condition):
 
     Args:
         objective: `objective(phi, *args)` returns a 0-d (or one-element) tensor, twice
-            differentiable around the solution.
+            differentiable around the solution. Where φ is a module that was trained from the first
+            argument, it is `objective(module, *args)` without that argument.
         strong_convexity: a known μ > 0 with ∂²objective ⪰ μ·I, which turns the linear solver's
             coefficients into a bound on its error (`Report.solve_error_bound`).
         model: if given, the objective is `objective(model(phi, *args), *args)`; this form allows
@@ -131,9 +133,17 @@ class argmin(Condition):
         returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
         n_tasks = n_tasks_of(self, phi)
         value = total("argmin: objective", returned, n_tasks)
-        objective = Objective(value, variables, outputs=outputs, again=again, n_tasks=n_tasks)
+        stationarity = functools.partial(Stationarity, starts=_starts(call.start, phi))
+        objective = Objective(value, variables, stationarity, outputs, again, n_tasks=n_tasks)
         if not self.constraints:
             return Snapshot((value,), functools.partial(linearize, objective), objective)
         check_distinct("argmin", phi, variables)
         evaluated, at_constraints = self.constraints.at(objective, phi, call.args, call.kwargs)
         return Snapshot(evaluated, lambda _: at_constraints(), objective)
+
+
+def _starts(start: Any, phi: Any) -> Tensors:
+    """For each tensor of φ the one that its training starts from, if that is known."""
+    if start is None or pytree.structure(start) != pytree.structure(phi):
+        return ()
+    return pytree.flatten(start)[0]

@@ -35,6 +35,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     parameters: Any = ()
+    start: Any = None  # what φ was trained from, where that is known and no argument any more
+
+    def without_first(self) -> Call:
+        """The call as the user's function sees it if φ takes the first argument's place."""
+        return dataclasses.replace(self, args=self.args[1:], start=self.args[0])
 
 
 class Condition(abc.ABC):
@@ -118,6 +123,7 @@ def scalar(name: str, value: object) -> Tensor:
 
 
 def like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
+    phi, value = pytree.opened(phi, value)
     phi_leaves, value_leaves = pytree.leaves(phi), pytree.leaves(value)
     check_distinct(name.split(":")[0], phi, variables)
     if pytree.structure(value) != pytree.structure(phi):

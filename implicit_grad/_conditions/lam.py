@@ -42,9 +42,8 @@ def proximal_term(lam: Any, theta: Any, where: str) -> ProximalTerm:
     """The pull of λ on each leaf of θ; λ may be given for whole branches of θ at once."""
     check_theta(theta, where)
     if isinstance(lam, LowRank):
-        return ProximalTerm(
-            _weights(lam.diagonal, theta, where), _factors(lam.factor, theta, where)
-        )
+        weights, factors = lam
+        return ProximalTerm(_weights(weights, theta, where), _factors(factors, theta, where))
     return ProximalTerm(_weights(lam, theta, where))
 
 
@@ -59,6 +58,7 @@ def check_theta(theta: Any, where: str) -> None:
 
 
 def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
+    theta, lam = pytree.opened(theta, lam)
     if not pytree.leaves(lam):
         check_lam(lam, where)
     try:
@@ -93,6 +93,7 @@ def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
 
 
 def _factors(factor: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
+    theta, factor = pytree.opened(theta, factor)
     if pytree.structure(factor) != pytree.structure(theta):
         raise InvalidArgumentError(
             f"{where}: the factor of a low-rank lam must have theta's form, "

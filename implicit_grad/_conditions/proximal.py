@@ -40,7 +40,8 @@ class proximal(Condition):
     with Implicit Gradients).
 
     Args:
-        loss: `loss(phi, *args)`, the solver's arguments without θ, returns a scalar tensor.
+        loss: `loss(phi, *args)`, the solver's arguments without θ, returns a scalar tensor. Where
+            θ is a module, so is φ.
         lam: λ > 0: a number, a tensor, or a container of them in the form of θ or of its upper
             part (per tensor or per element); `LowRank`, a matrix; or a function without arguments
             that returns one of these, such as `LearnedLam`. Tensors that require grad get theirs.

@@ -81,6 +81,7 @@ class fixed_point(Condition):
 
         def residual(phi: Any) -> Any:
             image = self.map(phi, *call.args, **call.kwargs)
+            phi, image = pytree.opened(phi, image)
             return optree.tree_map(torch.sub, phi, image, namespace=pytree.NAMESPACE)
 
         return residual, {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -14,13 +17,30 @@ def cloned(module: nn.Module) -> nn.Module:
     fail on whatever has one; `functional_call` leaves fast weights in a submodule that has two
     names.)
     """
-    return _copy_of(module, {}, {})
+    tensors: dict[int, Tensor] = {}
+
+    def put(tensor: Tensor, is_parameter: bool) -> Tensor:
+        if not is_parameter and not tensor.requires_grad:
+            return tensor
+        if id(tensor) not in tensors:
+            tensors[id(tensor)] = tensor.clone()
+        return tensors[id(tensor)]
+
+    return copied(module, put)
+
+
+def copied(module: nn.Module, put: Callable[[Any, bool], Any]) -> nn.Module:
+    """A copy of a module whose parts are copies, with put(x, is_parameter) in the place of each x.
+
+    The xs are its parameters and buffers, or what another copy was given in their places.
+    """
+    return _copy_of(module, {}, put)
 
 
 def _copy_of(
-    module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Tensor]
+    module: nn.Module, modules: dict[int, nn.Module], put: Callable[[Any, bool], Any]
 ) -> nn.Module:
-    """The one copy of a module; `modules` and `tensors` are those that are copied already."""
+    """The one copy of a module; `modules` are those that are copied already."""
     if id(module) in modules:
         return modules[id(module)]
     modules[id(module)] = copy = object.__new__(type(module))
@@ -30,13 +50,11 @@ def _copy_of(
         own[kind] = own[kind].copy()
     for held in (copy._parameters, copy._buffers):
         for name, tensor in held.items():
-            if tensor is not None and (held is copy._parameters or tensor.requires_grad):
-                if id(tensor) not in tensors:
-                    tensors[id(tensor)] = tensor.clone()
-                held[name] = tensors[id(tensor)]  # type: ignore[assignment]
+            if tensor is not None:
+                held[name] = put(tensor, held is copy._parameters)
     for name, part in module._modules.items():
         if part is not None:
-            copy._modules[name] = _copy_of(part, modules, tensors)
+            copy._modules[name] = _copy_of(part, modules, put)
     _complete(copy)
     return copy
 

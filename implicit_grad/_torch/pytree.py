@@ -1,11 +1,12 @@
 """Nested containers <-> flat tuples of tensors, and these <-> one flat vector; their norms.
 
-Containers are those of Python, what is registered in optree or in torch.utils._pytree, and
-dataclasses.
+Containers are those of Python, what is registered in optree or in torch.utils._pytree, dataclasses,
+and modules: their tensors are the parameters that train.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -16,6 +17,9 @@ import optree
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as trees_of_torch
+
+from implicit_grad._torch import module_form
+from implicit_grad._torch.module_form import Form, can_be_opened, own, trained
 
 Tensors = tuple[Tensor, ...]
 NAMESPACE = "implicit_grad"
@@ -34,6 +38,8 @@ def _learn(leaves: list[Any]) -> None:
                 _register_as_torch(kind)
             elif dataclasses.is_dataclass(kind) and not issubclass(kind, _NO_RECORDS):
                 _register_dataclass(kind)
+            elif can_be_opened(kind):
+                _register_module(kind)
             else:
                 _opaque.add(kind)
 
@@ -67,6 +73,81 @@ def _register_dataclass(kind: type) -> None:
     )
 
 
+def _register_module(kind: type) -> None:
+    """By its parameters that train; rebuilt as a copy with others in their places."""
+
+    def parts(module: Any) -> tuple[list[Tensor], Form, tuple[str, ...]]:
+        weights = trained(module)
+        form = Form(module, weights)
+        return list(weights.values()), form, form.names
+
+    optree.register_pytree_node(
+        kind,
+        parts,
+        Form.filled,  # type: ignore[arg-type]  # optree knows containers only
+        path_entry_type=optree.GetAttrEntry,
+        namespace=NAMESPACE,
+    )
+
+
+def modules(container: Any) -> list[nn.Module]:
+    """The modules in a container, but not those that they consist of."""
+    return [leaf for leaf in _with_modules_whole(container)[0] if isinstance(leaf, nn.Module)]
+
+
+def _with_modules_whole(container: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure, with modules as leaves."""
+    leaves, structure = optree.tree_flatten(container, _is_module, namespace=NAMESPACE)
+    while not _opaque.issuperset(type(leaf) for leaf in leaves if not _is_module(leaf)):
+        _learn([leaf for leaf in leaves if not _is_module(leaf)])
+        leaves, structure = optree.tree_flatten(container, _is_module, namespace=NAMESPACE)
+    return leaves, structure
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def are_alike(one: Any, other: Any) -> bool:
+    """Whether both are modules of one class with the same parameters, or containers with such."""
+    (first, form), (second, other_form) = map(_with_modules_whole, (one, other))
+    if form != other_form or not any(map(_is_module, first)):
+        return False
+    return all(map(_leaves_are_alike, first, second))
+
+
+def _leaves_are_alike(one: Any, other: Any) -> bool:
+    if _is_module(one) and _is_module(other):
+        return module_form.are_alike(one, other)
+    return torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape
+
+
+def opened(container: Any, values: Any) -> tuple[Any, Any]:
+    """Both with a tuple of parameters in the place of each module in the container.
+
+    There, values may be given by name, or in the parameters' order.
+    """
+    leaves, form = _with_modules_whole(container)
+    if not any(map(_is_module, leaves)):
+        return container, values
+    with contextlib.suppress(ValueError):  # values for whole branches, or of another form
+        pairs = zip(leaves, form.flatten_up_to(values), strict=True)
+        values = optree.tree_unflatten(form, [_in_order(v, of) for of, v in pairs])
+    parts = [tuple(trained(x).values()) if _is_module(x) else x for x in leaves]
+    return optree.tree_unflatten(form, parts), values
+
+
+def _in_order(values: Any, of: Any) -> Any:
+    """Values for a module's parameters as a tuple in their order, where they are of such a form."""
+    if not _is_module(of):
+        return values
+    names = trained(of)
+    values = trained(values) if can_be_opened(type(values)) else values
+    if isinstance(values, dict) and values.keys() == names.keys():
+        return tuple(values[name] for name in names)
+    return tuple(values) if type(values) is list else values
+
+
 def _flattened(container: Any) -> tuple[list[Any], Any]:
     """optree's leaves and structure, with all objects in it looked into."""
     leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
@@ -96,24 +177,32 @@ class Tree:
         places = zip(self._leaves, self.slots, strict=True)
         return [leaf for leaf, slot in places if slot is None]
 
-    def rebuild(self, tensors: Sequence[Any]) -> Any:
-        """The container again, with `tensors` in the places of the distinct tensors."""
+    def rebuild(self, tensors: Sequence[Any], owned: bool = False) -> Any:
+        """The container again, with `tensors` in the places of the distinct tensors.
+
+        Where it is `owned` by someone who may write to it, its modules share no state with others.
+        """
         leaves = [
             leaf if slot is None else tensors[slot]
             for leaf, slot in zip(self._leaves, self.slots, strict=True)
         ]
-        return optree.tree_unflatten(self.structure, leaves)
+        container = optree.tree_unflatten(self.structure, leaves)
+        if owned:
+            own(modules(container))
+        return container
 
 
 def flatten(
-    container: Any, is_variable: Callable[[Any], bool] = torch.is_tensor
+    container: Any,
+    is_variable: Callable[[Any], bool] = torch.is_tensor,
+    whole_modules: bool = False,
 ) -> tuple[tuple[Any, ...], Tree]:
     """Split a container into its distinct variables and the tree that holds their places.
 
     A tensor that occurs several times (tied weights) is listed once, so that it is one variable
-    with one gradient.
+    with one gradient. Modules stay in the tree if they are to stay whole.
     """
-    leaves, structure = _flattened(container)
+    leaves, structure = (_with_modules_whole if whole_modules else _flattened)(container)
     slot_of: dict[int, int] = {}
     variables: list[Any] = []
     slots: list[int | None] = []

@@ -14,8 +14,12 @@ from implicit_grad._torch import pytree
 
 
 def tell_unread(condition: Condition, call: Call, unread: Sequence[Tensor]) -> None:
-    """Warn of those of the tensors that are arguments, unless F holds them in its own way."""
-    known = {id(t) for t in pytree.leaves(condition.held(call))}
+    """Warn of those of the tensors that are arguments, unless F holds them in its own way.
+
+    Nothing is said of modules: they are where φ starts, or have layers that are not used.
+    """
+    modules = pytree.modules((call.args, call.kwargs))
+    known = {id(t) for t in pytree.leaves((condition.held(call), modules))}
     names = {id(t): name for name, t in _named(call)}
     told = [f"{names[id(t)]}, {describe(t)}" for t in unread if id(t) in names.keys() - known]
     if told:

@@ -33,7 +33,7 @@ class WithAux:
     def taken(self) -> Any:
         """Aux, with its tensors cut off from any graph; it is not kept any longer."""
         aux, self._aux = self._aux, None
-        tensors, tree = pytree.flatten(aux)
+        tensors, tree = pytree.flatten(aux, whole_modules=True)
         if not any(t.requires_grad for t in tensors):
             return aux
         return tree.rebuild(tuple(t.detach() for t in tensors))

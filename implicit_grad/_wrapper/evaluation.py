@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.graph import leaves_behind, once_differentiable
 from implicit_grad._torch.isolation import Ambient, isolated
+from implicit_grad._torch.module_form import frozen
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
 from implicit_grad._torch.transforms import (
@@ -70,6 +71,21 @@ def is_better(there: Linearization, here: Linearization) -> bool:
         return length(there.residual) < length(here.residual)
 
 
+def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
+    """Whether φ is the first argument, trained: a module of its class, or a container with some.
+
+    The condition's function is then not handed that argument, of which it has φ; nor is it that
+    of a proximal term, whose first argument is θ in any case.
+    """
+    if not call.args or condition.template(call) is not None:
+        return False
+    return pytree.are_alike(phi, call.args[0])
+
+
+def _same(phi: Tensors, others: Sequence[Tensor]) -> bool:
+    return len(phi) == len(others) and all(map(torch.equal, phi, others))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup(Method):
     """What is chosen once for all calls of an implicit solver; see `implicit`."""
@@ -108,6 +124,7 @@ class Evaluation(Recorded):
         self.captured: Tensors = ()
         self.unread: list[int] = []  # places of arguments that the condition's function ignores
         self._solver = solver
+        self.replaces_first = False  # whether phi is a module that training made of args[0]
         self._lent: Lent | None = None  # while the solver runs, and F is not recorded
         self.phi_tree: Tree
         self._phi: Tensors | None = None
@@ -132,7 +149,9 @@ class Evaluation(Recorded):
             for t, wanted in zip(inputs, self.wanted, strict=True)
         )
         before = versions(lent)
-        call = self._call(lent)
+        call = Call(*self.tree.rebuild(lent, owned=True))
+        held = tuple(frozen(pytree.modules((call.args, call.kwargs))))
+        held_before = versions(held)
         reachable = captured_tensors(self.condition, self._solver, *self.tree.others)
         self._lent = Lent([t for _, t in reachable])
         with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
@@ -144,9 +163,31 @@ class Evaluation(Recorded):
                     f"the solver changed one of its arguments in place ({describe(tensor)}); it "
                     "must work on a copy: argument.clone()"
                 )
+        for old, new, tensor in zip(held_before, versions(held), held, strict=True):
+            if new != old:
+                raise InvalidSolutionError(
+                    "the solver changed a parameter of a module in place that did not require grad "
+                    f"when the module was passed ({describe(tensor)}), and is shared with it for "
+                    "that: let it require grad, or pass a copy of the module"
+                )
+        self.replaces_first = phi_replaces_first(self.condition, returned, call)
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
+        self._check_trained(phi, inputs, [t for _, t in reachable])
         self.devices |= {t.device for t in phi}
         return phi
+
+    def _check_trained(self, phi: Tensors, inputs: Tensors, reachable: list[Tensor]) -> None:
+        """Raise if the solver returned a module as it was, and holds the original's parameters."""
+        if not self.replaces_first:
+            return
+        held, first = {id(t) for t in reachable}, pytree.leaves(self._call(inputs).args[0])
+        if first and all(id(t) in held for t in first) and _same(phi, first):
+            raise InvalidSolutionError(
+                "the solver returned its first argument, a module, as it was, and refers to the "
+                "parameters of the module that was passed, of which it gets a copy (an optimizer "
+                "that was made outside?): make the optimizer in the solver, for the module that it "
+                "is handed"
+            )
 
     def _run(self, call: Call, reachable: list[tuple[str, Tensor]]) -> Any:
         """What the solver returns; it may not backpropagate through what functions captured."""
@@ -277,7 +318,7 @@ class Evaluation(Recorded):
         with isolated(self._ambient):
             before = torch.get_rng_state()
             at_phi = self.phi_tree.rebuild(phi)
-            outputs = self.condition.at(at_phi, phi, self._call(a), None).outputs
+            outputs = self.condition.at(at_phi, phi, self._seen(a), None).outputs
             random = not torch.equal(before, torch.get_rng_state())
         return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
 
@@ -313,10 +354,22 @@ class Evaluation(Recorded):
 
     def _evaluate(self, phi: Tensors, inputs: Tensors, again: Again | None = None) -> Snapshot:
         with isolated(self._ambient):
-            return self.condition.at(self.phi_tree.rebuild(phi), phi, self._call(inputs), again)
+            return self.condition.at(self.phi_tree.rebuild(phi), phi, self._seen(inputs), again)
 
     def _call(self, inputs: Tensors) -> Call:
         return Call(*self.tree.rebuild(inputs))
+
+    def _seen(self, inputs: Tensors) -> Call:
+        """The call as the condition sees it."""
+        call = self._call(inputs)
+        return call.without_first() if self.replaces_first else call
+
+    def starts(self, inputs: Tensors) -> set[int]:
+        """Places of inputs that are only where φ started: F does not know of them."""
+        if not self.replaces_first:
+            return set()
+        first = {id(t) for t in pytree.leaves(self._call(inputs).args[0])}
+        return {i for i in self.unread if id(inputs[i]) in first}
 
     def _check_captured(self) -> None:
         """Raise if the solver changed what the function captured; warn if that is not known."""

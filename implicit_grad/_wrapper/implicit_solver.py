@@ -28,7 +28,7 @@ from implicit_grad._torch.transforms import (
 )
 from implicit_grad._wrapper.arguments import tell_unread
 from implicit_grad._wrapper.auxiliary import WithAux, check_not_batched
-from implicit_grad._wrapper.evaluation import Evaluation, Setup
+from implicit_grad._wrapper.evaluation import Evaluation, Setup, phi_replaces_first
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad._wrapper.under_transforms import CAPTURED, Transformed
 
@@ -92,17 +92,26 @@ class ImplicitSolver:
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             with torch.inference_mode(False):
                 phi = evaluation.values(inputs)
-                return evaluation.phi_tree.rebuild(phi)
+                return evaluation.phi_tree.rebuild(phi, owned=True)
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
-        self._tell_unread(evaluation, inputs, tree)
+        starts = evaluation.starts(inputs)
+        unread = [inputs[i] for i in evaluation.unread if i not in starts]
+        if unread and self.setup.reporting.on_failure != "ignore":
+            tell_unread(self.setup.condition, Call(*tree.rebuild(inputs)), unread)
         # a Function's forward does not see the tangents of what the user's function captured
         if in_forward_mode() and evaluation.captured_transformed():
             raise GraphError(CAPTURED)
-        if evaluation.captured:
-            # Only at φ do we learn which tensors the user's function captured: attach them too.
-            phi = ImplicitFunction.apply(problem, *inputs, *evaluation.captured)
-        return evaluation.phi_tree.rebuild(phi)
+        if self.setup.linear_solver.keeps_start:
+            starts = set()
+        if evaluation.captured or starts:
+            # Only at φ do we learn which tensors the user's function captured, to be attached too,
+            # and which modules φ started from: their graph, maybe of another call, is let go.
+            known = [
+                t.new_zeros(()).expand(t.shape) if i in starts else t for i, t in enumerate(inputs)
+            ]
+            phi = ImplicitFunction.apply(problem, *known, *evaluation.captured)
+        return evaluation.phi_tree.rebuild(phi, owned=True)
 
     def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
         """One call, checked but not yet run, and the tensors that it depends on."""
@@ -113,7 +122,7 @@ class ImplicitSolver:
     def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
         """The tensors of a call, none of which autograd refuses to save."""
         inputs, tree = pytree.flatten((args, kwargs, self.setup.condition.parameters))
-        check_objects(tree.others)
+        check_objects(tree.others, pytree.leaves(pytree.modules((args, kwargs))))
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
@@ -126,16 +135,12 @@ class ImplicitSolver:
         if self.setup.has_aux:
             check_not_batched(inputs)
         condition, at_once = self.setup.condition.for_tasks(), None
-        if condition is not None and self.setup.one_by_one is None:
+        # modules are taken one by one: in a batch, parameters do not tell whether they train
+        modules = pytree.modules(tree.rebuild(inputs))
+        if condition is not None and self.setup.one_by_one is None and not modules:
             setup = dataclasses.replace(self.setup, condition=condition)
             at_once = setup, functools.partial(self._run_for_tasks, condition)
         return Transformed(self.setup, run, tree, self.solver).phi(inputs, at_once)
-
-    def _tell_unread(self, evaluation: Evaluation, inputs: Tensors, tree: Tree) -> None:
-        """Warn of arguments whose gradient is asked for and is 0 whatever their values."""
-        unread = [inputs[i] for i in evaluation.unread]
-        if unread and self.setup.reporting.on_failure != "ignore":
-            tell_unread(self.setup.condition, Call(*tree.rebuild(inputs)), unread)
 
     def _run_for_tasks(self, condition: Condition, call: Call) -> Any:
         """The solver's output for a batch: at once if it works element by element."""
@@ -153,7 +158,7 @@ class ImplicitSolver:
             one = Call(*tree.rebuild(row))
             phi, phi_tree = checked(self.run(one), row, self.setup.condition.template(one))
             solved.append(phi)
-        return phi_tree.rebuild(tuple(map(torch.stack, zip(*solved, strict=True))))
+        return phi_tree.rebuild(tuple(map(torch.stack, zip(*solved, strict=True))), owned=True)
 
     def run(self, call: Call) -> Any:
         """The solver's own output."""
@@ -169,6 +174,8 @@ class ImplicitSolver:
                 "implicit: without a positional argument to start from, this solver needs init="
             )
         init = call.args[0] if self.init is None else self.init(*call.args, **call.kwargs)
+        if phi_replaces_first(condition, init, call):
+            call = call.without_first()
         function, constraints = condition.problem_for(method, call)
         try:
             return getattr(self.solver, method)(function, init, **constraints)
@@ -183,12 +190,23 @@ class ImplicitSolver:
             ) from error
 
 
-def check_objects(objects: Iterable[object]) -> None:
-    """Raise if objects among the arguments hold tensors with a history, which no one detaches."""
+def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> None:
+    """Raise if objects among the arguments hold tensors with a history, which no one detaches.
+
+    Or parameters of a module among the arguments, which an optimizer would train in its place.
+    """
+    parameters = {id(t) for t in in_modules}
     for thing in objects:
         if isinstance(thing, torch.nn.Module) or callable(thing):
             continue  # like functions that captured tensors
         for name, tensor in captured_tensors(thing):
+            if id(tensor) in parameters:
+                raise InvalidArgumentError(
+                    f"implicit: an argument, {describe(thing)}, holds {describe(tensor)} of "
+                    "a module among them, of which the solver gets a copy, so that it would train "
+                    "the original. Make it where the copy is: ig.implicit(lambda model: "
+                    "train(model, SGD(model.parameters(), lr=...)), ...)"
+                )
             if tensor.grad_fn is not None:
                 raise InvalidArgumentError(
                     f"implicit: an argument, {describe(thing)}, holds a tensor with a history as "

@@ -23,13 +23,19 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
     tensors in a tuple may be one or not, and is refused.
     `template` is what φ has to look like, where the condition knows (θ of a proximal term).
     """
-    if not pytree.leaves(returned):
-        raise InvalidSolutionError(
-            f"the solver returned {describe(returned)}; it must return phi: a tensor, or a "
-            "container of tensors"
-        )
-    if isinstance(returned, (nn.Module, Iterator)):
+    if isinstance(returned, Iterator):
         raise InvalidSolutionError(f"the solver returned {describe(returned)}. {_PARAMETERS}")
+    if not pytree.leaves(returned):
+        if modules := pytree.modules(returned):
+            raise InvalidSolutionError(
+                f"the solver returned {describe(modules[0])} of which no parameter requires "
+                "grad, so that nothing in it is phi: what was trained has to require grad when "
+                "it is returned"
+            )
+        raise InvalidSolutionError(
+            f"the solver returned {describe(returned)}; it must return phi: a tensor, "
+            "a module, or a container of them"
+        )
     if template is not None and pytree.structure(returned) != pytree.structure(template):
         raise InvalidSolutionError(
             f"the solver returned phi of the form {pytree.structure(returned)}; theta has the form "
@@ -60,7 +66,10 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
             f"{next(wrong)} holds NaN or Inf: the solver diverged, and there is no gradient to take"
         )
     # copies: a solver may return its own buffer and write to it again, or one of its arguments
-    return tuple(found[slot].detach().clone() for slot in range(len(leaves))), tree
+    phi = tuple(found[slot].detach().clone() for slot in range(len(leaves)))
+    if pytree.modules(returned):
+        _, tree = pytree.flatten(tree.rebuild(phi, owned=True))
+    return phi, tree
 
 
 def _fault(leaf: Any, like: Tensor | None, returned: Any) -> str | None:
@@ -74,7 +83,9 @@ def _fault(leaf: Any, like: Tensor | None, returned: Any) -> str | None:
         real, is_complex = isinstance(leaf, float), isinstance(leaf, complex)
     if not real:
         advice = _COMPLEX if is_complex else _AUX
-        if _is_of_module(leaf, returned):
+        if isinstance(leaf, nn.Module):
+            advice = _WHOLE
+        elif _is_of_module(leaf, returned):
             advice = _PARAMETERS
         return (
             "must be a dense floating-point tensor (or a NumPy array), the solver returned "
@@ -107,8 +118,11 @@ _AUX = (
     "implicit(..., has_aux=True), for which it returns (phi, aux)"
 )
 _PARAMETERS = (
-    "For a module's parameters return dict(module.named_parameters()), and in the condition's "
-    "function call torch.func.functional_call(module, phi, (x,)) in the place of module(x)"
+    "For a module's parameters return the module itself: the condition's function is handed it "
+    "with phi in their place, and the call returns one whose parameters carry the gradient"
+)
+_WHOLE = (
+    "Of a scripted module, or one in DistributedDataParallel, return the module that it was made of"
 )
 _COMPLEX = (
     "Give it as pairs of real numbers: return torch.view_as_real(phi), and let the condition's "
@@ -139,7 +153,7 @@ def _is_of_module(leaf: Any, returned: Any) -> bool:
     named = isinstance(returned, Mapping) and all(isinstance(name, str) for name in returned)
     if isinstance(leaf, str):
         return isinstance(returned, list)
-    return isinstance(leaf, nn.Module) or (torch.is_tensor(leaf) and named)
+    return torch.is_tensor(leaf) and named
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from implicit_grad._conditions.base import Call
 from implicit_grad._errors import GraphError, ImplicitGradError, InvalidSolutionError
 from implicit_grad._theorem.implicit_function import ImplicitFunction
+from implicit_grad._torch import pytree
 from implicit_grad._torch.isolation import RandomState
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.transforms import CannotBatch, Plain, is_batched, lifted
@@ -45,7 +46,7 @@ class Transformed:
                 "under torch.func.vmap, phi holds an integer, of which there is one for each "
                 "sample: let the solver return the solution alone"
             )
-        return self._phi_tree.rebuild(phi)
+        return self._phi_tree.rebuild(phi, owned=True)
 
     def _single(self, xs: Tensors, known: Tensors) -> Tensors:
         """One problem, which is solved if its φ is not known."""
@@ -70,6 +71,9 @@ class Transformed:
                 random.restore()
                 raise
             self._phi_tree = finder.phi_tree
+        assert self._phi_tree is not None
+        if pytree.modules(self._phi_tree.rebuild(known)):
+            raise CannotBatch(known)  # in a batch, parameters do not tell whether they train
         evaluation = self._known(setup, xs, known)
         try:
             evaluation.solve_and_record(xs)
@@ -83,7 +87,7 @@ class Transformed:
 
     def _known(self, setup: Setup, xs: Tensors, known: Tensors) -> Evaluation:
         assert self._phi_tree is not None
-        phi = self._phi_tree.rebuild(known)
+        phi = self._phi_tree.rebuild(known, owned=True)
         return Evaluation(lambda _: phi, setup, self.tree, xs)
 
     def _attached(self, evaluation: Evaluation, xs: Tensors) -> Tensors:

@@ -121,7 +121,7 @@ class Descent(abc.ABC):
         return self.tol is not None or self.rtol is not None
 
     def minimize(self, objective: Callable[[Any], Tensor], init: Any) -> Any:
-        """Descend from init; phi has the form of init."""
+        """Descend from init, a tensor, a module or a container of them; phi has its form."""
         with torch.inference_mode(False), torch.no_grad():
             seen = ObjectiveFunction(self, objective, init)
             watch = Watch(seen, self.tol, self.rtol)

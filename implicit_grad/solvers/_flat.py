@@ -95,7 +95,7 @@ class Coordinates:
         """A function of the container, whose outputs are tensors in any container."""
 
         def outputs(phi: Tensors) -> Tensor:
-            returned = function(self._variables.tree.rebuild(phi))
+            returned = function(self._variables.at_values(phi))
             leaves = pytree.leaves(returned)
             if not leaves or not all(torch.is_tensor(t) and t.is_floating_point() for t in leaves):
                 raise InvalidArgumentError(

@@ -85,6 +85,15 @@ class Variables:
                 )
         self.container = init
         self.start: Tensors = tuple(t.detach().clone() for t in found)
+        self._with_modules = bool(pytree.modules(init))
+        if self._with_modules:  # a run may write to their buffers
+            _, self.tree = pytree.flatten(self.tree.rebuild(self.start, owned=True))
+
+    def at_values(self, phi: Tensors) -> Any:
+        """The container with these tensors; those in modules tell that they train."""
+        if self._with_modules:
+            phi = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in phi)
+        return self.tree.rebuild(phi)
 
     def result(self, phi: Tensors) -> Any:
         """φ in the form of init, if it is made of numbers."""
@@ -92,7 +101,7 @@ class Variables:
             raise InvalidSolutionError(
                 f"{self.name}: phi holds NaN or Inf after the last step: {_WHY}"
             )
-        return self.tree.rebuild(tuple(t.detach() for t in phi))
+        return self.tree.rebuild(tuple(t.detach() for t in phi), owned=True)
 
 
 class ObjectiveFunction(Variables):
@@ -138,7 +147,7 @@ class ObjectiveFunction(Variables):
         )
 
     def _evaluated(self, function: Callable[[Any], Tensor], phi: Tensors) -> Tensor:
-        return scalar(f"{self.name}: objective", function(self.tree.rebuild(phi)))
+        return scalar(f"{self.name}: objective", function(self.at_values(phi)))
 
     def _recorded(self, function: Callable[[Any], Tensor], phi: Tensors) -> tuple[Tensors, Tensor]:
         here = tuple(p.detach().requires_grad_() for p in phi)

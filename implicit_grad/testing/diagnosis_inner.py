@@ -188,4 +188,4 @@ def _shape(leaf: object) -> object:
 
 def _detached(value: object) -> object:
     leaves, tree = pytree.flatten(value)
-    return tree.rebuild([t.detach() for t in leaves])
+    return tree.rebuild([t.detach() for t in leaves], owned=True)

@@ -197,7 +197,8 @@ class Local:
         """φ + step, in φ's form; multipliers in the step are left out."""
         parts = self.flat.unravel(step)[: len(self.phi)]
         return self._phi_tree.rebuild(
-            [p.detach() + d.to(p.dtype) for p, d in zip(self.phi, parts, strict=True)]
+            [p.detach() + d.to(p.dtype) for p, d in zip(self.phi, parts, strict=True)],
+            owned=True,
         )
 
     def distance(self, other: Local) -> float:

@@ -165,7 +165,7 @@ class Subject:
             with torch.set_grad_enabled(not isinstance(self.solve, ImplicitSolver)):
                 phi = self.solve(*args)
             leaves, tree = pytree.flatten(phi)
-            return tree.rebuild([t.detach() for t in leaves])
+            return tree.rebuild([t.detach() for t in leaves], owned=True)
 
     def value(self, shift: dict[int, Tensor] | None = None) -> float:
         """The outer loss at the solver's φ."""

@@ -69,7 +69,7 @@ def test_what_a_record_holds_besides_its_fields_comes_along():
     ]
 
 
-def test_modules_and_classes_are_not_looked_into():
+def test_modules_hold_what_trains_in_them_and_classes_are_not_looked_into():
     @dataclasses.dataclass(eq=False)
     class Model(nn.Module):
         width: int
@@ -80,8 +80,14 @@ def test_modules_and_classes_are_not_looked_into():
 
     Model.__new__ = lambda cls, *_: (m := object.__new__(cls), nn.Module.__init__(m))[0]
     model = Model(2)
-    assert pytree.flatten([model, Frozen, print])[0] == ()
-    assert pytree.flatten([model])[1].rebuild(())[0] is model
+    model.layer.bias.requires_grad_(False)
+    (weight,), tree = pytree.flatten([model, Frozen, print])
+    assert weight is model.layer.weight
+    copy, *others = tree.rebuild([torch.ones(1, 2)])
+    assert type(copy) is Model and copy.width == 2 and copy.layer is not model.layer
+    assert torch.equal(copy.layer.weight, torch.ones(1, 2))
+    assert copy.layer.bias is model.layer.bias and others == [Frozen, print]
+    assert pytree.names([model], "phi") == ["phi[0].layer.weight"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
