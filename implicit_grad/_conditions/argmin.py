@@ -23,11 +23,12 @@ from implicit_grad._conditions.base import (
 )
 from implicit_grad._conditions.batching import batched, batched_model, tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
+from implicit_grad._conditions.loader import Batches, check_batches
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._options import is_number, require, require_flag
-from implicit_grad._theorem.linearization import Curvature
+from implicit_grad._theorem.linearization import Curvature, Stationarity
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -69,6 +70,9 @@ class argmin(Condition):
     equality: Callable[..., Any] | None = None
     inequality: Callable[..., Any] | None = None
     tasks: bool = False
+    batches: Any = None
+    regularizer: Callable[..., Tensor] | None = None
+    keep: int = 0
     symmetric = True
 
     def __post_init__(self) -> None:
@@ -82,6 +86,8 @@ class argmin(Condition):
             raise InvalidArgumentError("argmin: model does not go with constraints")
         if self.constraints and self.tasks:
             raise InvalidArgumentError("argmin: tasks does not go with constraints")
+        apart = {"constraints": self.constraints, "tasks": self.tasks}
+        check_batches("argmin", self.batches, self.regularizer, self.keep, apart)
 
     @functools.cached_property
     def constraints(self) -> Constraints:
@@ -108,6 +114,8 @@ class argmin(Condition):
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "minimize":
             return super().problem_for(solver, call)
+        if self.batches is not None:
+            return self._over_batches(call).value, {}
         function = composed(self.objective, self.model, call.args, call.kwargs)
 
         def objective(phi: Any) -> Tensor:
@@ -122,12 +130,22 @@ class argmin(Condition):
         return (call.args, call.kwargs) if self.constraints else ()  # bounds that are not active
 
     def for_tasks(self) -> Condition | None:
-        if self.constraints or self.tasks:
+        if self.constraints or self.tasks or self.batches is not None:
             return None
         objective, model = batched(self.objective, "argmin: objective"), batched_model(self.model)
         return argmin(objective, self.strong_convexity, model=model, tasks=True)
 
+    def _over_batches(self, call: Call) -> Batches:
+        where, function = "argmin: objective", self.objective
+        return Batches(where, self.batches, function, self.model, self.regularizer, self.keep, call)
+
+    def _sample(self, function: Callable[..., Tensor], model: Any) -> Condition:
+        return argmin(function, self.strong_convexity, model=model)
+
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
+        if self.batches is not None:
+            data = self._over_batches(call)
+            return data.snapshot(phi, variables, again, Stationarity, self._sample)
         returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
         tasks = tasks_of(self, phi)
         value = total("argmin: objective", returned, tasks)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from implicit_grad._theorem.linearization import Stationarity
+from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -26,6 +27,9 @@ class Objective:
         guard: see `Linearization`.
         tasks: how many separate problems the value sums over.
         own: whether the graph is nobody else's.
+        once: whether a part whose graph is not held has no second derivative.
+        gauss_newton: products with the Gauss-Newton part of A, where they are not made from
+            `outputs`.
     """
 
     value: Tensor
@@ -36,3 +40,10 @@ class Objective:
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     tasks: int | None = None
     own: bool = True
+    once: bool = False
+    gauss_newton: Callable[[Tensors], Tensors] | None = None
+
+    @property
+    def is_once_differentiable(self) -> bool:
+        """Whether something between φ and the value has no second derivative."""
+        return self.once or once_differentiable([self.value], self.phi)
