@@ -276,7 +276,8 @@ class Passes:
             self._values, self.count = found, count
             return
         if count != self.count:
-            raise GraphError(_COUNT.format(self._data.where, self.count, count))
+            now = count if count < self.count else "more"
+            raise GraphError(_COUNT.format(self._data.where, self.count, now))
         sums = torch.stack([self._values.sum(), found.sum(), self._values.abs().sum()]).tolist()
         eps = max(torch.finfo(v.dtype).eps for v in values)
         if abs(sums[1] - sums[0]) > eps**_ROUNDING * sums[2]:  # never where one is NaN

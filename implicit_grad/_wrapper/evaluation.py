@@ -226,7 +226,11 @@ class Evaluation(Recorded):
         snapshot, a = self._record
         condition = self.condition if snapshot.sample is None else snapshot.sample
         if snapshot.sample is not None:
-            snapshot = self._evaluate(self._at_phi, a, condition=condition)
+
+            def value(moved: Tensors) -> Tensor:
+                return self._evaluate(moved, a, condition=condition).outputs[0]
+
+            snapshot = self._evaluate(self._at_phi, a, value, condition)
         probe = functools.partial(self._to_check, condition, snapshot)
         return self.method.checks.finding(
             snapshot.outputs, self._at_phi, lambda: look(snapshot, probe()), order
@@ -280,8 +284,8 @@ class Evaluation(Recorded):
         phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
         with isolated(self._ambient):
             before = torch.get_rng_state()
-            at_phi = self.phi_tree.rebuild(phi)
-            outputs = self.condition.at(at_phi, phi, self._call(a), None).outputs
+            at_phi, condition = self.phi_tree.rebuild(phi), self._record[0].sample or self.condition
+            outputs = condition.at(at_phi, phi, self._call(a), None).outputs
             random = not torch.equal(before, torch.get_rng_state())
         return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
 
