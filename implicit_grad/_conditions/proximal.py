@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -52,6 +52,8 @@ class proximal(Condition):
         tasks: θ and φ are batches of separate problems, along the first dimension of each of their
             tensors; `loss` then returns one value for each, and CG solves for each. A `lam` for
             each task has as many dimensions as θ's tensors.
+        batches, regularizer, keep: the loss is the sum over batches of `loss(phi, batch, *args)`,
+            plus `regularizer(phi, *args)`: see `argmin`. `args` are without θ here too.
     """
 
     loss: Callable[..., Tensor]
@@ -60,7 +62,7 @@ class proximal(Condition):
     _: dataclasses.KW_ONLY
     model: Callable[..., Any] | None = None
     tasks: bool = False
-    batches: Any = None
+    batches: Iterable[Any] | None = dataclasses.field(default=None, repr=False)
     regularizer: Callable[..., Tensor] | None = None
     keep: int = 0
     symmetric = True
@@ -134,6 +136,7 @@ class proximal(Condition):
         return ProximalObjective(loss, self._pull(call), tuple(pytree.leaves(theta))), {}
 
     def _over_batches(self, call: Call) -> Batches:
+        assert self.batches is not None
         rest = Call(call.args[1:], call.kwargs)
         where, function = "proximal: loss", self.loss
         return Batches(where, self.batches, function, self.model, self.regularizer, self.keep, rest)
