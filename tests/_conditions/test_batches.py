@@ -598,3 +598,52 @@ def test_kept_graphs_are_not_evaluated_again():
 
     passes = 1 + 3 + 1  # the first, products, what the arguments change
     assert [evaluated(keep) for keep in (0, 2, 5)] == [5 * passes, 3 * passes + 2, 5]
+
+
+class Counted(torch.autograd.Function):
+    """The identity, which counts its backward passes."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        Counted.passes += 1
+        return Counted.apply(g)
+
+
+def test_products_leave_out_what_nobody_asked_for():
+    def loss(w, batch, scale, lam):
+        return misfit(w, batch, Counted.apply(scale), lam)
+
+    def passes(products):
+        Counted.passes = 0
+        options = {"linear_solver": ig.CG(maxiter=products), "check": "never"}
+        gradients(ig.argmin(loss, batches=LIST, regularizer=penalty), **options)
+        return Counted.passes
+
+    assert passes(1) == passes(4) > 0
+
+
+def test_second_derivatives_of_layers_whose_graphs_are_our_own():
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    phi = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    def loss(w, batch, scale, lam):
+        return (scale * functional_call(module, w, (batch[0],))[:, 0] - batch[1]).square().sum()
+
+    def second(condition):
+        args = arguments()
+        solve = ig.implicit(
+            lambda *_: phi, condition, linear_solver=ig.Exact(), on_failure="ignore"
+        )
+        first = torch.autograd.grad(outer(solve(*args)), args, create_graph=True)
+        return torch.stack(torch.autograd.grad(first[0] + first[1], args))
+
+    found = second(ig.argmin(loss, batches=LIST, regularizer=penalty))
+    one = second(ig.argmin(lambda w, *a: loss(w, (X, Y), *a) + penalty(w, *a)))
+    torch.testing.assert_close(found, one)
