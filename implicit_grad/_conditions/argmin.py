@@ -57,8 +57,8 @@ class argmin(Condition):
         batches: if given, φ minimises the sum over batches of `objective(phi, batch, *args)`, for
             data that do not fit into one graph: see below. A `model` is `model(phi, batch, *args)`.
         regularizer: with `batches`, `regularizer(phi, *args)` is added to the sum, once.
-        keep: with `batches`, keep the graphs of so many batches, the first; a product through one
-            that is kept takes about half the time. The others are evaluated again in each product.
+        keep: with `batches`, keep the graphs of so many batches, the first: a product through one
+            takes about a third less time. The others are evaluated again in each product.
 
     `batches` is anything that gives its batches each time that it is iterated over: a DataLoader, a
     list. The gradient, products with the Hessian and (∂F/∂a)ᵀu are sums over batches too; each is
