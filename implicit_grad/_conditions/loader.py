@@ -24,7 +24,7 @@ from implicit_grad._conditions.base import (
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._curvature.summed import Term, Value
-from implicit_grad._errors import GraphError, InvalidArgumentError, describe
+from implicit_grad._errors import GraphError, ImplicitGradError, InvalidArgumentError, describe
 from implicit_grad._options import check_value, is_integer
 from implicit_grad._theorem.linearization import Stationarity
 from implicit_grad._torch import pytree
@@ -161,7 +161,7 @@ class Batches:
         args, kwargs = self.call.args, self.call.kwargs
         try:
             value, outputs = composed(self.function, self.model, (batch, *args), kwargs)(phi)
-        except torch.OutOfMemoryError:
+        except (ImplicitGradError, torch.cuda.OutOfMemoryError):
             raise
         except _MISTAKES as error:
             raise InvalidArgumentError(

@@ -125,7 +125,7 @@ class Value(Sum):
     def __init__(self, terms: Terms, phi: Tensors) -> None:
         value, slope, behind = Sums(), Sums(), dict[int, Tensor]()
         graded = torch.is_grad_enabled()
-        self.once, self._told = False, False
+        self.once, self._told, self._depends = False, False, False
         self.phi = tuple(p for p in phi if p.requires_grad)
         own = {p.grad_fn for p in self.phi} - {None}
 
@@ -133,6 +133,7 @@ class Value(Sum):
             value.add((term.value,))
             if not graded or not term.value.requires_grad:
                 return
+            self._depends = True
             leaves = leaves_behind([term.value], lambda node: node in own)
             behind.update((id(t), t) for t in leaves)
             self.once = self.once or once_differentiable([term.value], self.phi)
@@ -144,7 +145,6 @@ class Value(Sum):
         leaves = tuple(t for i, t in behind.items() if i not in ids)
         super().__init__(terms, (*self.phi, *leaves), lambda term, _: (term.value,))
         self.known, self._slope = value.tensors, slope.tensors
-        self._depends = bool(behind)
 
     def tensor(self) -> Tensor:
         """The value, whose graph is one node."""

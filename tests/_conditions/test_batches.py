@@ -257,6 +257,26 @@ def test_our_minimisers_minimise_the_sum(minimiser):
     torch.testing.assert_close(*found)
 
 
+def test_a_minimiser_of_ones_own_may_compute_phi():
+    class Flat:
+        def minimize(self, objective, init):
+            flat = torch.cat([p.flatten() for p in init.values()]).requires_grad_()
+
+            def phi():
+                return {"a": flat[:12].view(4, 3), "b": flat[12:]}
+
+            for _ in range(3):
+                (slope,) = torch.autograd.grad(objective(phi()), flat)
+                flat = (flat - 0.01 * slope).detach().requires_grad_()
+            return phi()
+
+    found = [
+        ig.implicit(Flat(), condition, init=lambda *_: START)(*(a.detach() for a in arguments()))
+        for condition in (ig.argmin(whole), in_batches())
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_certificates_and_polished_solutions():
     def rough(scale, lam):
         return {k: v + 1e-3 for k, v in trained(scale, lam).items()}
