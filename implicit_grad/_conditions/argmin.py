@@ -69,7 +69,8 @@ class argmin(Condition):
     generators is the same in each pass; one that augments by other draws is refused, and so is a
     subset of the data that changes from pass to pass. One that stays is a stochastic estimate, and
     `Report.batches` says how many there were. Data of the loader get no gradient: what needs one is
-    an argument. Our minimisers, handed this condition, minimise the sum.
+    an argument. Our minimisers, handed this condition, minimise the sum. A loader whose workers are
+    slow to start needs `persistent_workers=True`: each product is a pass.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
     are found from φ. They may depend on each other, as copies do or an equation written as two

@@ -35,8 +35,8 @@ from implicit_grad._torch.pytree import Tensors
 # Sums of the same terms in another order differ by rounding, of less than this power of eps.
 _ROUNDING = 2 / 3
 _TWICE = (
-    "{}: batches gave another sum when it was read again, {:.9g} instead of {:.9g}: the loader "
-    "augments at random (draws from torch's own generators are repeated, if no worker of "
+    "{}: the sum over batches is another one when it is evaluated again, {:.9g} and not {:.9g}: "
+    "the loader augments at random (draws from torch's own generators are repeated, if no worker of "
     "persistent_workers=True makes them; fix others in the data set, such as a generator seeded "
     "anew with the sample's index), it leaves out other samples each time (drop_last=True with "
     "shuffle=True), the objective averages over batches that are not of one size, or it refers to "
@@ -278,10 +278,12 @@ class Passes:
         if count != self.count:
             now = count if count < self.count else "more"
             raise GraphError(_COUNT.format(self._data.where, self.count, now))
-        sums = torch.stack([self._values.sum(), found.sum(), self._values.abs().sum()]).tolist()
         eps = max(torch.finfo(v.dtype).eps for v in values)
-        if abs(sums[1] - sums[0]) > eps**_ROUNDING * sums[2]:  # never where one is NaN
-            raise GraphError(_TWICE.format(self._data.where, sums[1], sums[0]))
+        for part in (slice(count), slice(count, None)):  # a regularizer may be far larger
+            first, again = self._values[part], found[part]
+            sums = torch.stack([first.sum(), again.sum(), first.abs().sum()]).tolist()
+            if abs(sums[1] - sums[0]) > eps**_ROUNDING * sums[2]:  # never where one is NaN
+                raise GraphError(_TWICE.format(self._data.where, sums[1], sums[0]))
 
 
 def _scalar(name: str, value: object) -> Tensor:

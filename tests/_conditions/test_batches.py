@@ -362,6 +362,17 @@ def test_draws_from_torchs_generator_are_repeated_in_each_pass(keep, workers):
     assert not torch.equal(torch.get_rng_state(), state)  # nothing of it is the user's
 
 
+def test_a_large_regularizer_hides_no_augmentation():
+    def large(w, scale, lam):
+        return 1e12 * penalty(w, scale, lam)
+
+    condition = ig.argmin(
+        misfit, batches=DataLoader(Noisy(random.random), batch_size=5), regularizer=large
+    )
+    with pytest.raises(ig.GraphError, match="augments at random"):
+        gradients(condition, on_failure="ignore")
+
+
 def test_subsets_that_change_are_refused():
     changing = itertools.count()
 
