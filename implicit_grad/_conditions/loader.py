@@ -35,12 +35,13 @@ from implicit_grad._torch.pytree import Tensors
 # Sums of the same terms in another order differ by rounding, of less than this power of eps.
 _ROUNDING = 2 / 3
 _TWICE = (
-    "{}: the sum over batches is another one when it is evaluated again, {:.9g} and not {:.9g}: "
-    "the loader augments at random (draws from torch's own generators are repeated, if no worker of "
-    "persistent_workers=True makes them; fix others in the data set, such as a generator seeded "
-    "anew with the sample's index), it leaves out other samples each time (drop_last=True with "
-    "shuffle=True), the objective averages over batches that are not of one size, or it refers to "
-    "a variable that has changed since. A subset of the data has to be the same in each pass too"
+    "{}: the sum over batches is another one when it is evaluated again, {:.9g} and not {:.9g}:"
+    " the loader augments at random (draws from torch's own generators are repeated, unless "
+    "workers make them with persistent_workers=True; fix others in the data set, as by a "
+    "generator that is seeded anew with the sample's index), it leaves out other samples each "
+    "time (drop_last=True with shuffle=True), the objective averages over batches that are not "
+    "of one size, or it refers to a variable that has changed since. A subset of the data has "
+    "to be the same in each pass too"
 )
 # What user's code raises where a batch is not what it expects.
 _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError)
