@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from implicit_grad._conditions.base import (
 )
 from implicit_grad._conditions.batching import batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
+from implicit_grad._conditions.loader import Batches, check_batches
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
@@ -55,12 +56,42 @@ class argmin(Condition):
         inequality: `inequality(phi, *args)` returns tensors that are at most 0 at a solution.
         tasks: φ is a batch of solutions of separate problems, along the first dimension of each
             of its tensors; `objective` then returns one value for each, and CG solves for each.
+        batches: if given, φ minimises the sum over batches of `objective(phi, batch, *args)`, for
+            data that do not fit into one graph: see below. A `model` is `model(phi, batch, *args)`.
+        regularizer: with `batches`, `regularizer(phi, *args)` is added to the sum, once.
+        keep: with `batches`, keep the graphs of so many batches, the first: a product through one
+            takes about a third less time. The others are evaluated again in each product.
+
+    `batches` is anything that gives its batches each time that it is iterated over: a DataLoader, a
+    list. The gradient, products with the Hessian and (∂F/∂a)ᵀu are sums over batches too; each is
+    one pass, in which one batch's graph is alive at a time. An objective that averages over its
+    batch is weighted by batch, not by sample. Each pass must give the same sum, up to the order of
+    its terms, and is held against the first: a loader may shuffle (with `keep`, by torch's
+    generators or its `generator=`, which are set back), and what it or dropout draws from torch's
+    generators is the same in each pass; one that augments by other draws is refused, and so is a
+    subset of the data that changes from pass to pass. One that stays is a stochastic estimate, and
+    `Report.batches` says how many there were. Data of the loader get no gradient: what needs one is
+    an argument. Our minimisers, handed this condition, minimise the sum. A loader whose workers are
+    slow to start needs `persistent_workers=True`: each product is a pass.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
     are found from φ. They may depend on each other, as copies do or an equation written as two
     inequalities. Where one holds by chance (its multiplier is 0 in all that are right), or where
     some that depend on each other part ways as an argument changes, φ has a kink, and the status
     says so (Fiacco, 1976, Sensitivity analysis for nonlinear programming).
+
+    >>> import implicit_grad as ig, torch
+    >>> x = torch.tensor([1.0, 2.0, 6.0])
+    >>> distances = ig.argmin(
+    ...     lambda w, batch, lam: (w - batch).square().sum(),
+    ...     batches=x.split(2),
+    ...     regularizer=lambda w, lam: lam * w.square(),
+    ... )
+    >>> lam = torch.tensor(1.0, requires_grad=True)
+    >>> w = ig.implicit(lambda lam: x.sum() / (3 + lam), distances)(lam)  # 9 / (3 + lam)
+    >>> w.backward()
+    >>> lam.grad
+    tensor(-0.5625)
     """
 
     objective: Callable[..., Tensor]
@@ -71,6 +102,9 @@ class argmin(Condition):
     equality: Callable[..., Any] | None = None
     inequality: Callable[..., Any] | None = None
     tasks: bool = False
+    batches: Iterable[Any] | None = dataclasses.field(default=None, repr=False)
+    regularizer: Callable[..., Tensor] | None = None
+    keep: int = 0
     symmetric = True
 
     def __post_init__(self) -> None:
@@ -84,6 +118,8 @@ class argmin(Condition):
             raise InvalidArgumentError("argmin: model does not go with constraints")
         if self.constraints and self.tasks:
             raise InvalidArgumentError("argmin: tasks does not go with constraints")
+        apart = {"constraints": self.constraints, "tasks": self.tasks}
+        check_batches("argmin", self.batches, self.regularizer, self.keep, apart)
 
     @functools.cached_property
     def constraints(self) -> Constraints:
@@ -110,6 +146,8 @@ class argmin(Condition):
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "minimize":
             return super().problem_for(solver, call)
+        if self.batches is not None:
+            return self._over_batches(call).value, {}
         function = composed(self.objective, self.model, call.args, call.kwargs)
 
         def objective(phi: Any) -> Tensor:
@@ -124,12 +162,23 @@ class argmin(Condition):
         return (call.args, call.kwargs) if self.constraints else ()  # bounds that are not active
 
     def for_tasks(self) -> Condition | None:
-        if self.constraints or self.tasks:
+        if self.constraints or self.tasks or self.batches is not None:
             return None
         objective, model = batched(self.objective, "argmin: objective"), batched_model(self.model)
         return argmin(objective, self.strong_convexity, model=model, tasks=True)
 
+    def _over_batches(self, call: Call) -> Batches:
+        assert self.batches is not None
+        where, function = "argmin: objective", self.objective
+        return Batches(where, self.batches, function, self.model, self.regularizer, self.keep, call)
+
+    def _sample(self, function: Callable[..., Tensor], model: Any) -> Condition:
+        return argmin(function, self.strong_convexity, model=model)
+
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
+        if self.batches is not None:
+            data = self._over_batches(call)
+            return data.snapshot(phi, variables, again, Stationarity, self._sample)
         returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
         n_tasks = n_tasks_of(self, phi)
         value = total("argmin: objective", returned, n_tasks)

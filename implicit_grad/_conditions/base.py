@@ -21,11 +21,17 @@ Again = Callable[[Tensors], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The user's function as evaluated at φ: its outputs with their graph, and F from them."""
+    """The user's function as evaluated at φ: its outputs with their graph, and F from them.
+
+    Where data come in batches, `sample` is the condition with the first of them, and `batches` how
+    many there are.
+    """
 
     outputs: Tensors
     linearize: Callable[[Curvature], Linearization]
     objective: Objective | None = None  # whose gradient F is made of
+    sample: Condition | None = None
+    batches: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

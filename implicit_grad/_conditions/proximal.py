@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from implicit_grad._conditions.base import (
 )
 from implicit_grad._conditions.batching import aligned, batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.lam import LowRank, check_lam, evaluated, proximal_term
+from implicit_grad._conditions.loader import Batches, check_batches
 from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
@@ -52,6 +53,8 @@ class proximal(Condition):
         tasks: θ and φ are batches of separate problems, along the first dimension of each of their
             tensors; `loss` then returns one value for each, and CG solves for each. A `lam` for
             each task has as many dimensions as θ's tensors.
+        batches, regularizer, keep: the loss is the sum over batches of `loss(phi, batch, *args)`,
+            plus `regularizer(phi, *args)`: see `argmin`. `args` are without θ here too.
     """
 
     loss: Callable[..., Tensor]
@@ -60,6 +63,9 @@ class proximal(Condition):
     _: dataclasses.KW_ONLY
     model: Callable[..., Any] | None = None
     tasks: bool = False
+    batches: Iterable[Any] | None = dataclasses.field(default=None, repr=False)
+    regularizer: Callable[..., Tensor] | None = None
+    keep: int = 0
     symmetric = True
     must_depend_on_phi: ClassVar[bool] = False
 
@@ -68,6 +74,8 @@ class proximal(Condition):
         check_model("proximal", self.model)
         require_flag(self, "convex")
         require_flag(self, "tasks")
+        apart = {"tasks": self.tasks}
+        check_batches("proximal", self.batches, self.regularizer, self.keep, apart)
         diagonal = self.lam.diagonal if isinstance(self.lam, LowRank) else self.lam
         for leaf in () if callable(diagonal) else pytree.leaves(diagonal):
             check_lam(leaf, "proximal")
@@ -100,7 +108,7 @@ class proximal(Condition):
         self._pull(call)
 
     def for_tasks(self) -> Condition | None:
-        if self.tasks or isinstance(self.parameters, LowRank):
+        if self.tasks or self.batches is not None or isinstance(self.parameters, LowRank):
             return None
         loss, model = batched(self.loss, "proximal: loss"), batched_model(self.model)
         return _Stacked(loss, self.lam, self.convex, model=model, tasks=True)
@@ -118,24 +126,40 @@ class proximal(Condition):
         if solver != "minimize":
             return super().problem_for(solver, call)
         theta, *rest = call.args
-        whole = composed(self.loss, self.model, rest, call.kwargs)
+        if self.batches is not None:
+            whole = self._over_batches(call).value
+            return ProximalObjective(whole, self._pull(call), tuple(pytree.leaves(theta))), {}
+        evaluate = composed(self.loss, self.model, rest, call.kwargs)
 
         def loss(phi: Any) -> Tensor:
-            return total("proximal: loss", whole(phi)[0], n_tasks_of(self, phi))
+            return total("proximal: loss", evaluate(phi)[0], n_tasks_of(self, phi))
 
         return ProximalObjective(loss, self._pull(call), tuple(pytree.leaves(theta))), {}
 
+    def _over_batches(self, call: Call) -> Batches:
+        assert self.batches is not None
+        rest = Call(call.args[1:], call.kwargs)
+        where, function = "proximal: loss", self.loss
+        return Batches(where, self.batches, function, self.model, self.regularizer, self.keep, rest)
+
+    def _sample(self, function: Callable[..., Tensor], model: Any) -> Condition:
+        return proximal(function, self.lam, self.convex, model=model)
+
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         theta, *rest = call.args
-        returned, outputs = composed(self.loss, self.model, rest, call.kwargs)(phi)
-        n_tasks, pull = n_tasks_of(self, phi), self._pull(call)
-        value = total("proximal: loss", returned, n_tasks)
+        pull = self._pull(call)
         slot = {id(t): i for i, t in enumerate(variables)}
         slots = [slot[id(t)] for t in pytree.leaves(phi)]
 
         def stationarity(slope: Tensors) -> Any:
             return pull.stationarity(slope, variables, pytree.leaves(theta), slots)
 
+        if self.batches is not None:
+            data = self._over_batches(call)
+            return data.snapshot(phi, variables, again, stationarity, self._sample)
+        returned, outputs = composed(self.loss, self.model, rest, call.kwargs)(phi)
+        n_tasks = n_tasks_of(self, phi)
+        value = total("proximal: loss", returned, n_tasks)
         objective = Objective(value, variables, stationarity, outputs, again, n_tasks=n_tasks)
         return Snapshot((value,), functools.partial(linearize, objective), objective)
 

@@ -19,7 +19,6 @@ from implicit_grad._theorem.linearization import (
     Linearization,
     SwitchedToDifferences,
 )
-from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.pytree import Tensors
 
 _NO_DOUBLE_BACKWARD = re.compile(
@@ -33,7 +32,7 @@ def linearize(objective: Objective, curvature: Curvature) -> Linearization:
         return FiniteDifference(objective)
     if curvature == "auto":
         return AutoCurvature(objective)
-    if once_differentiable([objective.value], objective.phi):
+    if objective.is_once_differentiable:
         raise GraphError(
             f'curvature="{curvature}": between phi and the objective, a custom Function is '
             "marked as once_differentiable, or a function is compiled (torch.compile), or "
@@ -97,7 +96,7 @@ class AutoCurvature(Linearization):
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        once = once_differentiable([objective.value], objective.phi)
+        once = objective.is_once_differentiable
         self._rung = parts = self._differences(None) if once else self._first_rung()
         super().__init__(
             parts.make_residual,

@@ -16,7 +16,7 @@ from torch import Tensor
 from implicit_grad._curvature.comparison import changes_unseen, direction, is_wrong, units
 from implicit_grad._curvature.culprit import culprit
 from implicit_grad._curvature.finite_difference import FiniteDifference
-from implicit_grad._curvature.hessian import GaussNewton, Hessian
+from implicit_grad._curvature.hessian import GaussNewtonProduct, Hessian
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError
 from implicit_grad._options import check_one_of
@@ -267,7 +267,8 @@ class _Objective:
         in_loss = custom_functions([self._objective.value], outputs)
         if in_loss or not custom_functions(outputs, self._phi):
             return True
-        return GaussNewton(self._objective).jacobian_is_inconsistent(self._along)
+        product = GaussNewtonProduct(self._objective.value, outputs, self._phi)
+        return product.jacobian_is_inconsistent(self._along)
 
     def _differences_hold(self) -> bool:
         """Whether differences of gradients can take over."""

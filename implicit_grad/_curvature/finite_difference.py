@@ -15,7 +15,8 @@ from implicit_grad._torch.pytree import Tensors, length
 
 _CHANGED = (
     "the condition's function has other derivatives when it is evaluated again: it refers to a "
-    "variable that has changed since, or it is random. Pass everything it needs as arguments"
+    "variable that has changed since, or it is random. Pass everything it needs as arguments; a "
+    "loader in batches= that augments at random needs seeds that are the same in each pass"
 )
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._theorem.linearization import Linearization
@@ -52,7 +53,8 @@ class Hessian(Linearization):
 
     @staticmethod
     def _convex(objective: Objective) -> Callable[[], Linearization] | None:
-        return None if objective.outputs is None else functools.partial(GaussNewton, objective)
+        known = objective.outputs is not None or objective.gauss_newton is not None
+        return functools.partial(GaussNewton, objective) if known else None
 
     def _slope(self) -> Tensors:
         """∇value."""
@@ -72,34 +74,51 @@ class GaussNewton(Hessian):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
-        assert objective.outputs is not None
-        self._outputs = objective.outputs
-        with torch.enable_grad():
-            self._loss_gradient = gradient(objective.value, self._outputs)
-            self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in self._outputs)
-            self._to_phi = vjp(self._outputs, self.phi, self._dummy)
+        product = objective.gauss_newton
+        if product is None:
+            assert objective.outputs is not None
+            product = GaussNewtonProduct(objective.value, objective.outputs, self.phi)
+        self._product = product
 
     @property
     def remark(self) -> str | None:  # type: ignore[override]
-        """Of an output that bends with φ and enters the loss linearly: A has nothing of it."""
-        for i, (output, slope) in enumerate(zip(self._outputs, self._loss_gradient, strict=True)):
-            bends = any(True for _ in between([slope], self._outputs))
-            if bends or not bool(slope.any()):  # or the loss does not look at it
-                continue
-            with torch.enable_grad():
-                one = gradient(output.sum(), self.phi)
-            if any(True for _ in between(one, self.phi)):
-                return _LINEAR.format(i, tuple(output.shape))
-        return None
+        """What the products leave out, if it is seen."""
+        return self._product.remark()
 
     def _slope(self) -> Tensors:  # no product goes through it
         return gradient(self.objective.value, self.objective.phi)
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """Jᵀ (∂²loss/∂output²) J u."""
+        return self._product(u)
+
+
+class GaussNewtonProduct:
+    """u ↦ Jᵀ (∂²value/∂output²) J u, from the graphs of value over outputs over φ."""
+
+    def __init__(self, value: Tensor, outputs: Tensors, phi: Tensors) -> None:
+        self._outputs, self._phi = outputs, phi
+        with torch.enable_grad():
+            self._loss_gradient = gradient(value, outputs)
+            self._dummy = tuple(torch.zeros_like(o, requires_grad=True) for o in outputs)
+            self._to_phi = vjp(outputs, phi, self._dummy)
+
+    def __call__(self, u: Tensors) -> Tensors:
         in_outputs = vjp(self._to_phi, self._dummy, u)
         curved = vjp(self._loss_gradient, self._outputs, in_outputs)
-        return vjp(self._outputs, self.phi, curved)
+        return vjp(self._outputs, self._phi, curved)
+
+    def remark(self) -> str | None:
+        """Of an output that bends with φ and enters the loss linearly: A has nothing of it."""
+        for i, (output, slope) in enumerate(zip(self._outputs, self._loss_gradient, strict=True)):
+            bends = any(True for _ in between([slope], self._outputs))
+            if bends or not bool(slope.any()):  # or the loss does not look at it
+                continue
+            with torch.enable_grad():
+                along = gradient(output.sum(), self._phi)
+            if any(True for _ in between(along, self._phi)):
+                return _LINEAR.format(i, tuple(output.shape))
+        return None
 
     def jacobian_is_inconsistent(self, x: Tensors) -> bool:
         """Whether J x, by the derivative of a backward pass, is not what that pass says of it."""
@@ -110,7 +129,7 @@ class GaussNewton(Hessian):
         with torch.no_grad():
             pairs = (
                 (vjp(self._to_phi, self._dummy, x), w),
-                (vjp(self._outputs, self.phi, w), x),
+                (vjp(self._outputs, self._phi, w), x),
             )
         (forwards, size), (backwards, size_too) = map(_dot_and_sizes, pairs)
         return abs(forwards - backwards) > 1e-3 * max(size, size_too)

@@ -5,12 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from implicit_grad._theorem.linearization import Stationarity
+from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.pytree import Tensors
+
+
+class GaussNewtonProducts(Protocol):
+    """Products with the Gauss-Newton part of A."""
+
+    def __call__(self, u: Tensors) -> Tensors:
+        """That part times u."""
+
+    def remark(self) -> str | None:
+        """What it leaves out that should not be, if that was seen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +37,9 @@ class Objective:
         guard: see `Linearization`.
         n_tasks: how many separate problems the value sums over.
         own: whether the graph is nobody else's.
+        once: whether a part whose graph is not held has no second derivative.
+        gauss_newton: products with the Gauss-Newton part of A, where they are not made from
+            `outputs`.
     """
 
     value: Tensor
@@ -36,3 +50,10 @@ class Objective:
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     n_tasks: int | None = None
     own: bool = True
+    once: bool = False
+    gauss_newton: GaussNewtonProducts | None = None
+
+    @property
+    def is_once_differentiable(self) -> bool:
+        """Whether something between φ and the value has no second derivative."""
+        return self.once or once_differentiable([self.value], self.phi)

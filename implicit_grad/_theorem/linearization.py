@@ -68,6 +68,7 @@ class Linearization:
         is_adjoint: whether F is itself the residual of an adjoint problem.
         finding: what a check of its products found, if they are wrong or were replaced.
         training: see `Operator`.
+        batches: of how many batches of data F is the sum, if it is one.
         degenerate: why φ has no derivative here, if it lies at a kink.
         said_symmetric: whether A is symmetric by the user's word: F is not an objective's gradient,
             so that A may be negative definite as well as positive definite.
@@ -81,6 +82,7 @@ class Linearization:
     remark: str | None = None  # what users should know of A, whatever a solve comes to
     is_differentiated = False  # solutions of its linear systems will be, or are derivatives
     training: Callable[[], Filter | None] | None = None
+    batches: int | None = None
 
     def __init__(
         self,

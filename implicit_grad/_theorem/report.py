@@ -65,6 +65,7 @@ class Report:
         damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
         check: what the check of products found (see `implicit`), None if nothing: why they are
             differences of gradients, or why the status is WRONG_PRODUCT.
+        batches: how many batches the condition's `batches=` gave, if it has them.
     """
 
     status: Status
@@ -83,6 +84,7 @@ class Report:
     damping: float
     check: str | None = None
     filter_error: float | None = None
+    batches: int | None = None
 
 
 class Monitor:
@@ -222,6 +224,7 @@ class Reporting:
             damping=solved.damping,
             check=None if around.finding is None else around.finding.sentence,
             filter_error=solution.filter_error,
+            batches=around.batches,
         )
 
     def _mu(self, around: Linearization) -> float | None:

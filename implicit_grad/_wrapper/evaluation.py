@@ -240,14 +240,14 @@ class Evaluation(Recorded):
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
             self._check_captured()
-            self.finding = self.method.checks.finding(snapshot.outputs, at_phi, self._checked)
+            self.finding = self._found(2, self._checked)
         return tuple(t.detach() for t in self._phi)
 
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
         assert self._record is not None
         snapshot, a = self._record
         around = snapshot.linearize(curvature)
-        around.training = lambda: self._filter
+        around.training, around.batches = lambda: self._filter, snapshot.batches
         return around, (*a, *self.captured)
 
     @functools.cached_property
@@ -263,14 +263,31 @@ class Evaluation(Recorded):
         return "second derivatives of a minimum under constraints are not available"
 
     def _third(self) -> Finding | None:
-        assert self._record is not None
-        outputs, at_phi = self._record[0].outputs, self._at_phi
-        return self.method.checks.finding(outputs, at_phi, self._checked_third, order=3)
+        return self._found(3, self._checked_third)
 
-    def _checked(self) -> Finding | None:
-        """What is wrong with products around φ and with how F changes with the arguments."""
+    def _found(
+        self, order: int, look: Callable[[Snapshot, check.Probe], Finding | None]
+    ) -> Finding | None:
+        """What a look finds, or found before, in the record, or in a sample of its data."""
+        if self.method.checks.when == "never":
+            return None
         assert self._record is not None
-        (snapshot, _), method, probe = self._record, self.method, self._to_check()
+        snapshot, a = self._record
+        condition = self.condition if snapshot.sample is None else snapshot.sample
+        if snapshot.sample is not None:
+
+            def value(moved: Tensors) -> Tensor:
+                return self._evaluate(moved, a, condition=condition).outputs[0]
+
+            snapshot = self._evaluate(self._at_phi, a, value, condition)
+        probe = functools.partial(self._to_check, condition, snapshot)
+        return self.method.checks.finding(
+            snapshot.outputs, self._at_phi, lambda: look(snapshot, probe()), order
+        )
+
+    def _checked(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:
+        """What is wrong with products around φ and with how F changes with the arguments."""
+        method = self.method
         if snapshot.objective is None:
             around = snapshot.linearize(method.curvature)
             both = method.linear_solver.takes_both_products
@@ -279,19 +296,18 @@ class Evaluation(Recorded):
             return None
         return check.check_objective(snapshot.objective, probe, method.curvature)
 
-    def _checked_third(self) -> Finding | None:
+    def _checked_third(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:
         """What is wrong with derivatives of products."""
-        assert self._record is not None
-        objective = self._record[0].objective
-        return None if objective is None else check.check_third(objective, self._to_check())
+        objective = snapshot.objective
+        return None if objective is None else check.check_third(objective, probe)
 
-    def _to_check(self) -> check.Probe:
+    def _to_check(self, condition: Condition, snapshot: Snapshot) -> check.Probe:
         assert self._record is not None
-        snapshot, a = self._record
+        a = self._record[1]
         apart = {id(t) for t in pytree.leaves(self.condition.apart(self._call(a)))}
 
         def elsewhere(phi: Tensors, inputs: Tensors) -> Tensors:
-            return self._evaluate(phi, inputs[: len(a)] or a).outputs
+            return self._evaluate(phi, inputs[: len(a)] or a, condition=condition).outputs
 
         movable = [i for i, t in enumerate(a) if id(t) not in apart]
         return check.Probe(snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable)
@@ -317,8 +333,8 @@ class Evaluation(Recorded):
         phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
         with isolated(self._ambient):
             before = torch.get_rng_state()
-            at_phi = self.phi_tree.rebuild(phi)
-            outputs = self.condition.at(at_phi, phi, self._seen(a), None).outputs
+            at_phi, condition = self.phi_tree.rebuild(phi), self._record[0].sample or self.condition
+            outputs = condition.at(at_phi, phi, self._seen(a), None).outputs
             random = not torch.equal(before, torch.get_rng_state())
         return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
 
@@ -352,9 +368,16 @@ class Evaluation(Recorded):
 
         return self._evaluate(at_phi, a, again=value), at_phi
 
-    def _evaluate(self, phi: Tensors, inputs: Tensors, again: Again | None = None) -> Snapshot:
+    def _evaluate(
+        self,
+        phi: Tensors,
+        inputs: Tensors,
+        again: Again | None = None,
+        condition: Condition | None = None,
+    ) -> Snapshot:
+        condition, call = condition or self.condition, self._seen(inputs)
         with isolated(self._ambient):
-            return self.condition.at(self.phi_tree.rebuild(phi), phi, self._seen(inputs), again)
+            return condition.at(self.phi_tree.rebuild(phi), phi, call, again)
 
     def _call(self, inputs: Tensors) -> Call:
         return Call(*self.tree.rebuild(inputs))

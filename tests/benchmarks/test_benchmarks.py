@@ -49,6 +49,19 @@ def test_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "floor.png").stat().st_size > 0
 
 
+def test_large_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import large_data
+
+    monkeypatch.setattr(large_data, "BATCH", 20)
+    sizes = ["--images", "40", "160", "--one-graph-to", "160"]
+    large_data.main(["--out", str(tmp_path), "--seconds", "0", *sizes])
+    rows = table(tmp_path / "large_data.csv")
+    peaks = {(row["method"], row["images"]): float(row["peak_MiB"]) for row in rows}
+    assert peaks["batches", "160"] < 1.02 * peaks["batches", "40"]
+    assert peaks["one graph", "160"] > 2 * peaks["one graph", "40"]
+    assert all(float(row["over_raw"]) > 0.5 for row in table(tmp_path / "large_data_time.csv"))
+
+
 def test_peers_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peers
 
