@@ -249,7 +249,7 @@ def test_under_transforms():
         ig.solvers.SciPyMinimize(method="L-BFGS-B"),
         ig.solvers.SciPyMinimize(method="trust-ncg"),
     ],
-    ids=repr,
+    ids=lambda solver: type(solver).__name__,
 )
 def test_our_minimisers_minimise_the_sum(minimiser):
     found = [
@@ -462,7 +462,7 @@ def test_streams_and_tensors_as_batches():
         ([], "a list, which is empty"),
         (loader(sampler=[]), "a DataLoader, which is empty"),
     ],
-    ids=str,
+    ids=lambda it: type(it).__name__ if not isinstance(it, str) else "",
 )
 def test_what_cannot_be_read_again_and_again_is_refused(batches, said):
     for make in (in_batches, lambda b: ig.proximal(misfit, 1.0, batches=b)):
