@@ -22,7 +22,7 @@ NEIGHBOURS = {"learn2learn", "torchopt", "scipy", "gurobipy", "matplotlib", "pyt
 ORDER = (
     {"__init__"},
     {"testing"},
-    {"_implicit", "_certify", "learn2learn", "monitor"},
+    {"_implicit", "_certify", "learn2learn", "monitor", "prox"},
     {"_wrapper", "solvers"},
     {"_conditions"},
     {"_curvature"},

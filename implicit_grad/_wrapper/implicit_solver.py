@@ -184,9 +184,12 @@ class ImplicitSolver:
                 f"unexpected keyword argument '{name}'" in str(error) for name in constraints
             ):
                 raise
+            what, others = f"constraints ({', '.join(constraints)})", "SciPyMinimize or GurobiQP"
+            if "prox" in constraints:
+                what, others = "a prox", "ProximalGradient"
             raise InvalidArgumentError(
-                f"implicit: {self.solver!r} does not take constraints ({', '.join(constraints)}): "
-                "use SciPyMinimize or GurobiQP of implicit_grad.solvers, or a solver function"
+                f"implicit: {self.solver!r} does not take {what}: use {others} of "
+                "implicit_grad.solvers, or a solver function"
             ) from error
 
 
