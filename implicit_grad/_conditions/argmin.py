@@ -20,6 +20,7 @@ from implicit_grad._conditions.base import (
     check_model,
     composed,
     curvatures,
+    without_aux,
 )
 from implicit_grad._conditions.batching import batched, batched_model, tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
@@ -53,6 +54,7 @@ class argmin(Condition):
         inequality: `inequality(phi, *args)` returns tensors that are at most 0 at a solution.
         tasks: φ is a batch of solutions of separate problems, along the first dimension of each
             of its tensors; `objective` then returns one value for each, and CG solves for each.
+        has_aux: `objective` returns (value, aux), of which aux, which may be anything, is ignored.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
     are found from φ. They may depend on each other, as copies do or an equation written as two
@@ -69,10 +71,12 @@ class argmin(Condition):
     equality: Callable[..., Any] | None = None
     inequality: Callable[..., Any] | None = None
     tasks: bool = False
+    has_aux: bool = False
     symmetric = True
 
     def __post_init__(self) -> None:
         check_callable("argmin", "objective", self.objective)
+        require_flag(self, "has_aux")
         check_model("argmin", self.model)
         mu = self.strong_convexity
         good = mu is None or (is_number(mu) and 0 < mu < math.inf)
@@ -82,6 +86,10 @@ class argmin(Condition):
             raise InvalidArgumentError("argmin: model does not go with constraints")
         if self.constraints and self.tasks:
             raise InvalidArgumentError("argmin: tasks does not go with constraints")
+
+    @property
+    def _objective(self) -> Callable[..., Any]:
+        return without_aux("argmin: objective", self.objective, self.has_aux)
 
     @functools.cached_property
     def constraints(self) -> Constraints:
@@ -108,7 +116,7 @@ class argmin(Condition):
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "minimize":
             return super().problem_for(solver, call)
-        function = composed(self.objective, self.model, call.args, call.kwargs)
+        function = composed(self._objective, self.model, call.args, call.kwargs)
 
         def objective(phi: Any) -> Tensor:
             return total("argmin: objective", function(phi)[0], tasks_of(self, phi))
@@ -124,11 +132,11 @@ class argmin(Condition):
     def for_tasks(self) -> Condition | None:
         if self.constraints or self.tasks:
             return None
-        objective, model = batched(self.objective, "argmin: objective"), batched_model(self.model)
+        objective, model = batched(self._objective, "argmin: objective"), batched_model(self.model)
         return argmin(objective, self.strong_convexity, model=model, tasks=True)
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
-        returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
+        returned, outputs = composed(self._objective, self.model, call.args, call.kwargs)(phi)
         tasks = tasks_of(self, phi)
         value = total("argmin: objective", returned, tasks)
         objective = Objective(value, variables, outputs=outputs, again=again, tasks=tasks)

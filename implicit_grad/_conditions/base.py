@@ -108,6 +108,23 @@ def check_callable(condition: str, name: str, value: object) -> None:
         )
 
 
+def without_aux(name: str, function: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The function, which with `has_aux` returns (value, aux), as one that returns the value."""
+    if not has_aux:
+        return function
+
+    def value(*args: Any, **kwargs: Any) -> Any:
+        returned = function(*args, **kwargs)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise InvalidArgumentError(
+                f"{name} must return a pair (value, aux) with has_aux=True, got "
+                f"{describe(returned)}"
+            )
+        return returned[0]
+
+    return value
+
+
 def scalar(name: str, value: object) -> Tensor:
     """The value, if it is one floating-point number in a tensor."""
     if not torch.is_tensor(value) or value.numel() != 1 or not value.is_floating_point():

@@ -18,8 +18,10 @@ from implicit_grad._conditions.base import (
     check_callable,
     like_phi,
     scalar,
+    without_aux,
 )
 from implicit_grad._conditions.dependence import scattered
+from implicit_grad._options import require_flag
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.products import gradient, vjp
@@ -40,6 +42,7 @@ class prox_gradient(Condition):
         loss: `loss(phi, *args)` returns a scalar tensor, twice differentiable around the solution.
         prox: `prox(x, step, *args)` returns the φ that minimises g(φ) + ‖φ − x‖²/(2·step), in the
             form of x: one of `implicit_grad.prox`, or any other.
+        has_aux: `loss` returns (value, aux), of which aux, which may be anything, is ignored.
 
     A lasso, and how its sum of weights changes with the penalty (by −Σ (XᵀX)⁻¹sign(w)):
 
@@ -57,6 +60,8 @@ class prox_gradient(Condition):
 
     loss: Callable[..., Tensor]
     prox: Callable[..., Any]
+    _: dataclasses.KW_ONLY
+    has_aux: bool = False
     symmetric = False
     is_minimum: ClassVar[bool] = False
     must_depend_on_phi: ClassVar[bool] = False
@@ -64,6 +69,7 @@ class prox_gradient(Condition):
     def __post_init__(self) -> None:
         check_callable("prox_gradient", "loss", self.loss)
         check_callable("prox_gradient", "prox", self.prox)
+        require_flag(self, "has_aux")
 
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         def prox(x: Any, step: float) -> Any:
@@ -83,7 +89,8 @@ class prox_gradient(Condition):
         return Snapshot(residual, lambda _: Linearization(residual, variables))
 
     def _loss(self, phi: Any, call: Call) -> Tensor:
-        return scalar("prox_gradient: loss", self.loss(phi, *call.args, **call.kwargs))
+        loss = without_aux("prox_gradient: loss", self.loss, self.has_aux)
+        return scalar("prox_gradient: loss", loss(phi, *call.args, **call.kwargs))
 
     def _residual(self, phi: Any, variables: Tensors, call: Call) -> Tensors:
         with torch.enable_grad():

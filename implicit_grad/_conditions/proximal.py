@@ -18,6 +18,7 @@ from implicit_grad._conditions.base import (
     check_model,
     composed,
     curvatures,
+    without_aux,
 )
 from implicit_grad._conditions.batching import aligned, batched, batched_model, tasks_of, total
 from implicit_grad._conditions.lam import LowRank, check_lam, evaluated, proximal_term
@@ -51,6 +52,7 @@ class proximal(Condition):
         tasks: θ and φ are batches of separate problems, along the first dimension of each of their
             tensors; `loss` then returns one value for each, and CG solves for each. A `lam` for
             each task has as many dimensions as θ's tensors.
+        has_aux: `loss` returns (value, aux), of which aux, which may be anything, is ignored.
     """
 
     loss: Callable[..., Tensor]
@@ -59,17 +61,23 @@ class proximal(Condition):
     _: dataclasses.KW_ONLY
     model: Callable[..., Any] | None = None
     tasks: bool = False
+    has_aux: bool = False
     symmetric = True
     must_depend_on_phi: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_callable("proximal", "loss", self.loss)
+        require_flag(self, "has_aux")
         check_model("proximal", self.model)
         require_flag(self, "convex")
         require_flag(self, "tasks")
         diagonal = self.lam.diagonal if isinstance(self.lam, LowRank) else self.lam
         for leaf in () if callable(diagonal) else pytree.leaves(diagonal):
             check_lam(leaf, "proximal")
+
+    @property
+    def _loss(self) -> Callable[..., Any]:
+        return without_aux("proximal: loss", self.loss, self.has_aux)
 
     @property
     def parameters(self) -> Any:
@@ -101,7 +109,7 @@ class proximal(Condition):
     def for_tasks(self) -> Condition | None:
         if self.tasks or isinstance(self.parameters, LowRank):
             return None
-        loss, model = batched(self.loss, "proximal: loss"), batched_model(self.model)
+        loss, model = batched(self._loss, "proximal: loss"), batched_model(self.model)
         return _Stacked(loss, self.lam, self.convex, model=model, tasks=True)
 
     def _pull(self, call: Call) -> ProximalTerm:
@@ -117,7 +125,7 @@ class proximal(Condition):
         if solver != "minimize":
             return super().problem_for(solver, call)
         theta, *rest = call.args
-        whole = composed(self.loss, self.model, rest, call.kwargs)
+        whole = composed(self._loss, self.model, rest, call.kwargs)
 
         def loss(phi: Any) -> Tensor:
             return total("proximal: loss", whole(phi)[0], tasks_of(self, phi))
@@ -126,7 +134,7 @@ class proximal(Condition):
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         theta, *rest = call.args
-        returned, outputs = composed(self.loss, self.model, rest, call.kwargs)(phi)
+        returned, outputs = composed(self._loss, self.model, rest, call.kwargs)(phi)
         tasks, pull = tasks_of(self, phi), self._pull(call)
         value = total("proximal: loss", returned, tasks)
         slot = {id(t): i for i, t in enumerate(variables)}

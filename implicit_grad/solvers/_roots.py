@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import like_phi
-from implicit_grad._errors import (
-    ImplicitGradWarning,
-    InvalidArgumentError,
-    InvalidSolutionError,
-    describe,
-)
+from implicit_grad._conditions.batching import number_of_tasks
+from implicit_grad._errors import ImplicitGradWarning, InvalidSolutionError
 from implicit_grad._options import (
     require_count,
     require_flag,
@@ -44,7 +40,7 @@ class Residual(Variables):
     ) -> None:
         super().__init__(owner, init)
         self._residual, self._with_graph = residual, False
-        self._tasks = _tasks(self.name, self.start) if tasks else None
+        self._tasks = number_of_tasks(self.name, self.start) if tasks else None
         self._flat = Flat(self.start, self._tasks)
         self.eps, self.first = self._flat.eps, self.rows(self.start)
 
@@ -235,16 +231,3 @@ def _target(finder: RootFinder, eps: float, first: Tensor) -> Tensor:
     if rtol is None:
         rtol = eps**DEFAULT_POWER if tol is None else 0.0
     return (rtol * first).clamp(min=tol or 0.0)
-
-
-def _tasks(name: str, phi: Tensors) -> int:
-    """How many tasks there are along the first dimension."""
-    counts = {t.shape[0] if t.dim() else None for t in phi}
-    if len(counts) != 1 or None in counts:
-        raise InvalidArgumentError(
-            f"{name}: with tasks=True, the tensors of phi have as many tasks along their first "
-            f"dimension; got {', '.join(map(describe, phi)) or 'none'}"
-        )
-    (count,) = counts
-    assert count is not None
-    return count

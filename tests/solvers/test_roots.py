@@ -297,10 +297,13 @@ OPTIONS = {
     r"Broyden\(tol=-1\)": lambda: Broyden(tol=-1),
     r"Newton\(tasks=1\)": lambda: Newton(tasks=1),
     r"Bisection\(tol='a'\)": lambda: Bisection(lower=0, upper=1, tol="a"),
-    "as many tasks along their first": lambda: Newton(tasks=True).find_root(
-        lambda x: x, (torch.ones(2), torch.ones(3))
-    ),
+    "the first dimension of each tensor of phi counts the tasks": lambda: Newton(
+        tasks=True
+    ).find_root(lambda x: x, (torch.ones(2), torch.ones(3))),
     "must return the form of phi": lambda: Newton().find_root(lambda x: (x, x), torch.ones(2)),
+    "fixed_point: map must return the form of phi": lambda: ig.implicit(
+        Newton(), ig.fixed_point(lambda x: [x])
+    )(torch.ones(2)),
     "it returned a float64 tensor of shape": lambda: Broyden().find_root(
         lambda x: x[:1], torch.ones(2)
     ),
