@@ -3,6 +3,7 @@
 from implicit_grad import prox, solvers, testing
 from implicit_grad._certify import Certificate, certify
 from implicit_grad._conditions.argmin import argmin
+from implicit_grad._conditions.lagrangian import Multipliers
 from implicit_grad._conditions.lam import LowRank
 from implicit_grad._conditions.learned_lam import LearnedLam
 from implicit_grad._conditions.prox_gradient import prox_gradient
@@ -53,6 +54,7 @@ __all__ = [
     "LowRank",
     "MissingPackageError",
     "Monitor",
+    "Multipliers",
     "Neumann",
     "NormalCG",
     "Nystrom",

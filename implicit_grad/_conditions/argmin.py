@@ -24,11 +24,13 @@ from implicit_grad._conditions.base import (
 )
 from implicit_grad._conditions.batching import batched, batched_model, tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
+from implicit_grad._conditions.lagrangian import Multipliers
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._options import is_number, require, require_flag
 from implicit_grad._theorem.linearization import Curvature
+from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -54,6 +56,8 @@ class argmin(Condition):
         inequality: `inequality(phi, *args)` returns tensors that are at most 0 at a solution.
         tasks: φ is a batch of solutions of separate problems, along the first dimension of each
             of its tensors; `objective` then returns one value for each, and CG solves for each.
+        multipliers: whether a call returns `(phi, multipliers)`, the second as `Multipliers(lower,
+            upper, equality, inequality)` with gradients like φ's.
         has_aux: `objective` returns (value, aux), of which aux, which may be anything, is ignored.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
@@ -71,6 +75,7 @@ class argmin(Condition):
     equality: Callable[..., Any] | None = None
     inequality: Callable[..., Any] | None = None
     tasks: bool = False
+    multipliers: bool = False
     has_aux: bool = False
     symmetric = True
 
@@ -82,10 +87,15 @@ class argmin(Condition):
         good = mu is None or (is_number(mu) and 0 < mu < math.inf)
         require(self, "strong_convexity", good, "None or a number > 0")
         require_flag(self, "tasks")
+        require_flag(self, "multipliers")
         if self.constraints and self.model is not None:
             raise InvalidArgumentError("argmin: model does not go with constraints")
         if self.constraints and self.tasks:
             raise InvalidArgumentError("argmin: tasks does not go with constraints")
+        if self.multipliers and not self.constraints:
+            raise InvalidArgumentError(
+                "argmin: multipliers=True is for minima under bounds, equality or inequality"
+            )
 
     @property
     def _objective(self) -> Callable[..., Any]:
@@ -128,6 +138,17 @@ class argmin(Condition):
 
     def held(self, call: Call) -> Any:
         return (call.args, call.kwargs) if self.constraints else ()  # bounds that are not active
+
+    @property
+    def returns_more(self) -> bool:  # type: ignore[override]
+        return self.multipliers
+
+    def more(self, phi: Any, call: Call) -> Multipliers:
+        tensors, tree = pytree.flatten(phi)
+        own = tuple(t if t.requires_grad else t.detach().requires_grad_() for t in tensors)
+        at, args, kwargs = tree.rebuild(own), call.args, call.kwargs
+        value = total("argmin: objective", self._objective(at, *args, **kwargs), None)
+        return self.constraints.multipliers(value, at, own, args, kwargs)
 
     def for_tasks(self) -> Condition | None:
         if self.constraints or self.tasks:

@@ -50,6 +50,7 @@ class Condition(abc.ABC):
     definite = True
     tasks = False  # φ is a batch of solutions of separate problems
     differentiable_twice = True  # derivatives of derivatives can be had
+    returns_more = False  # a call returns a pair of φ and what follows from it
 
     @property
     def parameters(self) -> Any:
@@ -92,6 +93,10 @@ class Condition(abc.ABC):
             "argmin and proximal, one with `find_root` with root and fixed_point; or pass a "
             "solver function"
         )
+
+    def more(self, phi: Any, call: Call) -> Any:
+        """What a call returns besides φ, if `returns_more`: tensors that follow from φ and call."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:

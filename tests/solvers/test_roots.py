@@ -302,7 +302,7 @@ OPTIONS = {
     ).find_root(lambda x: x, (torch.ones(2), torch.ones(3))),
     "must return the form of phi": lambda: Newton().find_root(lambda x: (x, x), torch.ones(2)),
     "fixed_point: map must return the form of phi": lambda: ig.implicit(
-        Newton(), ig.fixed_point(lambda x: [x])
+        Newton(), ig.fixed_point(lambda x, a: [x])
     )(torch.ones(2)),
     "it returned a float64 tensor of shape": lambda: Broyden().find_root(
         lambda x: x[:1], torch.ones(2)
