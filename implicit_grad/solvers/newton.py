@@ -19,6 +19,8 @@ from implicit_grad.solvers._roots import Method, Residual, RootFinder
 
 # As many unknowns, in each task, have a dense Jacobian by default.
 _DENSE = 100
+# Beyond, a step may take as many products: with fewer digits it still leads downhill.
+_PRODUCTS = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class Newton(RootFinder):
 
     Near a root with a regular Jacobian the digits double with each step. Up to 100 unknowns (in
     each task) the Jacobian is dense, one product a row; beyond, `GMRES` solves for d to three
-    digits with products only (Dembo, Eisenstat and Steihaug, 1982, Inexact Newton methods).
+    digits, or as far as 60 products lead (Dembo, Eisenstat and Steihaug, 1982, Inexact Newton
+    methods).
 
     Args:
         linear_solver: for d, in the place of these two: `ig.MINRES()` where the Jacobian is
@@ -56,7 +59,11 @@ class Newton(RootFinder):
         given = self._given()
         if given is not None:
             return _Iterative(at, given)
-        return _Dense(at) if x.shape[1] <= _DENSE else _Iterative(at, GMRES(rtol=1e-3))
+        return (
+            _Dense(at)
+            if x.shape[1] <= _DENSE
+            else _Iterative(at, GMRES(rtol=1e-3, maxiter=_PRODUCTS))
+        )
 
     def _given(self) -> LinearSolver | None:
         if self.linear_solver is None:
