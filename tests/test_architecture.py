@@ -16,7 +16,16 @@ import implicit_grad as ig
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "implicit_grad"
-NEIGHBOURS = {"learn2learn", "torchopt", "scipy", "gurobipy", "matplotlib", "pytest", "hypothesis"}
+NEIGHBOURS = {
+    "learn2learn",
+    "torchopt",
+    "scipy",
+    "gurobipy",
+    "cvxpy",
+    "matplotlib",
+    "pytest",
+    "hypothesis",
+}
 
 # From the top: what stands in one line does not import from its own line, but within a folder.
 ORDER = (

@@ -7,6 +7,7 @@ there and from what that may import, and other people's packages only where they
 from implicit_grad._errors import MissingPackageError
 from implicit_grad.solvers.bisection import Bisection
 from implicit_grad.solvers.broyden import Broyden
+from implicit_grad.solvers.cvxpy_problem import CVXPY
 from implicit_grad.solvers.fixed_point import FixedPoint
 from implicit_grad.solvers.gradient_descent import GradientDescent
 from implicit_grad.solvers.gurobi_qp import GurobiQP
@@ -20,6 +21,7 @@ from implicit_grad.solvers.torch_optim import TorchOptim
 from implicit_grad.solvers.torchopt import TorchOpt
 
 __all__ = [
+    "CVXPY",
     "Bisection",
     "Broyden",
     "FixedPoint",
