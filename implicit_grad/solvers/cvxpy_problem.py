@@ -42,7 +42,8 @@ class CVXPY:
             to be semi-definite. Its parameters have their old values after a call.
         parameters: the problem's, all of them, in the order of the arguments.
         options: Clarabel's settings, such as {"max_iter": 500}; they have precedence over ours,
-            tolerances of 1e-11.
+            tolerances of 1e-11. Where the objective is flat that leaves x with half the digits, and
+            `implicit(..., polish=1)` finds the others.
 
     The projection of y onto the simplex, with `layer = CVXPY(problem, [y])` for the problem of
     minimising `cvxpy.sum_squares(x - y)` with `x >= 0` and `cvxpy.sum(x) == 1`, is
@@ -95,7 +96,7 @@ class CVXPY:
         """The variables at the solution."""
         options = {**_ACCURATE, **(self.options or {})}
         with self._set(values):
-            data, chain, inverse = self.problem.get_problem_data("CLARABEL")
+            data, chain, inverse = self.problem.get_problem_data("CLARABEL", solver_opts=options)
             raw = chain.solve_via_data(self.problem, data, solver_opts=options)
             found = chain.solver.invert(raw, inverse[-1])
         if found.status not in ("optimal", "optimal_inaccurate"):
