@@ -63,6 +63,20 @@ def test_a_lasso_meets_its_optimality_conditions_and_has_their_derivatives(solve
     close(found, (XS @ q, -(w.detach()[S].sign() @ q)))
 
 
+@pytest.mark.parametrize("unit", [1e-10, 1e10])
+def test_the_objective_s_unit_changes_nothing(unit):
+    """In float32, where a step of length 1 would drown φ, or be drowned."""
+    y = torch.tensor([1.0, 0.05, -0.7], dtype=torch.float32, requires_grad=True)
+    condition = ig.prox_gradient(
+        lambda w, y: unit * (w - y).cosh().sum(), prox.soft_threshold(0.1 * unit)
+    )
+    w = ig.implicit(ProximalGradient(), condition, on_failure="raise")(y)
+    shift = math.asinh(0.1)
+    close(w.double(), torch.tensor([1 - shift, 0.0, shift - 0.7]), 1e-5)
+    slopes = [torch.autograd.grad(t, y, retain_graph=True)[0] for t in w]
+    close(torch.stack(slopes).double(), torch.diag(torch.tensor([1.0, 0.0, 1.0])), 1e-4)
+
+
 def test_the_solver_may_be_any_other_and_phi_inexact():
     """Elements that ought to be 0 and are not quite do not join the support."""
     X, y, lam = sparse_problem()

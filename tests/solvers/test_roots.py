@@ -123,6 +123,13 @@ def test_anderson_on_a_linear_map_ends_after_as_many_steps_as_unknowns():
     close(finder.find_root(lambda x: A @ x - b, torch.zeros(6)), torch.linalg.solve(A, b), 1e-6)
 
 
+def test_broyden_on_a_linear_system_ends_after_twice_as_many_steps_as_unknowns():
+    """Gay (1979), Some convergence properties of Broyden's method."""
+    A, b = torch.eye(6) + 0.1 * torch.randn(6, 6), torch.randn(6)
+    phi = Broyden(maxiter=13, tol=1e-9).find_root(lambda x: A @ x - b, torch.zeros(6))
+    close(phi, torch.linalg.solve(A, b), 1e-8)
+
+
 def test_broyden_needs_no_derivatives():
     phi = Broyden().find_root(
         lambda x: torch.from_numpy(x.numpy() ** 3 - 8), torch.tensor([1.0, 3.0])
