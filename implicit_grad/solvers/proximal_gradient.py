@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import like_phi
+from implicit_grad._conditions.dependence import scattered
 from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, describe
 from implicit_grad._options import (
     require_count,
@@ -131,15 +132,14 @@ class _Run:
         return x, self._missed(self.options.maxiter, _MORE)
 
     def _begin(self, here: Point) -> None:
-        """The first length: 1 over the curvature along the slope."""
+        """The first length: 1 over the curvature along some direction, which may be too long."""
         size, steep = self.start or 1.0, here.norm
-        self.step = size / steep if steep else 1.0
-        if steep:
-            short = self.eps ** (1 / 3) * size
-            ahead = self.seen.at(moved(here.phi, here.slope, -short / steep)).slope
-            change = length(moved(ahead, here.slope, -1.0))
-            if 0 < change < math.inf:
-                self.step = short / change
+        direction = tuple(map(scattered, here.phi))
+        short = self.eps ** (1 / 3) * size / length(direction)
+        ahead = self.seen.at(moved(here.phi, direction, short)).slope
+        curvature = length(moved(ahead, here.slope, -1.0)) / (short * length(direction))
+        straight = size / steep if steep else 1.0  # for an objective that does not bend
+        self.step = 1 / curvature if 0 < curvature < math.inf else straight
         self.shortest = self.step * 2.0**-_HALVINGS
 
     def _stepped(self, here: Point, free: bool) -> tuple[Tensors | None, Tensors]:
