@@ -113,7 +113,7 @@ class Method(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RootFinder(abc.ABC):
+class RootFinding(abc.ABC):
     """Stops when ‖residual‖₂ ≤ tol, or ≤ rtol · ‖residual(init)‖₂; that of each task with tasks."""
 
     maxiter: int = 100
@@ -150,7 +150,7 @@ class RootFinder(abc.ABC):
 class _Run:
     """One search; rows whose residual is small enough stay where they are."""
 
-    def __init__(self, finder: RootFinder, at: Residual) -> None:
+    def __init__(self, finder: RootFinding, at: Residual) -> None:
         self.finder, self.at = finder, at
         self.x, self.f = at.first, at(at.first)
         at.check(self.f, 0, "it is not defined at init")
@@ -225,7 +225,7 @@ _NO_LENGTH = (
 )
 
 
-def _target(finder: RootFinder, eps: float, first: Tensor) -> Tensor:
+def _target(finder: RootFinding, eps: float, first: Tensor) -> Tensor:
     """The norms that end a run, for each row."""
     rtol, tol = finder.rtol, finder.tol
     if rtol is None:

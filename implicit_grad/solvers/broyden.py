@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._options import require_count
-from implicit_grad.solvers._roots import Method, Residual, RootFinder, norms
+from implicit_grad.solvers._roots import Method, Residual, RootFinding, norms
 
 # The least part of its own length that a step's image must have along the step to be learned from.
 _PLAIN = 1e-8
@@ -18,7 +18,7 @@ _FEW = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Broyden(RootFinder):
+class Broyden(RootFinding):
     """φ ← φ − t H residual(φ), H an estimate of the inverse Jacobian that each step mends.
 
     H starts as the multiple of the identity that fits a small step along the residual best, and

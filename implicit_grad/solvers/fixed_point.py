@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from implicit_grad._options import require_count, require_positive
-from implicit_grad.solvers._roots import Method, Residual, RootFinder
+from implicit_grad.solvers._roots import Method, Residual, RootFinding
 
 # Differences of residuals that others explain to this part of them count for nothing.
 _DEPENDENT = 0.6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FixedPoint(RootFinder):
+class FixedPoint(RootFinding):
     """φ ← φ − damping · residual(φ); for `fixed_point(map)` that is φ ← map(φ).
 
     It converges where map is a contraction. With `anderson=m` the last m steps are combined, at

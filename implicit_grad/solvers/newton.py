@@ -15,7 +15,7 @@ from implicit_grad._linear_solvers.gmres import GMRES
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.products import vjp
-from implicit_grad.solvers._roots import Method, Residual, RootFinder
+from implicit_grad.solvers._roots import Method, Residual, RootFinding
 
 # As many unknowns, in each task, have a dense Jacobian by default.
 _DENSE = 100
@@ -24,7 +24,7 @@ _PRODUCTS = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Newton(RootFinder):
+class Newton(RootFinding):
     """φ ← φ + t d with (∂residual/∂φ) d = −residual, t = 1 or halved until ‖residual‖ falls.
 
     Near a root with a regular Jacobian the digits double with each step. Up to 100 unknowns (in
