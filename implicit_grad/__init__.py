@@ -1,10 +1,12 @@
 """implicit_grad: wrap any solver; its backward pass is a linear solve."""
 
-from implicit_grad import solvers, testing
+from implicit_grad import prox, solvers, testing
 from implicit_grad._certify import Certificate, certify
 from implicit_grad._conditions.argmin import argmin
+from implicit_grad._conditions.lagrangian import Multipliers
 from implicit_grad._conditions.lam import LowRank
 from implicit_grad._conditions.learned_lam import LearnedLam
+from implicit_grad._conditions.prox_gradient import prox_gradient
 from implicit_grad._conditions.proximal import proximal
 from implicit_grad._conditions.root import fixed_point, root
 from implicit_grad._errors import (
@@ -52,6 +54,7 @@ __all__ = [
     "LowRank",
     "MissingPackageError",
     "Monitor",
+    "Multipliers",
     "Neumann",
     "NormalCG",
     "Nystrom",
@@ -64,6 +67,8 @@ __all__ = [
     "fixed_point",
     "imaml",
     "implicit",
+    "prox",
+    "prox_gradient",
     "proximal",
     "root",
     "solvers",

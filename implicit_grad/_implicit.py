@@ -94,7 +94,7 @@ def implicit(
             loops need it. (A solver that only applies modules saves memory by working under
             `torch.no_grad()`.) Or one of `implicit_grad.solvers`, which is handed the condition's
             objective.
-        condition: what phi solves: `argmin`, `proximal`, `root` or `fixed_point`.
+        condition: what phi solves: `argmin`, `proximal`, `prox_gradient`, `root` or `fixed_point`.
         linear_solver: what solves Aᵀu = v. By default `CG()` for `argmin` and `proximal`;
             `MINRES()` for equality and inequality constraints and for symmetric roots, where A may
             be indefinite; for other roots and fixed points `GMRES()`, and `NormalCG()` if that
@@ -171,8 +171,8 @@ def implicit(
         raise InvalidArgumentError("implicit: as a decorator, pass the condition as condition=...")
     if not isinstance(condition, Condition):
         raise InvalidArgumentError(
-            "implicit: condition must be argmin(...), proximal(...), root(...) or "
-            f"fixed_point(...), got {_described(condition)}"
+            "implicit: condition must be argmin(...), proximal(...), prox_gradient(...), root(...) "
+            f"or fixed_point(...), got {_described(condition)}"
         )
     if linear_solver is None:
         linear_solver = default_linear_solver(condition)
@@ -272,6 +272,7 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
         )
     if handed:
         condition = _with_bounds_of(solver, setup.condition)
+        _check_prox(solver)
         _check_curvature(setup.curvature, condition, setup.linear_solver)
         training = solver.training if isinstance(solver, Descent) else None
         setup = dataclasses.replace(setup, condition=condition, training=training)
@@ -309,6 +310,15 @@ def _with_bounds_of(solver: Any, condition: Condition) -> Condition:
             "its own; give them once"
         )
     return dataclasses.replace(condition, bounds=bounds)
+
+
+def _check_prox(solver: Any) -> None:
+    """Raise where a minimiser's own prox is not the condition's."""
+    if getattr(solver, "prox", None) is not None:
+        raise InvalidArgumentError(
+            f"implicit: {type(solver).__name__} has a prox, which the condition has to know of: "
+            "leave it out there and give prox_gradient(loss, prox)"
+        )
 
 
 def _to_accuracy(solver: Any, rtol_gradient: float | None) -> Any:

@@ -223,7 +223,26 @@ def convolutional() -> Instance:
     return Instance(solver, ig.proximal(loss, lam), args, reference, wavy)
 
 
-PROBLEMS = (ridge, logistic, spectrum, deep_equilibrium, nonlinear_system, convolutional)
+def lasso() -> Instance:
+    """A lasso with some weights at 0, by proximal gradient steps that are differentiable."""
+
+    def solver(X, y, lam):
+        step, w = 1 / torch.linalg.matrix_norm(X.detach(), 2) ** 2, torch.zeros_like(X[0])
+        for _ in range(300):
+            ahead = w - step * (X.T @ (X @ w - y))
+            w = ahead - ahead.clamp(-step * lam, step * lam)
+        return w
+
+    def objective(w, X, y, lam):
+        return (X @ w - y).square().sum() / 2
+
+    condition = ig.prox_gradient(objective, ig.prox.soft_threshold(lambda X, y, lam: lam))
+    lam = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    args = (normal(12, 4, seed=1), normal(12, seed=2), lam)
+    return Instance(solver, condition, args, solver, wavy)
+
+
+PROBLEMS = (ridge, logistic, spectrum, deep_equilibrium, nonlinear_system, convolutional, lasso)
 
 
 def count_tensors():

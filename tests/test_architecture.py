@@ -16,14 +16,23 @@ import implicit_grad as ig
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "implicit_grad"
-NEIGHBOURS = {"learn2learn", "torchopt", "scipy", "gurobipy", "matplotlib", "pytest", "hypothesis"}
+NEIGHBOURS = {
+    "learn2learn",
+    "torchopt",
+    "scipy",
+    "gurobipy",
+    "cvxpy",
+    "matplotlib",
+    "pytest",
+    "hypothesis",
+}
 
 # From the top: what stands in one line does not import from its own line, but within a folder.
 ORDER = (
     {"__main__"},
     {"__init__"},
     {"testing"},
-    {"_implicit", "_certify", "learn2learn", "monitor"},
+    {"_implicit", "_certify", "learn2learn", "monitor", "prox"},
     {"_wrapper", "solvers"},
     {"_conditions"},
     {"_curvature"},

@@ -20,9 +20,11 @@ from implicit_grad._conditions.base import (
     check_model,
     composed,
     curvatures,
+    without_aux,
 )
 from implicit_grad._conditions.batching import batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
+from implicit_grad._conditions.lagrangian import Multipliers
 from implicit_grad._conditions.loader import Batches, check_batches
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
@@ -73,6 +75,9 @@ class argmin(Condition):
     `Report.batches` says how many there were. Data of the loader get no gradient: what needs one is
     an argument. Our minimisers, handed this condition, minimise the sum. A loader whose workers are
     slow to start needs `persistent_workers=True`: each product is a pass.
+        multipliers: whether a call returns `(phi, multipliers)`, the second as `Multipliers(lower,
+            upper, equality, inequality)` with gradients like φ's.
+        has_aux: `objective` returns (value, aux), of which aux, which may be anything, is ignored.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
     are found from φ. They may depend on each other, as copies do or an equation written as two
@@ -105,21 +110,33 @@ class argmin(Condition):
     batches: Iterable[Any] | None = dataclasses.field(default=None, repr=False)
     regularizer: Callable[..., Tensor] | None = None
     keep: int = 0
+    multipliers: bool = False
+    has_aux: bool = False
     symmetric = True
 
     def __post_init__(self) -> None:
         check_callable("argmin", "objective", self.objective)
+        require_flag(self, "has_aux")
         check_model("argmin", self.model)
         mu = self.strong_convexity
         good = mu is None or (is_number(mu) and 0 < mu < math.inf)
         require(self, "strong_convexity", good, "None or a number > 0")
         require_flag(self, "tasks")
+        require_flag(self, "multipliers")
         if self.constraints and self.model is not None:
             raise InvalidArgumentError("argmin: model does not go with constraints")
         if self.constraints and self.tasks:
             raise InvalidArgumentError("argmin: tasks does not go with constraints")
         apart = {"constraints": self.constraints, "tasks": self.tasks}
         check_batches("argmin", self.batches, self.regularizer, self.keep, apart)
+        if self.multipliers and not self.constraints:
+            raise InvalidArgumentError(
+                "argmin: multipliers=True is for minima under bounds, equality or inequality"
+            )
+
+    @property
+    def _objective(self) -> Callable[..., Any]:
+        return without_aux("argmin: objective", self.objective, self.has_aux)
 
     @functools.cached_property
     def constraints(self) -> Constraints:
@@ -148,7 +165,7 @@ class argmin(Condition):
             return super().problem_for(solver, call)
         if self.batches is not None:
             return self._over_batches(call).value, {}
-        function = composed(self.objective, self.model, call.args, call.kwargs)
+        function = composed(self._objective, self.model, call.args, call.kwargs)
 
         def objective(phi: Any) -> Tensor:
             return total("argmin: objective", function(phi)[0], n_tasks_of(self, phi))
@@ -161,15 +178,26 @@ class argmin(Condition):
     def held(self, call: Call) -> Any:
         return (call.args, call.kwargs) if self.constraints else ()  # bounds that are not active
 
+    @property
+    def returns_more(self) -> bool:  # type: ignore[override]
+        return self.multipliers
+
+    def more(self, phi: Any, call: Call) -> Multipliers:
+        tensors, tree = pytree.flatten(phi)
+        own = tuple(t if t.requires_grad else t.detach().requires_grad_() for t in tensors)
+        at, args, kwargs = tree.rebuild(own), call.args, call.kwargs
+        value = total("argmin: objective", self._objective(at, *args, **kwargs), None)
+        return self.constraints.multipliers(value, at, own, args, kwargs)
+
     def for_tasks(self) -> Condition | None:
         if self.constraints or self.tasks or self.batches is not None:
             return None
-        objective, model = batched(self.objective, "argmin: objective"), batched_model(self.model)
+        objective, model = batched(self._objective, "argmin: objective"), batched_model(self.model)
         return argmin(objective, self.strong_convexity, model=model, tasks=True)
 
     def _over_batches(self, call: Call) -> Batches:
         assert self.batches is not None
-        where, function = "argmin: objective", self.objective
+        where, function = "argmin: objective", self._objective
         return Batches(where, self.batches, function, self.model, self.regularizer, self.keep, call)
 
     def _sample(self, function: Callable[..., Tensor], model: Any) -> Condition:
@@ -179,7 +207,7 @@ class argmin(Condition):
         if self.batches is not None:
             data = self._over_batches(call)
             return data.snapshot(phi, variables, again, Stationarity, self._sample)
-        returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
+        returned, outputs = composed(self._objective, self.model, call.args, call.kwargs)(phi)
         n_tasks = n_tasks_of(self, phi)
         value = total("argmin: objective", returned, n_tasks)
         stationarity = functools.partial(Stationarity, starts=_starts(call.start, phi))

@@ -61,6 +61,7 @@ class Condition(abc.ABC):
     definite = True
     tasks = False  # φ is a batch of solutions of separate problems
     differentiable_twice = True  # derivatives of derivatives can be had
+    returns_more = False  # a call returns a pair of φ and what follows from it
 
     @property
     def parameters(self) -> Any:
@@ -104,6 +105,10 @@ class Condition(abc.ABC):
             "solver function"
         )
 
+    def more(self, phi: Any, call: Call) -> Any:
+        """What a call returns besides φ, if `returns_more`: tensors that follow from φ and call."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         """Evaluate at the container `phi`, whose distinct tensors are `variables`.
@@ -117,6 +122,23 @@ def check_callable(condition: str, name: str, value: object) -> None:
         raise InvalidArgumentError(
             f"{condition}: {name} must be a function of (phi, ...), got {describe(value)}"
         )
+
+
+def without_aux(name: str, function: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The function, which with `has_aux` returns (value, aux), as one that returns the value."""
+    if not has_aux:
+        return function
+
+    def value(*args: Any, **kwargs: Any) -> Any:
+        returned = function(*args, **kwargs)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise InvalidArgumentError(
+                f"{name} must return a pair (value, aux) with has_aux=True, got "
+                f"{describe(returned)}"
+            )
+        return returned[0]
+
+    return value
 
 
 def scalar(name: str, value: object) -> Tensor:

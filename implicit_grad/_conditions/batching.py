@@ -22,12 +22,17 @@ def n_tasks_of(condition: Condition, phi: Any) -> int | None:
     """How many problems there are, if φ is a batch: the length of its first dimension."""
     if not condition.tasks:
         return None
-    tensors = [t for t in pytree.leaves(phi) if torch.is_tensor(t)]
+    tensors = tuple(filter(torch.is_tensor, pytree.leaves(phi)))
+    return number_of_tasks(type(condition).__name__, tensors)
+
+
+def number_of_tasks(name: str, tensors: Tensors) -> int:
+    """The length of the first dimension, if it is the same for all."""
     lengths = {len(t) if t.dim() else 0 for t in tensors}
     if len(lengths) != 1 or 0 in lengths:
         raise InvalidArgumentError(
-            f"{type(condition).__name__}: with tasks=True, the first dimension of each tensor of "
-            f"phi counts the tasks; got {', '.join(map(describe, tensors))}"
+            f"{name}: with tasks=True, the first dimension of each tensor of phi counts the tasks; "
+            f"got {', '.join(map(describe, tensors))}"
         )
     return lengths.pop()
 

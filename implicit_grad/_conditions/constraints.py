@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
 from implicit_grad._conditions.active_set import ActiveSet, Bounds, active_set, split
 from implicit_grad._conditions.bounds import check_pair, spread
+from implicit_grad._conditions.lagrangian import Multipliers, multipliers_at
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError, Status, describe
 from implicit_grad._theorem.linearization import Linearization
@@ -37,7 +39,7 @@ class Constraints:
     def __post_init__(self) -> None:
         if not callable(self.bounds):
             check_pair("argmin", self.bounds)
-        for name in ("equality", "inequality"):
+        for name in _ROWS:
             function = getattr(self, name)
             if function is not None and not callable(function):
                 raise InvalidArgumentError(
@@ -71,15 +73,40 @@ class Constraints:
         self, objective: Objective, phi: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Tensors, Callable[[], Linearization]]:
         """All that was evaluated at φ, and F from it."""
-        lower, upper = spread("argmin", self._pair(args, kwargs), phi)
-        equality, inequality = (
-            [] if function is None else _elements(name, function(phi, *args, **kwargs))
-            for name, function in (("equality", self.equality), ("inequality", self.inequality))
-        )
-        outputs = [t for t in (*lower, *upper, *equality, *inequality) if t is not None]
+        bounds, values = self._evaluated(phi, args, kwargs)
+        equality, inequality = _rows(values)
+        limits = (*bounds.lower, *bounds.upper)
+        outputs = [t for t in (*limits, *equality, *inequality) if t is not None]
         return (objective.value, *outputs), lambda: _linearize(
-            objective, Bounds(lower, upper), equality, inequality
+            objective, bounds, equality, inequality
         )
+
+    def multipliers(
+        self,
+        value: Tensor,
+        phi: Any,
+        variables: Tensors,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> Multipliers:
+        """Those at φ, given the objective's value there; differentiable as far as these are."""
+        bounds, values = self._evaluated(phi, args, kwargs)
+        rows = _rows(values)
+        lower, upper, nu = multipliers_at(value, variables, bounds, *rows)
+        parts = dict(zip(_ROWS, torch.split(nu, [len(r) for r in rows]), strict=True))
+        of_rows = {name: _like(given, parts[name]) for name, given in values.items()}
+        if self.bounds is None:
+            return Multipliers(**of_rows)
+        _, tree = pytree.flatten(phi)
+        return Multipliers(tree.rebuild(lower), tree.rebuild(upper), **of_rows)
+
+    def _evaluated(
+        self, phi: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Bounds, dict[str, Any]]:
+        """Bounds on each tensor of φ, and what the functions that were given return."""
+        bounds = Bounds(*spread("argmin", self._pair(args, kwargs), phi))
+        functions = ((name, getattr(self, name)) for name in _ROWS)
+        return bounds, {name: f(phi, *args, **kwargs) for name, f in functions if f is not None}
 
     def check(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Raise if bounds are wrong for these arguments, whatever φ will be."""
@@ -182,6 +209,14 @@ class KKTSystem(Linearization):
         return tuple(x.masked_fill(fixed, 0.0) for fixed, x in zip(self._fixed, v, strict=False))
 
 
+_ROWS = ("equality", "inequality")
+
+
+def _rows(values: dict[str, Any]) -> list[list[Tensor]]:
+    """The elements of equality and inequality; none of what was not given."""
+    return [_elements(name, values[name]) if name in values else [] for name in _ROWS]
+
+
 def _elements(name: str, values: Any) -> list[Tensor]:
     """All values of a constraint, one by one."""
     tensors = pytree.leaves(values)
@@ -190,3 +225,11 @@ def _elements(name: str, values: Any) -> list[Tensor]:
             f"argmin: {name} must return floating-point tensors, got {describe(values)}"
         )
     return [element for t in tensors for element in t.flatten().unbind()]
+
+
+def _like(values: Any, elements: Tensor) -> Any:
+    """Elements, one after another, in the form of a constraint's values."""
+    leaves = pytree.leaves(values)
+    parts = torch.split(elements, [t.numel() for t in leaves])
+    shaped = [part.view(t.shape).to(t.dtype) for part, t in zip(parts, leaves, strict=True)]
+    return optree.tree_unflatten(pytree.structure(values), shaped)

@@ -18,6 +18,7 @@ from implicit_grad._conditions.base import (
     check_model,
     composed,
     curvatures,
+    without_aux,
 )
 from implicit_grad._conditions.batching import aligned, batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.lam import LowRank, check_lam, evaluated, proximal_term
@@ -55,6 +56,7 @@ class proximal(Condition):
             each task has as many dimensions as θ's tensors.
         batches, regularizer, keep: the loss is the sum over batches of `loss(phi, batch, *args)`,
             plus `regularizer(phi, *args)`: see `argmin`. `args` are without θ here too.
+        has_aux: `loss` returns (value, aux), of which aux, which may be anything, is ignored.
     """
 
     loss: Callable[..., Tensor]
@@ -66,11 +68,13 @@ class proximal(Condition):
     batches: Iterable[Any] | None = dataclasses.field(default=None, repr=False)
     regularizer: Callable[..., Tensor] | None = None
     keep: int = 0
+    has_aux: bool = False
     symmetric = True
     must_depend_on_phi: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_callable("proximal", "loss", self.loss)
+        require_flag(self, "has_aux")
         check_model("proximal", self.model)
         require_flag(self, "convex")
         require_flag(self, "tasks")
@@ -79,6 +83,10 @@ class proximal(Condition):
         diagonal = self.lam.diagonal if isinstance(self.lam, LowRank) else self.lam
         for leaf in () if callable(diagonal) else pytree.leaves(diagonal):
             check_lam(leaf, "proximal")
+
+    @property
+    def _loss(self) -> Callable[..., Any]:
+        return without_aux("proximal: loss", self.loss, self.has_aux)
 
     @property
     def parameters(self) -> Any:
@@ -110,7 +118,7 @@ class proximal(Condition):
     def for_tasks(self) -> Condition | None:
         if self.tasks or self.batches is not None or isinstance(self.parameters, LowRank):
             return None
-        loss, model = batched(self.loss, "proximal: loss"), batched_model(self.model)
+        loss, model = batched(self._loss, "proximal: loss"), batched_model(self.model)
         return _Stacked(loss, self.lam, self.convex, model=model, tasks=True)
 
     def _pull(self, call: Call) -> ProximalTerm:
@@ -129,7 +137,7 @@ class proximal(Condition):
         if self.batches is not None:
             whole = self._over_batches(call).value
             return ProximalObjective(whole, self._pull(call), tuple(pytree.leaves(theta))), {}
-        evaluate = composed(self.loss, self.model, rest, call.kwargs)
+        evaluate = composed(self._loss, self.model, rest, call.kwargs)
 
         def loss(phi: Any) -> Tensor:
             return total("proximal: loss", evaluate(phi)[0], n_tasks_of(self, phi))
@@ -139,7 +147,7 @@ class proximal(Condition):
     def _over_batches(self, call: Call) -> Batches:
         assert self.batches is not None
         rest = Call(call.args[1:], call.kwargs)
-        where, function = "proximal: loss", self.loss
+        where, function = "proximal: loss", self._loss
         return Batches(where, self.batches, function, self.model, self.regularizer, self.keep, rest)
 
     def _sample(self, function: Callable[..., Tensor], model: Any) -> Condition:
@@ -157,7 +165,7 @@ class proximal(Condition):
         if self.batches is not None:
             data = self._over_batches(call)
             return data.snapshot(phi, variables, again, stationarity, self._sample)
-        returned, outputs = composed(self.loss, self.model, rest, call.kwargs)(phi)
+        returned, outputs = composed(self._loss, self.model, rest, call.kwargs)(phi)
         n_tasks = n_tasks_of(self, phi)
         value = total("proximal: loss", returned, n_tasks)
         objective = Objective(value, variables, stationarity, outputs, again, n_tasks=n_tasks)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import optree
 import torch
 
 from implicit_grad._conditions.base import (
@@ -16,8 +15,9 @@ from implicit_grad._conditions.base import (
     Snapshot,
     check_callable,
     like_phi,
+    without_aux,
 )
-from implicit_grad._options import require
+from implicit_grad._options import require, require_flag
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors
@@ -36,23 +36,30 @@ class root(Condition):
             says so. If the matrix is not symmetric after all, a solve that fails or is truncated
             ends as NOT_SYMMETRIC; one that succeeds is right anyhow, for its residual is
             recomputed.
+        has_aux: `residual` returns (value, aux), of which aux, which may be anything, is ignored.
     """
 
     residual: Callable[..., Any]
     symmetric: bool = dataclasses.field(default=False, kw_only=True)
+    has_aux: bool = dataclasses.field(default=False, kw_only=True)
     is_minimum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_callable("root", "residual", self.residual)
+        require_flag(self, "has_aux")
         _check_symmetric(self)
+
+    @property
+    def _residual(self) -> Callable[..., Any]:
+        return without_aux("root: residual", self.residual, self.has_aux)
 
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "find_root":
             return super().problem_for(solver, call)
-        return lambda phi: self.residual(phi, *call.args, **call.kwargs), {}
+        return lambda phi: self._residual(phi, *call.args, **call.kwargs), {}
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
-        residual = self.residual(phi, *call.args, **call.kwargs)
+        residual = self._residual(phi, *call.args, **call.kwargs)
         outputs = like_phi("root: residual", residual, phi, variables)
         return _snapshot(outputs, variables, self.symmetric)
 
@@ -64,30 +71,38 @@ class fixed_point(Condition):
     Args:
         map: `map(phi, *args)` returns tensors in the form of φ.
         symmetric: whether ∂map/∂φ is symmetric at φ, as a gradient step's; see `root`.
+        has_aux: `map` returns (value, aux), of which aux, which may be anything, is ignored.
     """
 
     map: Callable[..., Any]
     symmetric: bool = dataclasses.field(default=False, kw_only=True)
+    has_aux: bool = dataclasses.field(default=False, kw_only=True)
     is_minimum: ClassVar[bool] = False
     must_depend_on_phi: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_callable("fixed_point", "map", self.map)
+        require_flag(self, "has_aux")
         _check_symmetric(self)
+
+    @property
+    def _map(self) -> Callable[..., Any]:
+        return without_aux("fixed_point: map", self.map, self.has_aux)
 
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "find_root":
             return super().problem_for(solver, call)
 
         def residual(phi: Any) -> Any:
-            image = self.map(phi, *call.args, **call.kwargs)
-            phi, image = pytree.opened(phi, image)
-            return optree.tree_map(torch.sub, phi, image, namespace=pytree.NAMESPACE)
+            tensors, tree = pytree.flatten(phi)
+            image = self._map(phi, *call.args, **call.kwargs)
+            there = like_phi("fixed_point: map", image, phi, tensors)
+            return tree.rebuild(tuple(map(torch.sub, tensors, there)))
 
         return residual, {}
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
-        image = self.map(phi, *call.args, **call.kwargs)
+        image = self._map(phi, *call.args, **call.kwargs)
         outputs = like_phi("fixed_point: map", image, phi, variables)
         residual = tuple(p - t for t, p in zip(outputs, variables, strict=True))
         return _snapshot(residual, variables, self.symmetric)

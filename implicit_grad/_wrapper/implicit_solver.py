@@ -28,6 +28,7 @@ from implicit_grad._torch.transforms import (
 )
 from implicit_grad._wrapper.arguments import tell_unread
 from implicit_grad._wrapper.auxiliary import WithAux, check_not_batched
+from implicit_grad._wrapper.completed import completed
 from implicit_grad._wrapper.evaluation import Evaluation, Setup, phi_replaces_first
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad._wrapper.under_transforms import CAPTURED, Transformed
@@ -81,9 +82,15 @@ class ImplicitSolver:
         """Run the solver; the phi it returns has gradients with respect to all its arguments."""
         inputs, tree = self._inputs(args, kwargs)
         if not self.setup.has_aux:
-            return self._phi(inputs, tree, self.run)
+            return self._returned(self._phi(inputs, tree, self.run), inputs, tree)
         run = WithAux(self.run)
-        return self._phi(inputs, tree, run), run.taken()
+        returned = self._returned(self._phi(inputs, tree, run), inputs, tree)
+        return returned, run.taken()
+
+    def _returned(self, phi: Any, inputs: Tensors, tree: Tree) -> Any:
+        """φ, and what follows from it where the condition returns more."""
+        condition = self.setup.condition
+        return completed(condition, phi, inputs, tree) if condition.returns_more else phi
 
     def _phi(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Any:
         if is_transformed(inputs):
@@ -184,9 +191,12 @@ class ImplicitSolver:
                 f"unexpected keyword argument '{name}'" in str(error) for name in constraints
             ):
                 raise
+            what, others = f"constraints ({', '.join(constraints)})", "SciPyMinimize or GurobiQP"
+            if "prox" in constraints:
+                what, others = "a prox", "ProximalGradient"
             raise InvalidArgumentError(
-                f"implicit: {self.solver!r} does not take constraints ({', '.join(constraints)}): "
-                "use SciPyMinimize or GurobiQP of implicit_grad.solvers, or a solver function"
+                f"implicit: {self.solver!r} does not take {what}: use {others} of "
+                "implicit_grad.solvers, or a solver function"
             ) from error
 
 

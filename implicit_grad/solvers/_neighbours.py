@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from implicit_grad._errors import MissingPackageError
 
-_EXTRAS = {"scipy": "scipy", "gurobipy": "gurobi"}
+_EXTRAS = {"scipy": "scipy", "gurobipy": "gurobi", "cvxpy": "cvxpy"}
 
 
 @contextlib.contextmanager

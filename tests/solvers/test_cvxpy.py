@@ -1,0 +1,166 @@
+"""CVXPY's problems: against closed forms, our own constrained minima, and finite differences."""
+
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+import implicit_grad as ig
+from implicit_grad import prox
+from implicit_grad.solvers import CVXPY, ProximalGradient
+
+cp = pytest.importorskip("cvxpy")
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+def close(found, expected, tol=1e-6):
+    torch.testing.assert_close(found, expected, rtol=tol, atol=tol)
+
+
+def wrapped(objective, constraints, parameters, **options):
+    layer = CVXPY(cp.Problem(cp.Minimize(objective), constraints), parameters, **options)
+    return ig.implicit(layer, layer.condition, on_failure="raise")
+
+
+def differences(function, args, h=1e-5):
+    """The gradient of a number, by central differences."""
+    grads = []
+    for i, a in enumerate(args):
+        grad = torch.zeros_like(a)
+        for j in range(a.numel()):
+            step = torch.zeros(a.numel())
+            step[j] = h
+            ends = [
+                function(*args[:i], (a + s * step.view(a.shape)).detach(), *args[i + 1 :])
+                for s in (1, -1)
+            ]
+            grad.view(-1)[j] = (ends[0] - ends[1]).detach() / (2 * h)
+        grads.append(grad)
+    return tuple(grads)
+
+
+def test_projection_onto_the_simplex():
+    x, y = cp.Variable(4, name="x"), cp.Parameter(4)
+    project = wrapped(cp.sum_squares(x - y), [x >= 0, cp.sum(x) == 1], [y])
+    at = torch.tensor([0.9, 0.5, 0.1, -1.0], requires_grad=True)
+    found = project(at)["x"]
+    close(found, torch.tensor([0.7, 0.3, 0.0, 0.0]))
+    rows = [torch.autograd.grad(e, at, retain_graph=True)[0] for e in found]
+    S = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    close(torch.stack(rows), torch.diag(S) - torch.outer(S, S) / 2)
+    assert y.value is None  # nothing of the user's is changed
+
+
+def test_a_lasso_is_that_of_proximal_steps():
+    A, b = torch.randn(12, 6), torch.randn(12)
+    w, P, q = cp.Variable(6, name="w"), cp.Parameter((12, 6)), cp.Parameter(12)
+    lam = cp.Parameter(nonneg=True)
+    by_cvxpy = wrapped(cp.sum_squares(P @ w - q) / 2 + lam * cp.norm1(w), [], [P, q, lam])
+    by_prox = ig.implicit(
+        ProximalGradient(),
+        ig.prox_gradient(
+            lambda w, A, b, lam: (A @ w - b).square().sum() / 2,
+            prox.soft_threshold(lambda A, b, lam: lam),
+        ),
+        init=lambda A, b, lam: torch.zeros(6),
+    )
+    args = tuple(t.requires_grad_() for t in (A, b, torch.tensor(2.0)))
+    v = torch.randn(6)
+    one, other = by_cvxpy(*args)["w"], by_prox(*args)
+    assert 0 < int((other == 0).sum()) < 6
+    close(one, other)
+    close(*(torch.autograd.grad(w @ v, args) for w in (one, other)))
+
+
+def second_order(v):
+    X, y, r = cp.Variable((2, 2), name="X"), cp.Parameter((2, 2)), cp.Parameter(pos=True)
+    solve = wrapped(cp.sum_squares(X - y), [cp.norm(X, "fro") <= r, X[0, 1] >= 0.1], [y, r])
+    args = torch.tensor([[2.0, -0.5], [0.3, 1.0]]), torch.tensor(1.2)
+    return lambda *a: (solve(*a)["X"] * v.view(2, 2)).sum(), args
+
+
+def exponential(v):
+    """Regularised logistic regression, whose losses CVXPY writes with exponential cones."""
+    X, labels = torch.randn(8, 3), torch.randn(8).sign()
+    w, lam = cp.Variable(3, name="w"), cp.Parameter(pos=True)
+    losses = cp.sum(cp.logistic(cp.multiply(-labels.numpy(), X.numpy() @ w)))
+    solve = wrapped(losses + lam * cp.sum_squares(w), [], [lam])
+
+    def outer(lam):
+        found = solve(lam)["w"]
+        slope = torch.func.grad(lambda w: softplus(-labels * (X @ w)).sum() + lam * w @ w)
+        close(slope(found.detach()), torch.zeros(3), 1e-5)
+        return found @ v[:3]
+
+    return outer, (torch.tensor(0.7),)
+
+
+def linear(v):
+    """A corner of a polygon."""
+    x, c, b = cp.Variable(2, name="x"), cp.Parameter(2), cp.Parameter(3)
+    A = torch.tensor([[1.0, 2.0], [3.0, 1.0], [-1.0, 0.0]])
+    solve = wrapped(c @ x, [A.numpy() @ x <= b], [c, b])
+    return lambda c, b: solve(c, b)["x"] @ v[:2], (
+        torch.tensor([-1.0, -1.0]),
+        torch.tensor([4.0, 5.0, 0.0]),
+    )
+
+
+@pytest.mark.parametrize("problem", [second_order, exponential, linear])
+def test_cones_against_finite_differences(problem):
+    outer, args = problem(torch.randn(4))
+    args = tuple(a.requires_grad_() for a in args)
+    found = torch.autograd.grad(outer(*args), args)
+    close(found, differences(outer, args, h=1e-4), 1e-4)
+
+
+def test_vmap_and_float32():
+    x, y = cp.Variable(3, name="x"), cp.Parameter(3)
+    project = wrapped(cp.sum_squares(x - y), [x >= 0], [y])
+    batch = torch.tensor([[1.0, -1.0, 2.0], [-3.0, 0.5, 1.0]], dtype=torch.float32)
+    found = torch.func.vmap(lambda y: project(y)["x"])(batch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, batch.relu(), rtol=1e-4, atol=1e-4)
+
+
+def bad(kind):
+    x, y = cp.Variable(2, name="x"), cp.Parameter(2, name="y")
+    distance = cp.Minimize(cp.sum_squares(x - y))
+    good = cp.Problem(distance, [x >= 0])
+    if kind == "problem":
+        CVXPY(distance, [y])
+    elif kind == "parameters":
+        CVXPY(good, [])
+    elif kind == "dpp":
+        CVXPY(cp.Problem(cp.Minimize(cp.sum_squares(y[0] * (y @ x)))), [y])
+    elif kind == "integers":
+        CVXPY(cp.Problem(cp.Minimize(cp.sum(cp.Variable(2, integer=True)))), [])
+    elif kind == "semi-definite":
+        X = cp.Variable((2, 2), name="X")
+        CVXPY(cp.Problem(cp.Minimize(cp.trace(X) + y @ x), [X >> 0]), [y])(torch.ones(2))
+    elif kind == "names":
+        CVXPY(cp.Problem(cp.Minimize(cp.sum(x + cp.Variable(2, name="x")))), [])
+    elif kind == "shape":
+        CVXPY(good, [y])(torch.ones(3))
+    elif kind == "infeasible":
+        CVXPY(cp.Problem(distance, [x >= 0, x <= y]), [y])(-torch.ones(2))
+    else:
+        CVXPY(good, [y], options=3)
+
+
+REFUSED = {
+    "problem": "must be a cvxpy.Problem",
+    "parameters": "it has y, and none were given",
+    "dpp": r"is_dpp\(\)",
+    "integers": "must be continuous",
+    "semi-definite": "semi-definite and power cones",
+    "names": "need names that differ",
+    "shape": r"shapes, \[\(2,\)\], got \[\(3,\)\]",
+    "infeasible": "the problem is infeasible",
+    "options": "None or a dict",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_work_is_named(kind):
+    with pytest.raises(ig.ImplicitGradError, match=REFUSED[kind]):
+        bad(kind)
