@@ -63,6 +63,9 @@ class argmin(Condition):
         regularizer: with `batches`, `regularizer(phi, *args)` is added to the sum, once.
         keep: with `batches`, keep the graphs of so many batches, the first: a product through one
             takes about a third less time. The others are evaluated again in each product.
+        multipliers: whether a call returns `(phi, multipliers)`, the second as `Multipliers(lower,
+            upper, equality, inequality)` with gradients like φ's.
+        has_aux: `objective` returns (value, aux), of which aux, which may be anything, is ignored.
 
     `batches` is anything that gives its batches each time that it is iterated over: a DataLoader, a
     list. The gradient, products with the Hessian and (∂F/∂a)ᵀu are sums over batches too; each is
@@ -75,9 +78,6 @@ class argmin(Condition):
     `Report.batches` says how many there were. Data of the loader get no gradient: what needs one is
     an argument. Our minimisers, handed this condition, minimise the sum. A loader whose workers are
     slow to start needs `persistent_workers=True`: each product is a pass.
-        multipliers: whether a call returns `(phi, multipliers)`, the second as `Multipliers(lower,
-            upper, equality, inequality)` with gradients like φ's.
-        has_aux: `objective` returns (value, aux), of which aux, which may be anything, is ignored.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
     are found from φ. They may depend on each other, as copies do or an equation written as two
