@@ -241,14 +241,10 @@ class LinearSolver(abc.ABC):
         underflow. `verify=False` allows to skip the product that recomputes the residual where
         nothing was promised about it.
         """
-        largest = float(rhs.abs().max()) if rhs.numel() else 0.0
-        if largest == 0.0:
-            return LinearSolution(torch.zeros_like(rhs), Status.ZERO_RHS, residual=0.0)
-        if not math.isfinite(largest):
-            return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_RHS)
-        limit = largest_exponent(rhs.dtype)
-        unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
-        rhs = rhs / unit  # the caller may have kept no other
+        ready = prepared(rhs)
+        if isinstance(ready, LinearSolution):
+            return ready
+        rhs, unit = ready  # the caller may have kept no other
         return self._solve(operator, rhs, unit, verify).in_units_of(unit)
 
     def solve_tasks(
@@ -260,6 +256,18 @@ class LinearSolver(abc.ABC):
     @abc.abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         """Solve for a right-hand side of magnitude 1, which stands for `unit` times as much."""
+
+
+def prepared(rhs: Tensor) -> LinearSolution | tuple[Tensor, float]:
+    """The solution where there is nothing to solve; else rhs over a power of two, and that."""
+    largest = float(rhs.abs().max()) if rhs.numel() else 0.0
+    if largest == 0.0:
+        return LinearSolution(torch.zeros_like(rhs), Status.ZERO_RHS, residual=0.0)
+    if not math.isfinite(largest):
+        return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_RHS)
+    limit = largest_exponent(rhs.dtype)
+    unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
+    return rhs / unit, unit
 
 
 def largest_exponent(dtype: torch.dtype) -> int:

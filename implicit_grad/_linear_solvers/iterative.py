@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import math
+from collections.abc import Generator
 from typing import ClassVar, TypeVar
 
 import torch
@@ -121,14 +123,15 @@ class Run(abc.ABC):
     def iterate(self) -> None:
         """Solve operator · d = residual, adding d to x; leaves the carried residual behind."""
 
-    def refine(self) -> float:
+    def refine(self, product: Tensor | None = None) -> float:
         """Hold the carried residual to its word: recompute it, and restart where it has drifted.
 
-        Returns the relative residual.
+        `product` is that with x, if it is known. Returns the relative residual.
         """
         before = math.inf
         while True:
-            carried, self.residual = self.residual, self.rhs - self.operator.matvec(self.x)
+            product = self.operator.matvec(self.x) if product is None else product
+            carried, self.residual, product = self.residual, self.rhs - product, None
             self._measure(carried)
             size = norm(self.residual)
             if self.status in (Status.CONVERGED, self.budget.stalled):
@@ -195,3 +198,18 @@ class Run(abc.ABC):
             gap=self.gap,
             rounding=self.rounding,
         )
+
+
+class Stepwise(Run):
+    """A run that can stop where it wants a product, so that several go side by side."""
+
+    @abc.abstractmethod
+    def steps(self) -> Generator[Tensor, Tensor, None]:
+        """`iterate`, which is sent the product with each vector that it yields."""
+
+    def iterate(self) -> None:
+        steps = self.steps()
+        with contextlib.suppress(StopIteration):
+            vector = next(steps)
+            while True:
+                vector = steps.send(self.operator.matvec(vector))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Generator
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from implicit_grad._errors import Status
+from implicit_grad._linear_solvers.abreast import solve_abreast
 from implicit_grad._linear_solvers.base import LinearSolution, Operator, dot, norm
-from implicit_grad._linear_solvers.iterative import Iterative, Run
+from implicit_grad._linear_solvers.iterative import Iterative, Stepwise
 from implicit_grad._options import require_nonnegative
 
 # The decrease of the squared residual over this many iterations tells whether there is progress.
@@ -36,6 +38,7 @@ class MINRES(Iterative):
 
     symmetric_only: ClassVar[bool] = True
     truncates: ClassVar[bool] = True
+    takes_tasks = True
     when_indefinite: ClassVar[str] = "MINRES solved the system: phi is a saddle, or a maximum"
 
     def __post_init__(self) -> None:
@@ -43,20 +46,31 @@ class MINRES(Iterative):
         require_nonnegative(self, "damping")
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        budget = self.budget(operator, rhs, unit)
-        run = _MinimalResidual(operator.damped(self.damping), rhs, budget)
+        run = self._run(operator, rhs, unit)
         run.iterate()
-        found = run.solution(run.refine() if verify or not budget.fixed else None)
-        # the extremes are 0 where M only links two groups of unknowns, such as φ and multipliers
-        return dataclasses.replace(found, norm=None if operator.scale is not None else run.size)
+        return run.solution(run.refine() if verify or not run.budget.fixed else None)
+
+    def solve_tasks(
+        self, operator: Operator, rhs: Tensor, verify: bool
+    ) -> tuple[Tensor, list[LinearSolution]]:
+        return solve_abreast(self._run, operator, rhs, verify)
+
+    def _run(self, operator: Operator, rhs: Tensor, unit: float) -> _MinimalResidual:
+        budget = self.budget(operator, rhs, unit)
+        return _MinimalResidual(operator.damped(self.damping), rhs, budget)
 
 
-class _MinimalResidual(Run):
+class _MinimalResidual(Stepwise):
     """Lanczos tridiagonalisation, and its QR factorisation by one rotation an iteration."""
 
     size = 0.0  # of the tridiagonal matrix, and so of M, from below
 
-    def iterate(self) -> None:
+    def solution(self, residual: float | None) -> LinearSolution:
+        found = super().solution(residual)
+        # the extremes are 0 where M only links two groups of unknowns, such as φ and multipliers
+        return dataclasses.replace(found, norm=self.size if self.operator.scale is None else None)
+
+    def steps(self) -> Generator[Tensor, Tensor, None]:
         """MINRES on operator · d = residual, adding d to x.
 
         Names as in the paper: v is a Lanczos vector (orthonormal in the scale's inner product, u
@@ -74,7 +88,7 @@ class _MinimalResidual(Run):
         gains, least_squares = [math.inf] * _PATIENCE, None
         while self.iterations < self.budget.maxiter:
             v = z / beta
-            product = self.operator.matvec(v)
+            product = yield v
             self.iterations += 1
             product = product.sub(u_before, alpha=beta / beta_before)
             alpha = dot(v, product)
@@ -82,7 +96,8 @@ class _MinimalResidual(Run):
             z = self.operator.over_scale(u)
             square = dot(u, z)
             if not math.isfinite(alpha + square):
-                return self.fail(Status.NONFINITE_OPERATOR)
+                self.fail(Status.NONFINITE_OPERATOR)
+                return
             self.meet(alpha / dot(v, v))
             beta_before, beta = beta, math.sqrt(square)
             self.size = size = max(size, math.hypot(alpha, beta))

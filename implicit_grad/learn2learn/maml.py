@@ -24,6 +24,7 @@ from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
+from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch.clone import cloned
@@ -87,9 +88,10 @@ def imaml(
     Choosing: with a `lam` of your own, φ is the minimum of loss + λ/2 ‖φ − θ‖² and steps are
     φ ← (φ − lr ∇loss(φ) + lr·λ·θ)/(1 + lr·λ), stable for every λ; but the pull to θ adds up, so
     keep steps · lr · λ around 1 or below (beyond lr·λ = 20 nothing moves, which is told). A few
-    steps do not solve the inner problem, and H is often indefinite there; CG then stops early,
-    towards first-order MAML, and reports it (`monitor`). "gauss_newton" is never indefinite, but
-    further from MAML's gradient than the Hessian, which is the default.
+    steps do not solve the inner problem, and H is often indefinite there, which is reported
+    (`monitor`): CG then stops early, towards first-order MAML; MINRES goes on, and is the default
+    without a `lam`. "gauss_newton" is never indefinite, but further from MAML's gradient than the
+    Hessian, which is the default.
 
     With create_graph=True (second derivatives, as in TRPO; of `adapt(closure)` only) a solve for a
     fixed number of iterations goes on to the default tolerance.
@@ -107,11 +109,12 @@ def imaml(
             floating-point parameter of the model; `LearnedLam(model)`, learned and positive, for
             each tensor or element; or `LowRank`, a matrix.
         lr: the length of the adaptation's steps, for a model. A MAML has its own.
-        linear_solver: by default `CG(maxiter=5)`, the paper's; `EarlyStopped(maxiter=5)` is nearest
-            to MAML's own gradient, the product over the steps, which it takes as a power around
-            the step in the middle, whose graph is kept besides the last (with losses given as
-            tensors, from the second learner on: the first says how many steps there are); or a
-            function `solve(matvec, b)`, see `implicit`.
+        linear_solver: by default `MINRES(maxiter=5)`, whose solution stays short where the Hessian
+            is indefinite, as it is after a few steps; with a `lam` `CG(maxiter=5)`, the paper's.
+            `EarlyStopped(maxiter=5)` is nearest to MAML's own gradient, the product over the steps,
+            which it takes as a power around the step in the middle, whose graph is kept besides the
+            last (with losses given as tensors, from the second learner on: the first says how many
+            steps there are). Or a function `solve(matvec, b)`, see `implicit`.
         solver: minimises the inner objective in `adapt(closure)`: an object with
             `minimize(objective, init)` (see `implicit_grad.solvers`), or such a function. By
             default gradient descent with MAML's lr.
@@ -141,7 +144,7 @@ def imaml(
     [True, True]
     """
     if linear_solver is None:
-        linear_solver = CG(maxiter=5)
+        linear_solver = MINRES(maxiter=5) if lam is None else CG(maxiter=5)
     check_option(check, "imaml")
     linear_solver = as_linear_solver(linear_solver, "imaml", "CG(), MINRES(), Neumann(), Exact()")
     _check(module_or_maml, lam, solver, curvature, linear_solver)

@@ -584,7 +584,6 @@ BAD_CLONES = {
     "True": (True, {}, r"clone\(tasks=True\): expected"),
     "string": ("3", {}, r"clone\(tasks='3'\): expected"),
     "float": (3.0, {}, r"clone\(tasks=3\.0\): expected"),
-    "MINRES": (3, {"linear_solver": ig.MINRES()}, f"{PLAIN}.*got MINRES"),
     "Exact": (3, {"linear_solver": ig.Exact()}, f"{PLAIN}.*got Exact"),
     "Neumann": (3, {"linear_solver": ig.Neumann()}, f"{PLAIN}.*got Neumann"),
     "Jacobi": (3, {"linear_solver": CG(preconditioner=ig.Jacobi())}, f"{PLAIN}.*got CG"),
