@@ -37,7 +37,7 @@ import implicit_grad as ig
 from implicit_grad.learn2learn import ImplicitMAML
 
 LR, META_LR = 0.1, 1e-2
-MAX_KL, CG_STEPS, DAMPING = 0.02, 5, 1e-3
+MAX_KL, CG_STEPS, DAMPING = 0.02, 4, 1e-3
 EPOCHS, CLIP, KL_WEIGHT = 4, 0.2, 5e-4
 COLOURS = {
     "MAML": ORANGE,
@@ -246,7 +246,7 @@ def meta_train(algorithm: str, method: str, seed: int, chosen: Any) -> Run:
         return Task(before, episodes(adapted(maml, loss, before), navigation, goal))
 
     returns: list[tuple[float, float]] = []
-    seconds, every = 0.0, max(1, chosen.iterations // 10)
+    seconds, every = 0.0, max(1, chosen.iterations // 5)
     for iteration in progress(range(chosen.iterations + 1), f"{algorithm}, {method}"):
         if iteration % every == 0:
             tasks = [met(goal) for goal in goals]
@@ -279,7 +279,7 @@ def draw(runs: dict[tuple[str, str], list[Run]], iterations: int) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> dict[tuple[str, str], list[Run]]:
     """All algorithms by all methods over seeds, one table, one picture."""
-    defaults = {"iterations": 20, "tasks": 6, "episodes": 20, "test": 20, "width": 32, "seeds": 3}
+    defaults = {"iterations": 15, "tasks": 5, "episodes": 20, "test": 16, "width": 32, "seeds": 3}
     chosen = options(__doc__, arguments, **defaults)
     runs = {
         pair: [meta_train(*pair, seed, chosen) for seed in range(chosen.seeds)] for pair in pairs()
