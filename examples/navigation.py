@@ -18,7 +18,8 @@ starts from, by the outer loss of
 Each by MAML, by first-order MAML, and by `ig.imaml(maml)` with its default and, but for TRPO, with
 `EarlyStopped(maxiter=5)`. A policy's loss is far from convex: I + lr·H, which the default inverts,
 comes to have eigenvalues near 0 and below, and gradients become too long, or stop at first order.
-MAML's own I − lr·H, which EarlyStopped takes, does not mind.
+EarlyStopped has MAML's own I − lr·H, but for curvatures that a step overshoots, beyond 2/lr: there
+it is 0. DiCE's estimates of H have such (lr·h from −14 to 14), which MAML's gradients multiply.
 """
 
 import time

@@ -83,6 +83,7 @@ def test_dice_has_the_policy_gradient_and_the_value_of_the_returns(met: tuple[An
 
 @pytest.mark.parametrize("loss", ["policy_gradient", "ratio", "dice"])
 def test_early_stopped_after_one_step_is_maml(loss: str, met: tuple[Any, Any]) -> None:
+    """Where no curvature is beyond 2 / lr."""
     import navigation
 
     policy, found = met
