@@ -199,10 +199,12 @@ class MetaLoss(nn.Module):
 
 def sharded(module: nn.Module) -> nn.Module:
     """As a whole; torch before 2.6 has no fully_shard, and data-parallel processes stand in."""
-    fully_shard = getattr(torch.distributed.fsdp, "fully_shard", None)
+    from torch.distributed import device_mesh, fsdp
+
+    fully_shard = getattr(fsdp, "fully_shard", None)
     if fully_shard is None:
         return nn.parallel.DistributedDataParallel(module)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    mesh = device_mesh.init_device_mesh("cpu", (2,))
     return fully_shard(module, mesh=mesh)
 
 
