@@ -1,4 +1,4 @@
-"""The examples' modules, for benchmarks that run on the same data."""
+"""The examples' modules, for benchmarks that run on the same data or report in the same way."""
 
 import sys
 from pathlib import Path
@@ -6,5 +6,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import characters
+import checkpoint
+import reporting
 
-__all__ = ["characters"]
+__all__ = ["characters", "checkpoint", "reporting"]

@@ -10,6 +10,9 @@ drawings of a query are classified together.
 
 `--batched` lets implicit MAML adapt to all tasks of a meta-batch at once, with the same numbers up
 to rounding: on a GPU, one task alone keeps little of it busy.
+
+Under `torchrun --nproc-per-node 2 examples/few_shot.py ...` two processes share each meta-batch
+and the test tasks, with the numbers of one process up to rounding; all must see the same --out.
 """
 
 import quiet  # isort: skip  # noqa: F401 (before those that it keeps quiet)
@@ -32,6 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from runs import TEST_SEED, Run
 from torch import Tensor, nn
+from workers import workers
 
 import implicit_grad as ig
 from implicit_grad.learn2learn import ImplicitMAML
@@ -76,7 +80,7 @@ class MetaLearner:
     """A network, the part of it that adapts to a task, and the meta-optimiser of the whole."""
 
     def __init__(self, algorithm: str, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.workers = options, options.workers
         self.model = l2l.vision.models.OmniglotCNN(options.ways, options.hidden).to(options.device)
         head_only = algorithm.startswith("anil")
         self.features = self.model.features if head_only else nn.Identity()
@@ -119,23 +123,27 @@ class MetaLearner:
     def step(self, tasks: l2l.data.Taskset) -> dict[str, float]:
         """One meta-iteration; means over its tasks, and the share of linear solves that failed."""
         count = self.options.meta_batch
-        total_loss = total_accuracy = 0.0
+        share = self.workers.share(tasks.sample() for _ in range(count))
+        scores: list[tuple[float, float]] = []
         self.optimiser.zero_grad()
-        for losses, accuracies in self.adapt(tasks.sample() for _ in range(count)):
-            loss = losses.sum()
-            (loss / count).backward()
-            total_loss += loss.item()
-            total_accuracy += accuracies.sum().item()
+        for losses, accuracies in self.adapt(share):
+            (losses.sum() / count).backward()
+            scores += zip(losses.flatten().tolist(), accuracies.flatten().tolist(), strict=True)
+        self.workers.add_gradients(self.model.parameters())
         self.optimiser.step()
+        scores = self.workers.together(scores)
+        total_loss, total_accuracy = (sum(column) for column in zip(*scores, strict=True))
         news = {"loss": total_loss / count, "accuracy": total_accuracy / count}
         if self.monitor is not None:
-            news["failed_solves"] = sum(not r.status.ok for r in self.monitor.reports) / count
+            reports = self.workers.together(self.monitor.reports)
+            news["failed_solves"] = sum(not r.status.ok for r in reports) / count
             self.monitor.clear()
         return news
 
     def accuracies(self, tasks: list[Batch]) -> list[float]:
         """The accuracy on each of the given tasks."""
-        return [a for _, found in self.adapt(tasks) for a in found.flatten().tolist()]
+        found = [a for _, some in self.adapt(self.workers.share(tasks)) for a in some.flatten()]
+        return self.workers.together([a.item() for a in found])
 
     def state(self) -> dict[str, Any]:
         """Weights and optimiser."""
@@ -168,12 +176,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser()
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    console = Console()
     try:
-        tasks, test_tasks = load_tasks(options)
-        runs = plan(options)
+        with workers(options.device) as (options.workers, options.device):
+            do_all(options, Console(quiet=not options.workers.is_first))
     except InputError as error:
         parser.error(str(error))
+
+
+def do_all(options: argparse.Namespace, console: Console) -> None:
+    """The runs, with bars of progress; what came out, from the first worker."""
+    tasks, test_tasks = load_tasks(options)
+    runs = plan(options)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -187,9 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 console.print(f"{run.name}: finished before, {run.folder}")
             else:
                 run.do(tasks, test_tasks, progress)
-    finished = reporting.finished_runs(options.out)
-    console.print(reporting.table(result for _, result in finished))
-    console.print(f"{reporting.draw_curves(finished, options.out)}")
+    if options.workers.is_first:
+        finished = reporting.finished_runs(options.out)
+        console.print(reporting.table(result for _, result in finished))
+        console.print(f"{reporting.draw_curves(finished, options.out)}")
 
 
 def load_tasks(options: argparse.Namespace) -> tuple[l2l.data.Taskset, list[Batch]]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,10 +67,11 @@ class Result:
 class Log:
     """A CSV that grows by one row an iteration and can be taken up again at any of them."""
 
-    def __init__(self, folder: Path, iteration: int) -> None:
+    def __init__(self, folder: Path, iteration: int, *, writes: bool = True) -> None:
         """Open the log, keeping of an older one the rows up to `iteration` (negative: none)."""
-        path = folder / LOG
-        kept = [row for row in read_log(folder) if int(row["iteration"]) <= iteration]
+        path = folder / LOG if writes else Path(os.devnull)
+        before = read_log(folder) if writes else []
+        kept = [row for row in before if int(row["iteration"]) <= iteration]
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
         self.writer.writeheader()

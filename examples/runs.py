@@ -64,6 +64,11 @@ class Run:
         """Where it writes."""
         return self.options.out / self.name
 
+    @property
+    def writes(self) -> bool:
+        """Whether this worker writes there; of several, which have the same news, the first."""
+        return self.options.workers.is_first
+
     def finished(self) -> bool:
         """Whether an earlier call has done all that is asked for."""
         result, options = Result.load(self.folder), self.options
@@ -90,7 +95,7 @@ class Run:
         with checkpoint.own_random_numbers(TEST_SEED):
             memory = self.build().peak_memory(tasks)
         learner, start, seconds = self._begin()
-        with Log(self.folder, start) as log:
+        with Log(self.folder, start, writes=self.writes) as log:
             if start == 0:
                 test(learner, test_tasks[: options.eval_tasks], log, 0, seconds)
             bar = progress.add_task(self.name, total=options.iterations, completed=start, news="")
@@ -118,16 +123,18 @@ class Run:
             peak_memory=memory,
             model_sha256=learner.sha256(),
         )
-        result.save(self.folder)
+        if self.writes:
+            result.save(self.folder)
         return result
 
     def _begin(self) -> tuple[Learner, int, float]:
         """A learner, the iterations behind it and their seconds: of the checkpoint, or fresh."""
         path = self.folder / CHECKPOINT
         resume = self.options.resume and path.exists()
-        for stale in (RESULT,) if resume else (RESULT, LOG, CHECKPOINT):
-            (self.folder / stale).unlink(missing_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            for stale in (RESULT,) if resume else (RESULT, LOG, CHECKPOINT):
+                (self.folder / stale).unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.seed_all(self.config["seed"])
         learner = self.build()
         if not resume:
@@ -138,13 +145,14 @@ class Run:
 
     def _save(self, learner: Learner, iteration: int, seconds: float) -> None:
         """Write a checkpoint."""
-        checkpoint.save(
-            self.folder / CHECKPOINT,
-            config=self.config,
-            iteration=iteration,
-            seconds=seconds,
-            learner=learner.state(),
-        )
+        if self.writes:
+            checkpoint.save(
+                self.folder / CHECKPOINT,
+                config=self.config,
+                iteration=iteration,
+                seconds=seconds,
+                learner=learner.state(),
+            )
 
 
 def test(learner: Learner, tasks: list[Batch], log: Log, iteration: int, seconds: float) -> Score:

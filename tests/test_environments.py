@@ -182,8 +182,42 @@ def processes(rank: int, address: str, file: str) -> None:
         data_parallel.zero_grad()
         behind_a_layer(data_parallel, inner, 10 * step + rank).backward()
         found.append([p.grad.clone() for p in encoder.parameters()])
-    torch.save(found, f"{file}.{rank}")
+    torch.save((found, [meta_gradient(wrap, rank) for wrap in META_WRAPPERS]), f"{file}.{rank}")
     torch.distributed.destroy_process_group()
+
+
+class MetaLoss(nn.Module):
+    """A meta-loss as a module's forward, so that what wraps a module can wrap it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = network().eval()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return mse_loss(adapted(wrapped(self.model), "tensor")(x), y)
+
+
+def sharded(module: nn.Module) -> nn.Module:
+    """As a whole; torch before 2.6 has no fully_shard, and data-parallel processes stand in."""
+    from torch.distributed import device_mesh, fsdp
+
+    fully_shard = getattr(fsdp, "fully_shard", None)
+    if fully_shard is None:
+        return nn.parallel.DistributedDataParallel(module)
+    mesh = device_mesh.init_device_mesh("cpu", (2,))
+    return fully_shard(module, mesh=mesh)
+
+
+META_WRAPPERS = (nn.parallel.DistributedDataParallel, sharded)
+
+
+def meta_gradient(wrap: Callable[[nn.Module], nn.Module], rank: int) -> Tensor:
+    """The meta-gradient that a process has in the end."""
+    module = MetaLoss()
+    parallel = wrap(module)  # it must live until backward() is done
+    parallel(*batch(rank)).backward()
+    found = [p.grad for p in module.parameters()]
+    return torch.cat([getattr(g, "full_tensor", lambda g=g: g)().flatten() for g in found])
 
 
 def shared_encoder() -> nn.Module:
@@ -221,16 +255,23 @@ def test_data_parallel_processes_average_the_gradients(tmp_path):
         for process in context.processes:
             process.kill()
     encoder, inner = shared_encoder(), network().eval()
-    ranks = [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
+    saved = [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
+    ranks, wrappers = zip(*saved, strict=True)
     for step in range(2):
-        alone = [
+        each = [
             grad(behind_a_layer(encoder, inner, 10 * step + rank), list(encoder.parameters()))
             for rank in range(2)
         ]
-        average = [(a + b) / 2 for a, b in zip(*alone, strict=True)]
-        assert not torch.allclose(alone[0][0], alone[1][0], rtol=1e-2)
+        average = [(a + b) / 2 for a, b in zip(*each, strict=True)]
+        assert not torch.allclose(each[0][0], each[1][0], rtol=1e-2)
         for found in ranks:
             near(found[step], average, 1e-12)
+    alone = MetaLoss()
+    mean = (alone(*batch(0)) + alone(*batch(1))) / 2
+    expected = torch.cat([g.flatten() for g in grad(mean, list(alone.parameters()))])
+    for found in wrappers:
+        for gradient in found:
+            near([gradient], [expected], 1e-12)
 
 
 # ---------------------------------------------------------------- nested layers

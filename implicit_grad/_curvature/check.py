@@ -41,7 +41,8 @@ _HELD = (
     "phi is held constant in it (.detach(), torch.no_grad(), a target network). A solver that "
     "makes the value smallest and one that stops where this gradient is zero end at different phi, "
     "and the implicit gradient is that of neither. For the first let nothing be held; for the "
-    "second give ig.root the gradient, written out"
+    "second give ig.root the gradient, written out. An estimator that means it, such as DiCE, "
+    'takes check="never"'
 )
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
 Elsewhere = Callable[[Tensors, Tensors], Tensors]

@@ -123,7 +123,8 @@ def imaml(
             "hessian" and "finite_difference" insist on one of them; "gauss_newton" leaves out the
             model's own curvature and is never indefinite for the usual losses.
         check: whether the products of `adapt(closure)` are held against differences of gradients:
-            "once" for all clones and each kind of graph, "always" or "never"; see `implicit`. The
+            "once" for all clones and each kind of graph, "always" or "never" (for estimators whose
+            gradient is not the derivative of their value, such as DiCE); see `implicit`. The
             closure is then called a few times more. `adapt(loss)` of a tensor cannot be checked,
             for there is nothing to call again.
         monitor: collects a `Report` for each backward solve.

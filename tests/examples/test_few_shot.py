@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +91,31 @@ def test_batched_is_the_loop(
     loop, batched = (result(tmp_path / way / name) for way in ("loop", "batched"))
     assert loop["score"]["accuracy"] == pytest.approx(batched["score"]["accuracy"], abs=0.03)
     assert batched["config"] == {**loop["config"], "batched": True}
+
+
+def test_two_workers_do_what_one_process_does(
+    omniglot: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """Three tasks for two, and five to test on; solves that fail in either are counted."""
+    arguments = ["--data", f"omniglot:{omniglot[0]}", "--algorithm", "imaml", "--iterations", "3"]
+    arguments += ["--curvature", "hessian", "--meta-batch", "3", "--test-tasks", "5"]
+    few_shot(tmp_path / "one", *arguments)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = ["--nproc-per-node=2", str(EXAMPLES / "few_shot.py"), *TINY, *arguments]
+    ran = subprocess.run(
+        [*torchrun, *script, "--out", str(tmp_path / "two")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.stdout.count("MiB") == 1  # the table of results
+    one, two = (tmp_path / way / "imaml-seed0" for way in ("one", "two"))
+    for column in ("loss", "accuracy", "failed_solves", "test_accuracy"):
+        expected = {k: float(v) for k, v in rows(one, column).items()}
+        found = {k: float(v) for k, v in rows(two, column).items()}
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert any(float(v) for v in rows(two, "failed_solves").values())
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(
