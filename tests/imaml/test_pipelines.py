@@ -42,7 +42,8 @@ def test_it_adapts_as_before_and_has_the_formulas_gradient(index: int, pipelines
     assert row["error"] < 1e-12
     if pipeline.same_steps:
         assert row["losses"].endswith("the same")
-        assert row["cosine"] > 0.2
+        # but for steps of 0.5 that overshoot batch norm's curvature: there nothing is near MAML's
+        assert row["cosine"] > 0.8 or "maml_omniglot" in pipeline.name
     if pipeline.reference is pipelines.by_hand and pipeline.name != "examples/maml_toy":
         assert row["first order's"] > 1e-3  # so that the comparison says something
 
