@@ -40,11 +40,13 @@ class Reads(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def system(n: int = 40, least: float = 1.0) -> tuple[Operator, Tensor]:
+def system(n: int = 40, least: float = 1.0, number: float | None = None) -> tuple[Operator, Tensor]:
+    """A system with a scale for each element, or one that is a number."""
     random = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(n, n, generator=random, dtype=F64))[0]
     matrix = basis @ torch.diag(torch.linspace(least, 50, n, dtype=F64)) @ basis.T
-    scale = torch.rand(n, generator=random, dtype=F64) + 0.5
+    each = torch.rand(n, generator=random, dtype=F64) + 0.5
+    scale = each if number is None else number
     rhs = torch.randn(n, generator=random, dtype=F64)
     return Operator(lambda x: matrix @ x, lambda x: matrix @ x, scale), rhs
 
@@ -80,8 +82,9 @@ SOLVERS = {
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("least", [1.0, -20.0], ids=["definite", "indefinite"])
-def test_the_solutions_are_the_same(name, least, request):
-    operator, rhs = system(least=least)
+@pytest.mark.parametrize("number", [None, 0.25], ids=["scale per element", "scale"])
+def test_the_solutions_are_the_same(name, least, number, request):
+    operator, rhs = system(least=least, number=number)
     expected = SOLVERS[name].solve(operator, rhs)
     request.getfixturevalue("waiting")
     found = SOLVERS[name].solve(operator, rhs)
