@@ -4,7 +4,7 @@
 #   make lint     style and types only
 #   make docs     the site, into out/docs; a warning is an error
 #   make demo     why switch from MAML: a table and a picture, in a minute (DEMO=--help lists more)
-#   make bench    the quick measurements (minutes), into out/
+#   make bench    the quick measurements (minutes), into out/; then README's ratios beside them
 #   make matrix   the tests with other arithmetic, Pythons, torches (hours, tens of GB; not in CI)
 #   make clean    remove everything made here, the environment too
 #
@@ -51,6 +51,8 @@ bench: $(READY)
 	$(SAY) 'measurements into out/ (the others need data, peers or time: see benchmarks/README.md)'
 	@for run in $(BENCH); do set -- $$(echo $$run | tr , ' '); script=$$1; shift; \
 	  $(BIN)/python benchmarks/$$script.py --out out $$* || exit 1; done
+	$(SAY) 'what README claims, and what was measured now'
+	@$(BIN)/python benchmarks/claims.py --out out
 
 matrix: $(READY)
 	@$(BIN)/python tests/matrix.py $(MATRIX)

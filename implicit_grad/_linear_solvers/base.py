@@ -17,9 +17,22 @@ from implicit_grad._errors import Status
 _LONG_ROW = 2**13
 
 
+def waited_for(x: Tensor) -> bool:
+    """Whether to read a number of this tensor is to wait for all that was launched before."""
+    return x.is_cuda
+
+
+def read(*numbers: Tensor) -> list[float]:
+    """The numbers, with one wait for the device."""
+    if waited_for(numbers[0]):
+        told: list[float] = torch.stack(numbers).tolist()
+        return told
+    return [float(number) for number in numbers]
+
+
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """xᵀy for each task, in double precision: what follows from it is small."""
-    if x.is_cuda or x.shape[1] < _LONG_ROW:
+    if waited_for(x) or x.shape[1] < _LONG_ROW:
         products: Tensor = torch.linalg.vecdot(x, y)
     else:
         products = torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])

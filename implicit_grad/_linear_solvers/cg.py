@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -17,7 +17,9 @@ from implicit_grad._linear_solvers.base import (
     Operator,
     dot,
     norm,
+    read,
     relative_residual,
+    waited_for,
 )
 from implicit_grad._linear_solvers.cg_batched import first_order, solve_tasks
 from implicit_grad._linear_solvers.early_stopped import UNKNOWN_TIME, instead_of_minimum, of_one
@@ -56,6 +58,9 @@ class ConjugateGradients(Run):
         self.coefficients: list[tuple[float, float, float]] = []
         self.warm = False
         self._claim: _Claim | None = None
+        # With a fixed budget a look at the residual may come one product late: nothing is expected
+        # to end the run. Elsewhere that would cost a product, which takes longer than a look.
+        self._looks_late = waited_for(rhs) and budget.fixed and operator.rtol_error is None
 
     def start_at(self, x: Tensor) -> None:
         """Start from x if it is nearer than 0 in the energy norm; takes one product, and x itself.
@@ -81,45 +86,62 @@ class ConjugateGradients(Run):
         if not rz > 0:
             return self._stop_at_preconditioner()
         p = z * weight
-        watch = None if self.operator.rtol_error is None else ErrorWatch(self.operator.mu, rz)
-        energy, gains = 0.0, [math.inf] * PATIENCE
-        eps, size = torch.finfo(r.dtype).eps, norm(self.rhs)
+        self._rz, self._energy, self._gains = rz, 0.0, [math.inf] * PATIENCE
+        self._watch = self._watched(rz)
+        eps, size, alpha = torch.finfo(r.dtype).eps, norm(self.rhs), 0.0
+        unread: Sequence[Tensor] = ()
         while self.iterations < self.budget.maxiter:
             product = self.operator.matvec(p)
             self.iterations += 1
-            pMp = dot(p, product)
+            pMp, pp, *late = read(torch.dot(p, product), torch.dot(p, p), *unread)
+            if late and self._ends(alpha, late[0], weight * late[-1]):
+                return
             if not math.isfinite(pMp):
                 return self.fail(Status.NONFINITE_OPERATOR)
-            pp = dot(p, p)
             self.meet(pMp / pp)
             if pMp <= 0:
                 return self._stop_at_negative_curvature()
-            alpha = rz / pMp
+            alpha = self._rz / pMp
             if alpha * math.sqrt(pp) * self._extremes[1] * eps > LOST * size:
                 self.status = Status.SINGULAR
                 return
             self.x.add_(p, alpha=alpha)
             r.sub_(product, alpha=alpha)
             del product  # the next one need not find it still there
-            rr = dot(r, r)
             z, weight = self._preconditioned(r)
-            gain, rz_before = alpha * rz, rz
-            rz = weight * (rr if z is r else dot(r, z))
-            beta = rz / rz_before
-            self.coefficients.append((alpha, beta, rz))
-            if math.sqrt(rr) <= self.budget.target:
-                self.status = Status.CONVERGED
-                return
-            if not rz > 0:
-                return self._stop_at_preconditioner()
-            if watch is not None and self._near_enough(watch):
-                self.status = Status.CONVERGED
-                return
-            energy, gains = energy + gain, [*gains[1:], gain]
-            if sum(gains) <= eps**2 * energy:
-                self.status = self.budget.stalled
-                return
+            squares = (torch.dot(r, r),) if z is r else (torch.dot(r, r), torch.dot(r, z))
+            beta: float | Tensor
+            if self._looks_late and self.iterations < self.budget.maxiter:
+                unread, beta = squares, squares[-1] * (weight / self._rz)
+            else:
+                unread, before, now = (), self._rz, read(*squares)
+                if self._ends(alpha, now[0], weight * now[-1]):
+                    return
+                beta = self._rz / before
             p.mul_(beta).add_(z, alpha=weight)
+
+    def _ends(self, alpha: float, rr: float, rz: float) -> bool:
+        """Take note of an iteration and the residual it left; whether the run ends with it."""
+        gain, before, self._rz = alpha * self._rz, self._rz, rz
+        self.coefficients.append((alpha, rz / before, rz))
+        if math.sqrt(rr) <= self.budget.target:
+            self.status = Status.CONVERGED
+            return True
+        if not rz > 0:
+            self._stop_at_preconditioner()
+            return True
+        if self._watch is not None and self._near_enough(self._watch):
+            self.status = Status.CONVERGED
+            return True
+        self._energy, self._gains = self._energy + gain, [*self._gains[1:], gain]
+        if sum(self._gains) <= torch.finfo(self.x.dtype).eps ** 2 * self._energy:
+            self.status = self.budget.stalled
+            return True
+        return False
+
+    def _watched(self, rz: float) -> ErrorWatch | None:
+        wanted = self.operator.rtol_error is not None
+        return ErrorWatch(self.operator.mu, rz) if wanted else None
 
     def solution(self, residual: float | None) -> LinearSolution:
         """The result, with CG's coefficients where a single run of recurrences made it."""

@@ -20,6 +20,7 @@ from implicit_grad._linear_solvers.base import (
     dots,
     drift,
     largest_exponent,
+    waited_for,
 )
 from implicit_grad._linear_solvers.early_stopped import instead_of_minimum
 from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, RESTART_GAIN, SLACK, Iterative
@@ -114,7 +115,7 @@ class _Run:
         energy, gains = torch.zeros_like(rz), rz.new_full((PATIENCE, len(rz)), math.inf)
         for k in range(self.budget.maxiter):
             going = going & (self.iterations < self.budget.maxiter)
-            if (k % _LOOK_EVERY == 0 or not r.is_cuda) and not bool(going.any()):
+            if (k % _LOOK_EVERY == 0 or not waited_for(r)) and not bool(going.any()):
                 break
             product = self.operator.matvec(p)
             self.iterations = self.iterations + going
@@ -157,7 +158,7 @@ class _Run:
 
     def _left_out(self, rows: Tensor, going: Tensor) -> Tensor:
         """Zeros for the tasks that have ended, whatever there is: 0 times NaN is not 0."""
-        if rows.is_cuda or not bool(going.all()):  # a look is cheaper than a pass on a CPU only
+        if waited_for(rows) or not bool(going.all()):  # a look is cheaper than a pass on a CPU only
             rows.masked_fill_(~going[:, None], 0.0)
         return rows
 
@@ -171,7 +172,7 @@ class _Run:
         stopped = started & (self.status == Status.NEGATIVE_CURVATURE)
         if self.operator.scale is None:
             return self._instead_of_minimum(stopped)
-        if not stopped.is_cuda and not bool(stopped.any()):
+        if not waited_for(stopped) and not bool(stopped.any()):
             return
         first = self.operator.over_scale(self.rhs)
         self.x = torch.where((stopped & (self.iterations == 1))[:, None], first, self.x)
