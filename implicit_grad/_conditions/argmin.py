@@ -23,6 +23,7 @@ from implicit_grad._conditions.base import (
 )
 from implicit_grad._conditions.batching import batched, batched_model, tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
+from implicit_grad._conditions.constraints_batched import ConstraintsOfTasks
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
@@ -122,10 +123,18 @@ class argmin(Condition):
         return (call.args, call.kwargs) if self.constraints else ()  # bounds that are not active
 
     def for_tasks(self) -> Condition | None:
-        if self.constraints or self.tasks:
+        if self.tasks:
             return None
-        objective, model = batched(self.objective, "argmin: objective"), batched_model(self.model)
-        return argmin(objective, self.strong_convexity, model=model, tasks=True)
+        objective = batched(self.objective, "argmin: objective")
+        return _Stacked(
+            objective,
+            self.strong_convexity,
+            model=batched_model(self.model),
+            bounds=self.bounds,
+            equality=self.equality,
+            inequality=self.inequality,
+            tasks=True,
+        )
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         returned, outputs = composed(self.objective, self.model, call.args, call.kwargs)(phi)
@@ -135,5 +144,23 @@ class argmin(Condition):
         if not self.constraints:
             return Snapshot((value,), functools.partial(linearize, objective), objective)
         check_distinct("argmin", phi, variables)
-        evaluated, at_constraints = self.constraints.at(objective, phi, call.args, call.kwargs)
-        return Snapshot(evaluated, lambda _: at_constraints(), objective)
+        found = self.constraints.at(objective, phi, call.args, call.kwargs)
+        return Snapshot(
+            found.outputs,
+            lambda _: found.linearize(),
+            objective,
+            found.apart,
+            found.multipliers,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stacked(argmin):
+    """A batch made of single problems under constraints."""
+
+    def __post_init__(self) -> None:
+        """What is checked has been checked."""
+
+    @functools.cached_property
+    def constraints(self) -> Constraints:
+        return ConstraintsOfTasks(self.bounds, self.equality, self.inequality)

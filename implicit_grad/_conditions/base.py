@@ -21,11 +21,17 @@ Again = Callable[[Tensors], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The user's function as evaluated at φ: its outputs with their graph, and F from them."""
+    """The user's function as evaluated at φ: its outputs with their graph, and F from them.
+
+    `apart` tells which tasks of a batch cannot be linearised with the others, if there may be such,
+    which have so many `multipliers` each.
+    """
 
     outputs: Tensors
     linearize: Callable[[Curvature], Linearization]
     objective: Objective | None = None  # whose gradient F is made of
+    apart: Callable[[], Tensor] | None = None
+    multipliers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

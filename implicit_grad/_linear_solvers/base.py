@@ -202,6 +202,7 @@ class LinearSolver(abc.ABC):
         definite_only: whether M has to be positive definite, or near a multiple of the identity.
         tells_error: whether it can stop by `Operator.rtol_error`.
         takes_tasks: whether it has `solve_tasks`, with its present options.
+        takes_small_tasks: whether it has `solve_tasks` for systems that are small enough.
         needs_convex: whether it may ask for `Operator.convex`.
         keeps_start: whether it is for φ that still depend on where their training started.
         takes_both_products: whether it needs products with Mᵀ as well as with M.
@@ -213,6 +214,7 @@ class LinearSolver(abc.ABC):
     tells_error: ClassVar[bool] = False
     when_indefinite: ClassVar[str] = ""  # what it does with negative curvature, in a sentence
     takes_tasks: bool = False
+    takes_small_tasks: bool = False
     needs_convex: bool = False
     keeps_start: ClassVar[bool] = False
     takes_both_products: ClassVar[bool] = False
@@ -246,6 +248,10 @@ class LinearSolver(abc.ABC):
         unit = 2.0 ** max(-limit, min(limit, math.frexp(largest)[1]))
         rhs = rhs / unit  # the caller may have kept no other
         return self._solve(operator, rhs, unit, verify).in_units_of(unit)
+
+    def takes(self, tasks: int, unknowns: int) -> bool:
+        """Whether so many systems of this size are solved by `solve_tasks`, or one by one."""
+        return self.takes_tasks
 
     def solve_tasks(
         self, operator: Operator, rhs: Tensor, verify: bool

@@ -67,6 +67,10 @@ class Iterative(LinearSolver):
         asked = self.rtol is not None or self.atol != 0.0
         return self.truncates and self.maxiter is not None and not asked
 
+    def target(self, operator: Operator, rhs: Tensor) -> float:
+        """The relative residual at which an iteration ends."""
+        return self.relative_budget(operator, rhs, rhs.shape[-1]).target
+
     def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
         """These rules for a right-hand side that was divided by `unit`."""
         relative = self.relative_budget(operator, rhs, rhs.numel())

@@ -246,6 +246,15 @@ class Evaluation(Recorded):
         movable = [i for i, t in enumerate(a) if id(t) not in apart]
         return check.Probe(snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable)
 
+    def apart(self) -> list[int] | None:
+        """Which tasks of a batch cannot be linearised with the others; None if none can."""
+        assert self._record is not None and self._phi is not None
+        snapshot, _ = self._record
+        unknowns = sum(p[0].numel() for p in self._phi) + snapshot.multipliers
+        if not self.method.linear_solver.takes(len(self._phi[0]), unknowns):
+            return None
+        return [] if snapshot.apart is None else snapshot.apart().nonzero().flatten().tolist()
+
     def around(self, phi: Tensors, curvature: Curvature) -> Linearization:
         """F around another φ, on the recorded arguments."""
         assert self._record is not None

@@ -142,7 +142,8 @@ class ImplicitSolver:
         setup = self.setup
         plain = not setup.polish and setup.reporting.rtol_gradient is None
         plain = plain and setup.curvature != "finite_difference"
-        return plain and setup.linear_solver.takes_tasks
+        solver = setup.linear_solver
+        return plain and (solver.takes_tasks or solver.takes_small_tasks)
 
     def _run_for_tasks(self, condition: Condition, call: Call) -> Any:
         """The solver's output for a batch: at once if it works element by element."""

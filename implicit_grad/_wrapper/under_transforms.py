@@ -60,7 +60,8 @@ class Transformed:
         self, setup: Setup, run: Callable[[Call], Any], xs: Tensors, known: Tensors
     ) -> Tensors:
         """Many problems at once. Their solver runs only once, whatever comes of it."""
-        if not known:
+        first = not known
+        if first:
             finder = Evaluation(run, setup, self.tree, xs, self.solver)
             random = RandomState(finder.devices)
             try:
@@ -79,6 +80,8 @@ class Transformed:
             raise CannotBatch(known) from reason
         if setup.curvature == "auto" and evaluation.once_differentiable():
             raise CannotBatch(known)  # differences are taken for one problem at a time
+        if first and (apart := evaluation.apart()) != []:
+            raise CannotBatch(known, apart)
         return self._attached(evaluation, xs)
 
     def _known(self, setup: Setup, xs: Tensors, known: Tensors) -> Evaluation:
