@@ -90,7 +90,7 @@ class Constraints:
         """The constraints at φ, beside the objective."""
         lower, upper = spread("argmin", self._pair(args, kwargs), phi)
         equality, inequality = (
-            [] if function is None else elements(name, function(phi, *args, **kwargs))
+            [] if function is None else _elements(name, function(phi, *args, **kwargs))
             for name, function in (("equality", self.equality), ("inequality", self.inequality))
         )
         outputs = [t for t in (*lower, *upper, *equality, *inequality) if t is not None]
@@ -216,11 +216,16 @@ class KKTSystem(Linearization):
         return tuple(x.masked_fill(fixed, 0.0) for fixed, x in zip(self._fixed, v, strict=False))
 
 
-def elements(name: str, values: Any) -> list[Tensor]:
-    """All values of a constraint, one by one."""
+def values_of(name: str, values: Any) -> list[Tensor]:
+    """The values of a constraint, one vector for each tensor."""
     tensors = pytree.leaves(values)
     if not tensors or not all(torch.is_tensor(t) and t.is_floating_point() for t in tensors):
         raise InvalidArgumentError(
             f"argmin: {name} must return floating-point tensors, got {describe(values)}"
         )
-    return [element for t in tensors for element in t.flatten().unbind()]
+    return [t.flatten() for t in tensors]
+
+
+def _elements(name: str, values: Any) -> list[Tensor]:
+    """All values of a constraint, one by one."""
+    return [element for t in values_of(name, values) for element in t.unbind()]

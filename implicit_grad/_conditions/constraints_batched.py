@@ -18,7 +18,7 @@ from torch import Tensor
 from implicit_grad._conditions.active_set import CLOSE, TOUCHING, Bounds
 from implicit_grad._conditions.batching import batched
 from implicit_grad._conditions.bounds import check_order, check_pair, spread
-from implicit_grad._conditions.constraints import Constraints, Evaluated, Held, KKTSystem, elements
+from implicit_grad._conditions.constraints import Constraints, Evaluated, Held, KKTSystem, values_of
 from implicit_grad._conditions.dependence import scattered
 from implicit_grad._conditions.multipliers import NO_FORCE, ROUNDING
 from implicit_grad._curvature.objective import Objective
@@ -52,7 +52,7 @@ class ConstraintsOfTasks(Constraints):
 
         def of_one(phi: Any, *args: Any, **kwargs: Any) -> Any:
             rows = (
-                torch.stack(elements(name, function(phi, *args, **kwargs)))
+                torch.cat(values_of(name, function(phi, *args, **kwargs)))
                 for name, function in (("equality", self.equality), ("inequality", self.inequality))
                 if function is not None
             )
@@ -102,7 +102,7 @@ class _Touching:
         held = Held(self._bounds, at_lower, fixed)
         with torch.enable_grad():
             if rows is None:
-                return KKTSystem(objective, self._slope, (), (), held, units)
+                return _KKTSystems(objective, self._slope, (), (), held, units)
             active, idle = sets.active, (unit[:, None] * ~sets.active).to(rows.dtype)
             scale = unit[:, None] / sets.lengths
             mu = torch.where(active, sets.nu / scale, 0.0).to(rows.dtype).requires_grad_()
@@ -110,7 +110,40 @@ class _Touching:
             pull = vjp([rows], phi, [mu * scale])
             stationarity = tuple(s + p for s, p in zip(self._slope, pull, strict=True))
             tail = rows * scale + idle * mu
-            return KKTSystem(objective, stationarity, (tail,), (mu,), held, units)
+            systems = _KKTSystems(objective, stationarity, (tail,), (mu,), held, units)
+            systems.border = scale[:, :, None] * sets.gradients, idle
+            return systems
+
+
+class _KKTSystems(KKTSystem):
+    """The systems of all tasks; `border` are their rows' gradients, and what stands for idle ones.
+
+    So a matrix of them takes products with ∂²ℒ only.
+    """
+
+    border: tuple[Tensor, Tensor] | None = None
+
+    def matrix(self) -> Tensor:
+        """A of each task."""
+        phi, smooth = self.phi[: self._size], self.smooth[: self._size]
+        flat = Flat(phi, self.tasks)
+        free = ~flat.ravel(self._fixed).bool()
+        columns = []
+        for j in range(free.shape[1]):
+            unit = torch.zeros_like(free, dtype=flat.dtype)
+            unit[:, j] = 1.0
+            columns.append(flat.ravel(vjp(smooth, phi, flat.unravel(unit * free))))
+        inner = torch.stack(columns, 2) * free[:, :, None]
+        units = flat.ravel([torch.ones_like(p) * u for u, p in zip(self._unit, phi, strict=True)])
+        inner = inner + torch.diag_embed(units * ~free)
+        if self.border is None:
+            return inner
+        rows, idle = self.border
+        rows = rows * free[:, None, :]
+        return torch.cat([
+            torch.cat([inner, rows.mT], 2),
+            torch.cat([rows, torch.diag_embed(idle)], 2),
+        ], 1)  # fmt: skip
 
 
 class ActiveSets(NamedTuple):
@@ -122,6 +155,7 @@ class ActiveSets(NamedTuple):
         nu, lengths: of all these rows; 0 and 1 where they are not active.
         at_lower, at_upper: which elements of φ are held at their bounds.
         stiffness: of the objectives.
+        gradients: of all rows.
     """
 
     clear: Tensor
@@ -131,6 +165,7 @@ class ActiveSets(NamedTuple):
     at_lower: Tensor
     at_upper: Tensor
     stiffness: Tensor
+    gradients: Tensor
 
     def where(self, good: Tensor, other: ActiveSets) -> ActiveSets:
         """These for some tasks, the others for the rest."""
@@ -220,6 +255,7 @@ class _Measured(NamedTuple):
             at_lower=at_lower,
             at_upper=at_upper,
             stiffness=torch.where(greatest > 0, greatest, instead),
+            gradients=self.gradients,
         )
 
 

@@ -54,6 +54,7 @@ class Operator:
             slope: a training that was longer would have taken φ farther. None where not known.
         either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
             as well as positive definite.
+        matrix: makes M of each task of a batch, or None, at less than a product for each unknown.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -67,6 +68,7 @@ class Operator:
     training: Callable[[], Filter | None] | None = None
     longest: Callable[[int], list[float]] | None = None
     either_sign: bool = False
+    matrix: Callable[[], Tensor | None] | None = None
 
     def precision(self, like: Tensor) -> float:
         """The relative precision of products with vectors like this one."""
