@@ -19,7 +19,7 @@ from implicit_grad._theorem.linearization import (
     Linearization,
     SwitchedToDifferences,
 )
-from implicit_grad._torch.graph import once_differentiable
+from implicit_grad._torch.graph import is_once_differentiable, once_differentiable
 from implicit_grad._torch.pytree import Tensors
 
 _NO_DOUBLE_BACKWARD = re.compile(
@@ -97,7 +97,7 @@ class AutoCurvature(Linearization):
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        once = once_differentiable([objective.value], objective.phi)
+        once = any(map(is_once_differentiable, objective.between))
         self._rung = parts = self._differences(None) if once else self._first_rung()
         super().__init__(
             parts.make_residual,
@@ -139,11 +139,13 @@ class AutoCurvature(Linearization):
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """∇²value u."""
-        before = self._rung
-        product = self._first_that_works(lambda: self._rung.smooth_transposed(u))
-        if self._rung is not before:
-            raise SwitchedToDifferences
-        return product
+        try:
+            return self._rung.smooth_transposed(u)
+        except (RuntimeError, NotImplementedError) as error:
+            if not lacks_second_derivative(error):
+                raise
+            self._rung = self._differences(error)
+        raise SwitchedToDifferences
 
     def smooth_product(self, x: Tensors) -> Tensors:
         """A x, which is Aᵀx, as the matrix is symmetric."""

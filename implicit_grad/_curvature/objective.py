@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from implicit_grad._theorem.linearization import Stationarity
+from implicit_grad._torch.graph import between
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -36,3 +38,8 @@ class Objective:
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     tasks: int | None = None
     own: bool = True
+
+    @functools.cached_property
+    def between(self) -> list[Any]:
+        """The nodes of the graph through which the value depends on φ."""
+        return list(between([self.value], self.phi))

@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from implicit_grad._torch.pytree import Tensors, versions
 
 # The search goes this deep, and ends after so many objects: there may be a data set among them.
 _DEPTH, _MOST = 6, 5_000
-_PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType)
+_PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType, BuiltinFunctionType)
 
 
 def captured_tensors(*holders: object) -> list[tuple[str, Tensor]]:
@@ -34,8 +34,9 @@ def captured_tensors(*holders: object) -> list[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             found.append((name, value))
         elif depth:
-            parts = itertools.islice(_parts(value), _MOST)
-            pending.extend((part, _joined(name, label), depth - 1) for label, part in parts)
+            for label, part in itertools.islice(_parts(value), _MOST):
+                if not isinstance(part, _PLAIN):
+                    pending.append((part, _joined(name, label), depth - 1))
     return found
 
 

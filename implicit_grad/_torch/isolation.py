@@ -62,7 +62,7 @@ class Ambient:
         So bfloat16 features still meet float32 weights, and products with derivatives are taken in
         the precision of φ nevertheless.
         """
-        with own_precision(self.devices):  # puts everything back
+        with own_precision(self.devices, bool(self._casting)):  # puts everything back
             for device_type in self._casting:
                 torch.set_autocast_dtype(device_type, torch.float32)
                 torch.set_autocast_enabled(device_type, True)
@@ -84,8 +84,9 @@ class _Setting:
         with self._lock:
             if self._inside == 0:
                 self._before = [read() for read, _, _ in self._settings]
-                for _, write, value in self._settings:
-                    write(value)
+                for (_, write, value), before in zip(self._settings, self._before, strict=True):
+                    if before is not value:
+                        write(value)
             self._inside += 1
         try:
             yield
@@ -93,8 +94,9 @@ class _Setting:
             with self._lock:
                 self._inside -= 1
                 if self._inside == 0:
-                    for (_, write, _), value in zip(self._settings, self._before, strict=True):
-                        write(value)
+                    for (_, write, value), before in zip(self._settings, self._before, strict=True):
+                        if before is not value:
+                            write(before)
 
 
 _attention = torch.backends.cuda  # the switches are there, and are those of CPUs as well

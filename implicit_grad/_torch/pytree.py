@@ -149,6 +149,8 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether there is neither NaN nor Inf, in as few looks at the devices as there are."""
     if not tensors:
         return True
+    if len(tensors) == 1 and math.isfinite(float(torch.linalg.vector_norm(tensors[0]))):
+        return True
     norms = torch._foreach_norm(list(tensors))
     if all(math.isfinite(n) for n in torch.stack([n.to(norms[0].device) for n in norms]).tolist()):
         return True
@@ -213,6 +215,9 @@ class Flat:
 
     def unravel(self, vector: Tensor) -> Tensors:
         """The parts of the vector in the original shapes and dtypes (views where they can be)."""
+        if len(self._shapes) == 1:
+            device, dtype = self._places[0]
+            return (vector.view(self._shapes[0]).to(device, dtype),)
         return tuple(
             part.view(shape).to(device, dtype)
             for part, shape, (device, dtype) in zip(

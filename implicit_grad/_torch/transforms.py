@@ -51,7 +51,7 @@ def is_transformed(tensors: Iterable[Tensor]) -> bool:
             "gradcheck(check_batched_grad=True) are not available: use torch.func.vmap or jacrev"
         )
     at_work = torch._C._functorch.peek_interpreter_stack() is not None
-    return at_work or any(_tangent(t) is not None for t in tensors)
+    return at_work or (in_forward_mode() and any(_tangent(t) is not None for t in tensors))
 
 
 def is_wrapped(t: Tensor) -> bool:

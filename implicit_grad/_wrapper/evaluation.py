@@ -26,7 +26,7 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.report import Reporting
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
-from implicit_grad._torch.graph import leaves_behind, once_differentiable
+from implicit_grad._torch.graph import leaves_among, once_differentiable, walk
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
@@ -181,7 +181,8 @@ class Evaluation(Recorded):
                     "the condition's function captured a tensor that forward mode looks at: pass "
                     "it to the solver as an argument"
                 )
-            leaves = leaves_behind(snapshot.outputs)
+            nodes = list(walk(snapshot.outputs))
+            leaves = leaves_among(snapshot.outputs, nodes)
             self._check_dependence(leaves, at_phi)
             if self.condition.must_depend_on_phi:
                 check_determined(self.phi_tree.rebuild(at_phi), leaves)
@@ -191,7 +192,9 @@ class Evaluation(Recorded):
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
             self._check_captured()
-            self.finding = self.method.checks.finding(snapshot.outputs, at_phi, self._checked)
+            self.finding = self.method.checks.finding(
+                snapshot.outputs, at_phi, self._checked, nodes=nodes
+            )
         return tuple(t.detach() for t in self._phi)
 
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
