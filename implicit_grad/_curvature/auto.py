@@ -97,7 +97,7 @@ class AutoCurvature(Linearization):
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        once = any(map(is_once_differentiable, objective.between))
+        once = any(map(is_once_differentiable, objective.special))
         self._rung = parts = self._differences(None) if once else self._first_rung()
         super().__init__(
             parts.make_residual,

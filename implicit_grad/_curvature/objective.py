@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
 from implicit_grad._theorem.linearization import Stationarity
 from implicit_grad._torch.graph import between
+from implicit_grad._torch.own_backward import is_special
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -40,6 +41,11 @@ class Objective:
     own: bool = True
 
     @functools.cached_property
-    def between(self) -> list[Any]:
-        """The nodes of the graph through which the value depends on φ."""
-        return list(between([self.value], self.phi))
+    def special(self) -> list[Any]:
+        """The nodes through which the value depends on φ that are no plain operations of torch."""
+        return list(filter(is_special, between([self.value], self.phi)))
+
+    def look_among(self, nodes: Iterable[Any]) -> None:
+        """Spare a walk through the graph where none of all the nodes behind the value is such."""
+        if not any(map(is_special, nodes)):
+            self.__dict__["special"] = []

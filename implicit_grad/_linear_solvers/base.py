@@ -291,7 +291,7 @@ def relative_residual(operator: Operator, x: Tensor, rhs: Tensor) -> float:
 
 def dot(x: Tensor, y: Tensor) -> float:
     """xᵀy, in the precision of the vectors (float32 or better)."""
-    return float(torch.dot(x, y))
+    return torch.dot(x, y).item()
 
 
 def norm(x: Tensor) -> float:

@@ -157,14 +157,16 @@ class Run(abc.ABC):
     def _measure(self, carried: Tensor) -> None:
         """The true residual and its distance from the carried one, in the units of the bounds."""
         operator, greatest = self.operator, max(self._curvature[1], 0.0)
-        sizes = norm(self.residual - carried), greatest, norm(self.x), norm(self.rhs)
+        away = self.residual - carried
+        sizes = norm(away), greatest, norm(self.x), norm(self.rhs)
         least_scale = (
             1.0 if operator.scale is None else float(torch.as_tensor(operator.scale).min())
         )
         self.rounding = operator.rounding(self.rhs)
         error = drift(*sizes, self.rounding) / math.sqrt(least_scale)
         self.residual_norm = operator.residual_norm(self.residual) + error
-        self.gap = operator.residual_norm(self.residual - carried) + error
+        gap = sizes[0] if operator.scale is None else operator.residual_norm(away)
+        self.gap = gap + error
 
     @property
     def curvature(self) -> tuple[float, float] | None:
@@ -174,7 +176,8 @@ class Run(abc.ABC):
     def meet(self, curvature: float) -> None:
         """Remember a curvature pᵀMp/pᵀp."""
         least, greatest = self._curvature
-        self._curvature = (min(least, curvature), max(greatest, curvature))
+        if not least <= curvature <= greatest:
+            self._curvature = (min(least, curvature), max(greatest, curvature))
 
     def follow(self, other: Run) -> None:
         """Count the products of a first attempt, and remember the curvature that it met."""

@@ -15,7 +15,7 @@ from implicit_grad._errors import (
     LinearSolveError,
     Status,
 )
-from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, dots
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, dot, dots, norm
 from implicit_grad._linear_solvers.error_bounds import error_bound, ritz_values
 from implicit_grad._theorem.adjoint import Accuracy, Solved, judged, solve_adjoint
 from implicit_grad._theorem.linearization import Linearization
@@ -182,7 +182,12 @@ class Reporting:
             F, phi, u = (
                 flat.ravel(t).view(count, -1) for t in (around.residual, around.phi, solved.x)
             )
-            rows = torch.stack([dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1).tolist()
+            if count == 1 and not F.is_cuda:
+                rows = [[norm(F[0]), norm(phi[0]), -dot(u[0], F[0])]]
+            else:
+                rows = torch.stack(
+                    [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
+                ).tolist()
         return [
             (self._status(solution, around, inner, size), inner, outer_error)
             for solution, (inner, size, outer_error) in zip(solved.solutions, rows, strict=True)

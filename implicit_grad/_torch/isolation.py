@@ -140,6 +140,9 @@ _plain_layers = _Setting(
 _without_cudnn = _Setting((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
     """Attention as products and a softmax, no checkpoints, `recurrent` layers without cuDNN.
@@ -148,7 +151,7 @@ def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
     backward, by when weights, switches and autocast are others; and the gradient's own graph, from
     which second derivatives are taken, keeps what it would save.
     """
-    with _plain_layers(), _without_cudnn() if recurrent else contextlib.nullcontext():
+    with _plain_layers(), _without_cudnn() if recurrent else _NOTHING:
         yield
 
 
@@ -162,11 +165,7 @@ def isolated(ambient: Ambient) -> Iterator[None]:
     before = RandomState(ambient.devices)
     ambient.random.restore()
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_private_buffers())
-            stack.enter_context(differentiable_twice())
-            stack.enter_context(ambient.casts())
-            stack.enter_context(torch.enable_grad())
+        with _private_buffers(), differentiable_twice(), ambient.casts(), torch.enable_grad():
             yield
     finally:
         before.restore()

@@ -12,6 +12,11 @@ _MARK = "implicit_grad"  # of nodes that have been seen to
 _REPLACEMENTS = {m.NODE: m.replacement for m in (batch_norm, layer_norm, weight_norm)}
 
 
+def is_special(node: Any) -> bool:
+    """Whether the node is of a custom Function, or of an operation with a graph of our own."""
+    return getattr(node, "_forward_cls", None) is not None or node.name() in _REPLACEMENTS
+
+
 @contextlib.contextmanager
 def own_backwards(nodes: Iterable[Any], lasting: bool = False) -> Iterator[None]:
     """Gradients with graphs, taken inside, have our own graphs of the operations listed above.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from implicit_grad._torch.pytree import Tensors
 
-
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 

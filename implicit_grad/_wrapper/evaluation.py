@@ -182,6 +182,8 @@ class Evaluation(Recorded):
                     "it to the solver as an argument"
                 )
             nodes = list(walk(snapshot.outputs))
+            if snapshot.objective is not None:
+                snapshot.objective.look_among(nodes)
             leaves = leaves_among(snapshot.outputs, nodes)
             self._check_dependence(leaves, at_phi)
             if self.condition.must_depend_on_phi:
