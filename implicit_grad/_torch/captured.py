@@ -48,7 +48,9 @@ def _joined(name: str, label: str) -> str:
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """What a container, module, function, method, partial, wrapper or other object holds."""
-    if isinstance(value, dict):
+    if isinstance(value, FunctionType):
+        yield from _of_function(value)
+    elif isinstance(value, dict):
         yield from ((f"[{key!r}]", part) for key, part in list(value.items()))
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
@@ -63,12 +65,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("", value.func), ("args", value.args), ("", value.keywords))
     elif inspect.ismethod(value):
         yield from (("", value.__func__), ("", value.__self__))
-    elif isinstance(value, FunctionType):
-        yield from _of_function(value)
     elif not inspect.isbuiltin(value):
         yield from list(vars(value).items()) if hasattr(value, "__dict__") else ()
-        slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
-        for slot in itertools.chain(*((s,) if isinstance(s, str) else s for s in slots)):
+        for slot in _slots(type(value)):  # type: ignore[arg-type]
             if hasattr(value, slot):
                 yield slot, getattr(value, slot)
 
@@ -94,6 +93,13 @@ def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     yield "defaults", function.__defaults__
     yield "", function.__kwdefaults__
     yield "", getattr(function, "__wrapped__", None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: type) -> tuple[str, ...]:
+    """The names under which objects of a class hold things besides their `__dict__`."""
+    slots = (getattr(base, "__slots__", ()) for base in kind.__mro__)
+    return tuple(itertools.chain(*((s,) if isinstance(s, str) else s for s in slots)))
 
 
 @functools.lru_cache(maxsize=1024)

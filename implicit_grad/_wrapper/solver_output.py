@@ -23,7 +23,8 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
     tensors in a tuple may be one or not, and is refused.
     `template` is what φ has to look like, where the condition knows (θ of a proximal term).
     """
-    if not pytree.leaves(returned):
+    parts = pytree.leaves(returned)
+    if not parts:
         raise InvalidSolutionError(
             f"the solver returned {describe(returned)}; it must return phi: a tensor, or a "
             "container of tensors"
@@ -35,9 +36,8 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
             f"the solver returned phi of the form {pytree.structure(returned)}; theta has the form "
             f"{pytree.structure(template)}, and phi must have the same"
         )
-    counts = template is None and not all(map(_is_count, pytree.leaves(returned)))
+    counts = template is None and not all(map(_is_count, parts))
     leaves, tree = pytree.flatten(returned, lambda leaf: not (counts and _is_count(leaf)))
-    dtype, device = _common(inputs)
     likes = [None] * len(tree.slots) if template is None else pytree.leaves(template)
     found: dict[int, Tensor] = {}
     for place, (slot, like) in enumerate(zip(tree.slots, likes, strict=True)):
@@ -46,8 +46,8 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
         leaf = leaves[slot]
         fault = _fault(leaf, like, returned)
         if fault is None and not torch.is_tensor(leaf):
-            there = (device, dtype) if like is None else (like.device, like.dtype)
-            leaf = torch.as_tensor(leaf).to(*there)
+            dtype, device = _common(inputs) if like is None else (like.dtype, like.device)
+            leaf = torch.as_tensor(leaf).to(device, dtype)
         fault = fault or _unlike(leaf, like)
         if fault is not None:
             raise InvalidSolutionError(f"{pytree.names(returned, 'phi')[place]} {fault}")
