@@ -71,6 +71,9 @@ class Transformed:
                 random.restore()
                 raise
             self._phi_tree = finder.phi_tree
+            unknowns = sum(p[0].numel() for p in known)
+            if not setup.linear_solver.takes(len(known[0]), unknowns):
+                raise CannotBatch(known)
         evaluation = self._known(setup, xs, known)
         try:
             evaluation.solve_and_record(xs)
