@@ -37,6 +37,7 @@ def systems(dtype, symmetric):
     special = {
         "singular": (singular, torch.ones(N, dtype=F64)),
         "consistent": (singular, singular @ torch.ones(N, dtype=F64)),
+        "nearly singular": (singular + 1e-16 * torch.eye(N, dtype=F64), torch.ones(N, dtype=F64)),
         "no rhs": (matrices[0], torch.zeros(N, dtype=F64)),
         "NaN rhs": (matrices[0], torch.full((N,), math.nan, dtype=F64)),
         "NaN": (torch.full((N, N), math.nan, dtype=F64), torch.ones(N, dtype=F64)),
