@@ -54,6 +54,7 @@ class Operator:
             slope: a training that was longer would have taken φ farther. None where not known.
         either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
             as well as positive definite.
+        matrix: makes M of each task of a batch, or None, at less than a product for each unknown.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -67,6 +68,7 @@ class Operator:
     training: Callable[[], Filter | None] | None = None
     longest: Callable[[int], list[float]] | None = None
     either_sign: bool = False
+    matrix: Callable[[], Tensor | None] | None = None
 
     def precision(self, like: Tensor) -> float:
         """The relative precision of products with vectors like this one."""
@@ -202,6 +204,7 @@ class LinearSolver(abc.ABC):
         definite_only: whether M has to be positive definite, or near a multiple of the identity.
         tells_error: whether it can stop by `Operator.rtol_error`.
         takes_tasks: whether it has `solve_tasks`, with its present options.
+        takes_small_tasks: whether it has `solve_tasks` for systems that are small enough.
         needs_convex: whether it may ask for `Operator.convex`.
         keeps_start: whether it is for φ that still depend on where their training started.
         takes_both_products: whether it needs products with Mᵀ as well as with M.
@@ -213,6 +216,7 @@ class LinearSolver(abc.ABC):
     tells_error: ClassVar[bool] = False
     when_indefinite: ClassVar[str] = ""  # what it does with negative curvature, in a sentence
     takes_tasks: bool = False
+    takes_small_tasks: bool = False
     needs_convex: bool = False
     keeps_start: ClassVar[bool] = False
     takes_both_products: ClassVar[bool] = False
@@ -251,6 +255,10 @@ class LinearSolver(abc.ABC):
         rhs = rhs / unit  # the caller may have kept no other
         return self._solve(operator, rhs, unit, verify).in_units_of(unit)
 
+    def takes(self, n_tasks: int, unknowns: int) -> bool:
+        """Whether so many systems of this size are solved by `solve_tasks`, or one by one."""
+        return self.takes_tasks
+
     def solve_tasks(
         self, operator: Operator, rhs: Tensor, verify: bool
     ) -> tuple[Tensor, list[LinearSolution]]:
@@ -287,7 +295,7 @@ def relative_residual(operator: Operator, x: Tensor, rhs: Tensor) -> float:
 
 def dot(x: Tensor, y: Tensor) -> float:
     """xᵀy, in the precision of the vectors (float32 or better)."""
-    return float(torch.dot(x, y))
+    return torch.dot(x, y).item()
 
 
 def norm(x: Tensor) -> float:

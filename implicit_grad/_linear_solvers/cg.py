@@ -115,7 +115,9 @@ class ConjugateGradients(Run):
             if watch is not None and self._near_enough(watch):
                 self.status = Status.CONVERGED
                 return
-            energy, gains = energy + gain, [*gains[1:], gain]
+            energy += gain
+            del gains[0]
+            gains.append(gain)
             if sum(gains) <= eps**2 * energy:
                 self.status = self.budget.stalled
                 return

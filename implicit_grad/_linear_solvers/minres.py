@@ -12,6 +12,7 @@ from torch import Tensor
 from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, Operator, dot, norm
 from implicit_grad._linear_solvers.iterative import Iterative, Run
+from implicit_grad._linear_solvers.small_systems import TogetherIfSmall
 from implicit_grad._options import require_nonnegative
 
 # The decrease of the squared residual over this many iterations tells whether there is progress.
@@ -22,7 +23,7 @@ _LOST = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MINRES(Iterative):
+class MINRES(Iterative, TogetherIfSmall):
     """The minimal residual method for symmetric systems (Paige and Saunders, 1975).
 
     Solves A u = v whether A is positive definite or not; at a saddle or a maximum of the inner
@@ -41,6 +42,11 @@ class MINRES(Iterative):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_nonnegative(self, "damping")
+
+    @property
+    def takes_small_tasks(self) -> bool:  # type: ignore[override]
+        """Whether no number of iterations was asked for."""
+        return self.maxiter is None
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         budget = self.budget(operator, rhs, unit)

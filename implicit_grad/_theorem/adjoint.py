@@ -158,6 +158,7 @@ class _System:
             training=self._around.training,
             longest=self._around.longest_training,
             either_sign=self._around.said_symmetric,
+            matrix=self._around.matrix,
         )
 
     def _convex(self) -> Callable[[Tensor], Tensor] | None:
