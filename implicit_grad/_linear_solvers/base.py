@@ -102,20 +102,28 @@ class Operator:
         identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
         return torch.stack([self.matvec(column) for column in identity], dim=1)
 
-    def is_symmetric(self, like: Tensor) -> bool:
-        """Whether wᵀM u = uᵀM w, to rounding, for two random vectors; takes two products."""
-        random = torch.Generator().manual_seed(0)  # of its own: no draw of the user's changes
-        w, u = (torch.randn(like.numel(), generator=random).to(like) for _ in range(2))
-        image, other = self.matvec(w), self.matvec(u)
-        size = norm(w) * norm(other) + norm(u) * norm(image)
-        return not abs(dot(w, other) - dot(u, image)) > self.precision(like) ** (2 / 3) * size
+    def is_symmetric(self, like: Tensor) -> list[bool]:
+        """Whether wᵀM u = uᵀM w, to rounding, for two random vectors; takes two products.
 
-    def negated(self) -> Operator:
-        """−M."""
+        One answer for each row of a batch, or for the only vector.
+        """
+        random = torch.Generator().manual_seed(0)  # of its own: no draw of the user's changes
+        n = like.shape[-1]
+        draws = (torch.randn(n, generator=random).to(like) for _ in range(2))
+        vectors = [draw.expand_as(like).contiguous() for draw in draws]
+        w, u, image, other = (
+            t.reshape(-1, n) for t in (*vectors, *(self.matvec(x) for x in vectors))
+        )
+        size = (dots(w, w) * dots(other, other)).sqrt() + (dots(u, u) * dots(image, image)).sqrt()
+        away = (dots(w, other) - dots(u, image)).abs()
+        return [not off for off in (away > self.precision(like) ** (2 / 3) * size).tolist()]
+
+    def times(self, signs: float | Tensor) -> Operator:
+        """M, or each task's, times 1 or −1."""
         return dataclasses.replace(
             self,
-            matvec=lambda x: -self.matvec(x),
-            rmatvec=lambda x: -self.rmatvec(x),
+            matvec=lambda x: signs * self.matvec(x),
+            rmatvec=lambda x: signs * self.rmatvec(x),
         )
 
     def damped(self, damping: float) -> Operator:

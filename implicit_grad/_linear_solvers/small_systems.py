@@ -135,22 +135,11 @@ def _solve_small(
         if not fine:
             single = solver.solve(matrices.alone(operator, task), rhs[task], verify)
             x[task] = single.x
-            single = dataclasses.replace(single, x=x[task])  # and hold no other
-            found.append(_held(single, solver, operator, bool(skew)))
+            found.append(dataclasses.replace(single, x=x[task]))  # and hold no other
             continue
         known = None if skew and status is Status.EXACT else (met[0], met[1])
         found.append(LinearSolution(x[task], status, n, relative, known, norm=norm))
     return x, found
-
-
-def _held(
-    solution: LinearSolution, solver: LinearSolver, operator: Operator, skew: bool
-) -> LinearSolution:
-    """The solution, which a false promise of symmetry may have spoilt."""
-    proven = solution.status.ok and solution.status is not Status.TRUNCATED
-    if proven or not (skew and solver.symmetric_only and operator.either_sign):
-        return solution
-    return dataclasses.replace(solution, status=Status.NOT_SYMMETRIC)
 
 
 def _by_products(operator: Operator, like: Tensor) -> Tensor:

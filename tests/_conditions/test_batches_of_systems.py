@@ -100,6 +100,48 @@ def test_symmetric_systems():
     close(found, torch.autograd.grad(wavy(torch.linalg.solve(A, b)), b)[0], 1e-11)
 
 
+def by_run(condition, solver, linear_solver, *batches):
+    """Gradients and statuses under vmap, and one after another."""
+    found = []
+    for run in (vmap, lambda f: lambda *batches: loop(f, *batches)):
+        monitor = ig.Monitor()
+        solve = ig.implicit(
+            solver, condition, linear_solver=linear_solver, monitor=monitor, on_failure="ignore"
+        )
+        own = [t.clone().requires_grad_() for t in batches]
+        gradients = torch.autograd.grad(wavy(run(solve)(*own)), own)
+        found.append((gradients, [r.status for r in monitor.reports]))
+    (together, statuses), (apart, alone) = found
+    return together, apart, statuses, alone
+
+
+SYMMETRIC = {"CG": ig.CG(), "damped": ig.CG(damping=0.2), "MINRES": None}
+
+
+@pytest.mark.parametrize("linear_solver", SYMMETRIC)
+def test_symmetric_matrices_of_either_sign(linear_solver):
+    A, b = problem()
+    A = A @ A.mT + torch.eye(N, dtype=F64)
+    A[1] *= -1
+    A[4] *= -1e-3
+    b[2] = 0.0
+    condition = ig.root(lambda x, A, b: A @ x - b, symmetric=True)
+    chosen = SYMMETRIC[linear_solver]
+    together, apart, statuses, alone = by_run(condition, torch.linalg.solve, chosen, A, b)
+    close(together, apart, 1e-8)
+    assert statuses == alone == [ig.Status.CONVERGED] * B
+
+
+@pytest.mark.parametrize("linear_solver", [ig.CG(), ig.MINRES()], ids=["CG", "MINRES"])
+def test_a_false_promise_of_symmetry_is_told_where_it_spoils(linear_solver):
+    A = torch.eye(N, dtype=F64).repeat(B, 1, 1)
+    A[2] += torch.triu(torch.full((N, N), 3.0, dtype=F64), 1)
+    condition = ig.root(lambda x, A, b: A @ x - b, symmetric=True)
+    _, _, statuses, alone = by_run(condition, torch.linalg.solve, linear_solver, A, problem()[1])
+    assert sorted(statuses) == sorted(alone)
+    assert [i for i, status in enumerate(statuses) if status == ig.Status.NOT_SYMMETRIC] == [2]
+
+
 def test_large_systems_are_solved_one_by_one():
     monitor = ig.Monitor()
     diagonal = torch.linspace(1, 2, 17, dtype=F64)
@@ -230,6 +272,76 @@ def test_tasks_out_of_the_ordinary_go_their_own_way():
     close(g, expected)
     assert told == alone and statuses == statuses_alone
     assert sorted(set(s.name for s in statuses)) == ["CONVERGED", "DEGENERATE"]
+
+
+# ---------------------------------------------------------------- what else conditions take
+
+
+def of_each(c):
+    """The minimum of (x − c)⁴/4 + (x − c)²/2 + x, and the root of its slope."""
+    x = c.detach().clone()
+    for _ in range(50):
+        x = x - ((x - c) ** 3 + x - c + 1) / (3 * (x - c) ** 2 + 1)
+    return x
+
+
+def valley(x, c):
+    return ((x - c) ** 4 / 4 + (x - c) ** 2 / 2 + x).sum()
+
+
+def slope(x, c):
+    return (x - c) ** 3 + x - c + 1
+
+
+WITH_AUX = {
+    "argmin": ig.argmin(lambda x, c: (valley(x, c), "aux"), has_aux=True),
+    "root": ig.root(lambda x, c: (slope(x, c), {"calls": 1}), has_aux=True),
+    "fixed_point": ig.fixed_point(lambda x, c: (x - slope(x, c) / 5, None), has_aux=True),
+    "prox_gradient": ig.prox_gradient(
+        lambda x, c: (valley(x, c), x), lambda x, step, c: x, has_aux=True
+    ),
+    "batches": ig.argmin(lambda x, scale, c: scale * valley(x, c), batches=[0.3, 0.7]),
+}
+
+
+@pytest.mark.parametrize("name", WITH_AUX)
+def test_aux_is_ignored_and_sums_over_batches_are_taken_one_by_one(name):
+    c = normal(B, N, seed=4)
+    solve = ig.implicit(of_each, WITH_AUX[name], on_failure="raise")
+    (found,) = torch.autograd.grad(wavy(vmap(solve)(c)), c)
+    phi = of_each(c).requires_grad_()
+    (expected,) = torch.autograd.grad(wavy(phi), phi)  # for x − c is a constant
+    close(found, expected, 1e-8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_multipliers_equal_those_of_the_loop(form):
+    c, found = normal(B, N, seed=5), []
+    for run in (vmap, lambda f: lambda c: loop(f, c)):
+        solve = ig.implicit(
+            by_scipy(FORMS[form]), ig.argmin(quadratic, multipliers=True, **FORMS[form])
+        )
+
+        def all_of(c, solve=solve):
+            phi, multipliers = solve(c)
+            parts = (m for m in multipliers if m is not None)
+            return torch.cat([phi, *(m.flatten() for m in parts)])
+
+        values = run(all_of)(c)
+        found.append((values.detach(), *torch.autograd.grad(wavy(values), c)))
+    close(*found)
+
+
+def test_minimisers_of_ours_run_for_the_whole_batch():
+    calls = []
+
+    def counted(x, c):
+        calls.append(x)
+        return valley(x, c)
+
+    solve = ig.implicit(ig.solvers.GradientDescent(lr=0.2, steps=20), ig.argmin(counted))
+    vmap(solve)(normal(B, N))
+    assert len(calls) < 2 * 20
 
 
 def test_bad_bounds_are_refused_before_the_solver_runs():

@@ -90,18 +90,6 @@ def test_one_factorisation_for_all():
         assert 0.7 * norm < solution.norm <= norm * (1 + 1e-12)
 
 
-def test_a_false_promise_of_symmetry_is_told_where_it_spoils():
-    matrices = torch.eye(4, dtype=F64).repeat(3, 1, 1)
-    matrices[1] += torch.triu(torch.full((4, 4), 3.0, dtype=F64), 1)
-    rhs = torch.linspace(1, 2, 12, dtype=F64).view(3, 4)
-    _, found = MINRES().solve_tasks(operator(matrices, either_sign=True), rhs, True)
-    assert [s.status for s in found] == [
-        Status.CONVERGED,
-        Status.NOT_SYMMETRIC,
-        Status.CONVERGED,
-    ]
-
-
 def test_an_objective_of_negative_curvature_is_told():
     matrices = torch.diag_embed(torch.tensor([[1.0, 2.0], [1.0, -2.0]], dtype=F64))
     known = operator(matrices, is_hessian=True)
