@@ -228,8 +228,8 @@ def implicit(
         checks=checks,
         has_aux=has_aux,
     )
-    if condition.tasks and setup.one_by_one is not None:
-        raise InvalidArgumentError(f"implicit: with tasks=True, {setup.one_by_one}")
+    if condition.tasks and (reason := setup.why_one_by_one(if_small=False)) is not None:
+        raise InvalidArgumentError(f"implicit: with tasks=True, {reason}")
 
     def wrap(solver: Solver) -> ImplicitSolver:
         return _wrapped(solver, setup, init)

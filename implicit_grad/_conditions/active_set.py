@@ -17,7 +17,7 @@ from implicit_grad._torch.pytree import Flat, Tensors
 # How far from its limit, relative to the size of φ, a constraint may be that φ rests on: 1e-8 in
 # float64, 3e-4 in float32; only where φ turns out to be less accurate, 5e-7 and 2e-3. (Powers of
 # the dtype's eps.)
-_TOUCHING, _CLOSE = 0.5, 0.4
+TOUCHING, CLOSE = 0.5, 0.4
 
 
 class Bounds(NamedTuple):
@@ -144,8 +144,8 @@ def active_set(
     """
     flat, rows = Flat(phi), [*equality, *inequality]
     # φ = 0 has no size of its own
-    size = max(flat.eps**_CLOSE, _largest(flat.ravel(phi)))
-    touching, close = (flat.eps**power * size for power in (_TOUCHING, _CLOSE))
+    size = max(flat.eps**CLOSE, _largest(flat.ravel(phi)))
+    touching, close = (flat.eps**power * size for power in (TOUCHING, CLOSE))
     gradients = _jacobian(rows, phi, flat)
     values = flat.ravel([g.detach() for g in rows])
     lengths = gradients.norm(dim=1)

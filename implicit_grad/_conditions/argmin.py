@@ -24,6 +24,7 @@ from implicit_grad._conditions.base import (
 )
 from implicit_grad._conditions.batching import batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
+from implicit_grad._conditions.constraints_batched import ConstraintsOfTasks
 from implicit_grad._conditions.lagrangian import Multipliers
 from implicit_grad._conditions.loader import Batches, check_batches
 from implicit_grad._curvature.auto import linearize
@@ -190,10 +191,17 @@ class argmin(Condition):
         return self.constraints.multipliers(value, at, own, args, kwargs)
 
     def for_tasks(self) -> Condition | None:
-        if self.constraints or self.tasks or self.batches is not None:
+        if self.tasks or self.batches is not None:
             return None
-        objective, model = batched(self._objective, "argmin: objective"), batched_model(self.model)
-        return argmin(objective, self.strong_convexity, model=model, tasks=True)
+        return _Stacked(
+            batched(self._objective, "argmin: objective"),
+            self.strong_convexity,
+            model=batched_model(self.model),
+            bounds=self.bounds,
+            equality=self.equality,
+            inequality=self.inequality,
+            tasks=True,
+        )
 
     def _over_batches(self, call: Call) -> Batches:
         assert self.batches is not None
@@ -215,8 +223,29 @@ class argmin(Condition):
         if not self.constraints:
             return Snapshot((value,), functools.partial(linearize, objective), objective)
         check_distinct("argmin", phi, variables)
-        evaluated, at_constraints = self.constraints.at(objective, phi, call.args, call.kwargs)
-        return Snapshot(evaluated, lambda _: at_constraints(), objective)
+        found = self.constraints.at(objective, phi, call.args, call.kwargs)
+        return Snapshot(
+            found.outputs,
+            lambda _: found.linearize(),
+            objective,
+            apart=found.apart,
+            n_multipliers=found.n_multipliers,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stacked(argmin):
+    """A batch made of single problems, which may have constraints."""
+
+    def __post_init__(self) -> None:
+        """What is checked has been checked."""
+
+    @functools.cached_property
+    def constraints(self) -> Constraints:
+        return ConstraintsOfTasks(self.bounds, self.equality, self.inequality)
+
+
+_Stacked.__name__ = argmin.__name__  # as messages call it
 
 
 def _starts(start: Any, phi: Any) -> Tensors:

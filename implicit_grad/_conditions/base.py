@@ -24,7 +24,8 @@ class Snapshot:
     """The user's function as evaluated at φ: its outputs with their graph, and F from them.
 
     Where data come in batches, `sample` is the condition with the first of them, and `batches` how
-    many there are.
+    many there are. `apart` tells which of many tasks cannot be linearised with the others, if there
+    may be such; each task has `n_multipliers` beside φ.
     """
 
     outputs: Tensors
@@ -32,6 +33,8 @@ class Snapshot:
     objective: Objective | None = None  # whose gradient F is made of
     sample: Condition | None = None
     batches: int | None = None
+    apart: Callable[[], Tensor] | None = None
+    n_multipliers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

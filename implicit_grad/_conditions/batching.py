@@ -42,12 +42,14 @@ def why_one_by_one(
     curvature: Curvature,
     polish: int = 0,
     rtol_gradient: float | None = None,
+    if_small: bool = False,
 ) -> str | None:
     """Why problems, with these options, cannot be one batch; None if they can.
 
     The one rule on that, for conditions with tasks=True, `torch.func.vmap` and `clone(tasks=)`.
+    `if_small` says that they may be taken one by one after all, where their systems are large.
     """
-    if not linear_solver.takes_tasks:
+    if not (linear_solver.takes_tasks or (if_small and linear_solver.takes_small_tasks)):
         return (
             "a batch of tasks is solved by MINRES, EarlyStopped, or CG without preconditioner and "
             f'warm start and with on_negative_curvature "stop" or "raise"; got {linear_solver!r}'

@@ -32,8 +32,7 @@ def spread(name: str, bounds: Any, phi: Any) -> tuple[Limits, Limits]:
     places = _places(phi)
     below = _side(name, "lower", lower, phi, places)
     above = _side(name, "upper", upper, phi, places)
-    for label, low, up in zip(places.values(), below, above, strict=True):
-        _check_order(name, label, low, up)
+    check_order(name, phi, below, above)
     return below, above
 
 
@@ -49,6 +48,12 @@ def check_pair(name: str, bounds: Any) -> None:
         return
     for low, up in zip(below, above, strict=True):
         _check_order(name, "phi", low, up)
+
+
+def check_order(name: str, phi: Any, lower: Limits, upper: Limits) -> None:
+    """Raise if one of the bounds is NaN, or a lower one is greater than the upper."""
+    for label, low, up in zip(_places(phi).values(), lower, upper, strict=True):
+        _check_order(name, label, low, up)
 
 
 def _places(phi: Any) -> dict[int, str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.active_set import ActiveSet, Bounds, active_set, split
+from implicit_grad._conditions.active_set import Bounds, active_set, split
 from implicit_grad._conditions.bounds import check_pair, spread
 from implicit_grad._conditions.lagrangian import Multipliers, multipliers_at
 from implicit_grad._curvature.objective import Objective
@@ -19,6 +20,22 @@ from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.products import gradient, vjp
 from implicit_grad._torch.pytree import Tensors
+
+
+class Evaluated(NamedTuple):
+    """What came of constraints at φ.
+
+    Attributes:
+        outputs: all that was evaluated, the objective's value first.
+        linearize: makes F from it.
+        apart: in a batch, tells which tasks are not for F of a batch.
+        n_multipliers: how many each task has there.
+    """
+
+    outputs: Tensors
+    linearize: Callable[[], Linearization]
+    apart: Callable[[], Tensor] | None = None
+    n_multipliers: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,15 +88,14 @@ class Constraints:
 
     def at(
         self, objective: Objective, phi: Any, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[Tensors, Callable[[], Linearization]]:
-        """All that was evaluated at φ, and F from it."""
+    ) -> Evaluated:
+        """The constraints at φ, beside the objective."""
         bounds, values = self._evaluated(phi, args, kwargs)
         equality, inequality = _rows(values)
         limits = (*bounds.lower, *bounds.upper)
         outputs = [t for t in (*limits, *equality, *inequality) if t is not None]
-        return (objective.value, *outputs), lambda: _linearize(
-            objective, bounds, equality, inequality
-        )
+        linearize = functools.partial(_linearize, objective, bounds, equality, inequality)
+        return Evaluated((objective.value, *outputs), linearize)
 
     def multipliers(
         self,
@@ -122,12 +138,35 @@ def _linearize(
     objective: Objective, bounds: Bounds, equality: list[Tensor], inequality: list[Tensor]
 ) -> Linearization:
     """F around φ for the active set there."""
+    phi = objective.phi
     with torch.enable_grad():
-        slope = gradient(objective.value, objective.phi)
+        slope = gradient(objective.value, phi)
     with torch.no_grad(), objective.guard():
-        active = active_set(slope, objective.phi, bounds, equality, inequality)
-        kink = active.kink(objective.phi, bounds)
-    return KKTSystem(objective, slope, bounds, active, kink)
+        active = active_set(slope, phi, bounds, equality, inequality)
+        kink = active.kink(phi, bounds)
+    kept, scale = active.kept, active.stiffness / active.lengths
+    with torch.enable_grad():
+        mu = (active.nu / scale)[kept].to(phi[0].dtype).requires_grad_()
+        nu = torch.cat([mu * scale[kept], active.nu[~kept]]).to(phi[0].dtype)
+        rows, others = active.divided()
+        pull = vjp([*rows, *others], phi, nu.unbind())
+        return KKTSystem(
+            objective,
+            tuple(s + p for s, p in zip(slope, pull, strict=True)),
+            (torch.stack(rows) * scale[kept].to(phi[0].dtype),) if rows else (),
+            (mu,) if rows else (),
+            Held(bounds, split(active.at_lower, phi), split(active.held, phi)),
+            (active.stiffness,) * len(phi),
+            kink,
+        )
+
+
+class Held(NamedTuple):
+    """Which elements of φ are held at their bounds, tensor by tensor."""
+
+    bounds: Bounds
+    at_lower: Tensors
+    fixed: Tensors
 
 
 class KKTSystem(Linearization):
@@ -144,31 +183,24 @@ class KKTSystem(Linearization):
     def __init__(
         self,
         objective: Objective,
-        slope: Tensors,
-        bounds: Bounds,
-        active: ActiveSet,
-        kink: Status | None,
+        stationarity: Tensors,
+        rows: Tensors,
+        mu: Tensors,
+        held: Held,
+        unit: Sequence[float | Tensor],
+        kink: Status | None = None,
     ) -> None:
+        """`unit`, for each tensor of φ, is the size of ∂²ℒ."""
         phi = objective.phi
-        self._bounds, self._size = bounds, len(phi)
-        self._fixed, self._unit = split(active.held, phi), active.stiffness
-        kept, scale = active.kept, active.stiffness / active.lengths
-        with torch.enable_grad():
-            mu = (active.nu / scale)[kept].to(phi[0].dtype).requires_grad_()
-            nu = torch.cat([mu * scale[kept], active.nu[~kept]]).to(phi[0].dtype)
-            rows, others = active.divided()
-            pull = vjp([*rows, *others], phi, nu.unbind())
-            limits = bounds.values(phi, split(active.at_lower, phi))
-            stationarity = tuple(s + p for s, p in zip(slope, pull, strict=True))
-            held = tuple(
-                torch.where(fixed, self._unit * (p - limit), s)
-                for fixed, p, limit, s in zip(self._fixed, phi, limits, stationarity, strict=True)
-            )
-            tail = (torch.stack(rows) * scale[kept].to(phi[0].dtype),) if rows else ()
+        self._bounds, self._fixed, self._unit = held.bounds, held.fixed, unit
+        self._size = len(phi)
+        limits = held.bounds.values(phi, held.at_lower)
+        places = zip(held.fixed, unit, phi, limits, stationarity, strict=True)
         super().__init__(
-            (*held, *tail),
-            (*phi, mu) if rows else phi,
-            (*stationarity, *tail),
+            (*(torch.where(fixed, k * (p - limit), s) for fixed, k, p, limit, s in places), *rows),
+            (*phi, *mu),
+            (*stationarity, *rows),
+            n_tasks=objective.n_tasks,
             degenerate=kink,
             guard=objective.guard,
         )
@@ -187,8 +219,8 @@ class KKTSystem(Linearization):
             return u
         moved = super().smooth_transposed((*self._free(u), *u[self._size :]))
         at_bounds = tuple(
-            torch.where(fixed, (w - m) / self._unit, x)
-            for fixed, w, m, x in zip(self._fixed, v, moved, u, strict=False)
+            torch.where(fixed, (w - m) / unit, x)
+            for fixed, unit, w, m, x in zip(self._fixed, self._unit, v, moved, u, strict=False)
         )
         return (*at_bounds, *u[self._size :])
 
@@ -196,8 +228,8 @@ class KKTSystem(Linearization):
         """Aᵀu."""
         product = super().smooth_transposed((*self._free(u), *u[self._size :]))
         head = (
-            torch.where(fixed, self._unit * x, p)
-            for fixed, x, p in zip(self._fixed, u, product, strict=False)
+            torch.where(fixed, unit * x, p)
+            for fixed, unit, x, p in zip(self._fixed, self._unit, u, product, strict=False)
         )
         return (*head, *product[self._size :])
 
@@ -217,14 +249,19 @@ def _rows(values: dict[str, Any]) -> list[list[Tensor]]:
     return [_elements(name, values[name]) if name in values else [] for name in _ROWS]
 
 
-def _elements(name: str, values: Any) -> list[Tensor]:
-    """All values of a constraint, one by one."""
+def values_of(name: str, values: Any) -> list[Tensor]:
+    """The values of a constraint, one vector for each tensor."""
     tensors = pytree.leaves(values)
     if not tensors or not all(torch.is_tensor(t) and t.is_floating_point() for t in tensors):
         raise InvalidArgumentError(
             f"argmin: {name} must return floating-point tensors, got {describe(values)}"
         )
-    return [element for t in tensors for element in t.flatten().unbind()]
+    return [t.flatten() for t in tensors]
+
+
+def _elements(name: str, values: Any) -> list[Tensor]:
+    """All values of a constraint, one by one."""
+    return [element for t in values_of(name, values) for element in t.unbind()]
 
 
 def _like(values: Any, elements: Tensor) -> Any:

@@ -27,9 +27,9 @@ from torch import Tensor
 
 # Gradients that are this close to a combination of others count as one, and a multiplier as zero
 # where it is this part of the forces around it: powers of the dtype's eps.
-DEPENDENT, _NO_FORCE = 0.5, 0.4
+DEPENDENT, NO_FORCE = 0.5, 0.4
 # Nonnegative least squares end where no constraint would explain more than this part of the slope.
-_ROUNDING = 0.75
+ROUNDING = 0.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,8 @@ def pressing(slope: Tensor, noise: Tensor, touched: Touched) -> Pressing:
     nu, push = nonnegative(slope * free, unit, touched.equations, sign, touched.eps)
     rest = slope * free + nu @ unit + sign * push
     forces = slope.abs() + nu.abs() @ unit.abs()
-    explained = rest.abs() <= noise + touched.eps**_ROUNDING * forces
-    noise = noise + touched.eps**_NO_FORCE * forces
+    explained = rest.abs() <= noise + touched.eps**ROUNDING * forces
+    noise = noise + touched.eps**NO_FORCE * forces
     # a force is one if it can be told from noise at some element that it acts on
     rows = touched.equations | (nu[:, None] * unit.abs() > noise).any(1)
     held = touched.fixed | (push > noise)
@@ -141,7 +141,7 @@ def nonnegative(
     while bool((below := passive & ~always & (z <= 0)).any()):
         passive = passive & ~below
         z = fitted(passive)
-    enough = eps**_ROUNDING * float(target.abs().max()) if len(target) else 0.0
+    enough = eps**ROUNDING * float(target.abs().max()) if len(target) else 0.0
     while True:
         left = rest(z)
         gain = torch.cat([-(rows @ left), -sign * left]).masked_fill(passive, 0.0)

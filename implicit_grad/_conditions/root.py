@@ -17,6 +17,7 @@ from implicit_grad._conditions.base import (
     like_phi,
     without_aux,
 )
+from implicit_grad._conditions.batching import batched, n_tasks_of
 from implicit_grad._options import require, require_flag
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
@@ -42,6 +43,7 @@ class root(Condition):
     residual: Callable[..., Any]
     symmetric: bool = dataclasses.field(default=False, kw_only=True)
     has_aux: bool = dataclasses.field(default=False, kw_only=True)
+    tasks: bool = dataclasses.field(default=False, init=False, repr=False)
     is_minimum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -58,10 +60,13 @@ class root(Condition):
             return super().problem_for(solver, call)
         return lambda phi: self._residual(phi, *call.args, **call.kwargs), {}
 
+    def for_tasks(self) -> Condition | None:
+        return _for_tasks(root(batched(self._residual), symmetric=self.symmetric))
+
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         residual = self._residual(phi, *call.args, **call.kwargs)
         outputs = like_phi("root: residual", residual, phi, variables)
-        return _snapshot(outputs, variables, self.symmetric)
+        return _snapshot(outputs, variables, self.symmetric, n_tasks_of(self, phi))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +82,7 @@ class fixed_point(Condition):
     map: Callable[..., Any]
     symmetric: bool = dataclasses.field(default=False, kw_only=True)
     has_aux: bool = dataclasses.field(default=False, kw_only=True)
+    tasks: bool = dataclasses.field(default=False, init=False, repr=False)
     is_minimum: ClassVar[bool] = False
     must_depend_on_phi: ClassVar[bool] = False
 
@@ -101,15 +107,27 @@ class fixed_point(Condition):
 
         return residual, {}
 
+    def for_tasks(self) -> Condition | None:
+        return _for_tasks(fixed_point(batched(self._map), symmetric=self.symmetric))
+
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         image = self._map(phi, *call.args, **call.kwargs)
         outputs = like_phi("fixed_point: map", image, phi, variables)
         residual = tuple(p - t for t, p in zip(outputs, variables, strict=True))
-        return _snapshot(residual, variables, self.symmetric)
+        return _snapshot(residual, variables, self.symmetric, n_tasks_of(self, phi))
 
 
-def _snapshot(residual: Tensors, phi: Tensors, symmetric: bool) -> Snapshot:
-    return Snapshot(residual, lambda _: Linearization(residual, phi, said_symmetric=symmetric))
+def _for_tasks(condition: root | fixed_point) -> Condition:
+    """The condition, whose function is for a batch, as one for a batch."""
+    object.__setattr__(condition, "tasks", True)
+    return condition
+
+
+def _snapshot(residual: Tensors, phi: Tensors, symmetric: bool, n_tasks: int | None) -> Snapshot:
+    return Snapshot(
+        residual,
+        lambda _: Linearization(residual, phi, said_symmetric=symmetric, n_tasks=n_tasks),
+    )
 
 
 def _check_symmetric(condition: root | fixed_point) -> None:

@@ -138,11 +138,13 @@ class AutoCurvature(Linearization):
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """∇²value u."""
-        before = self._rung
-        product = self._first_that_works(lambda: self._rung.smooth_transposed(u))
-        if self._rung is not before:
-            raise SwitchedToDifferences
-        return product
+        try:
+            return self._rung.smooth_transposed(u)
+        except (RuntimeError, NotImplementedError) as error:
+            if not lacks_second_derivative(error):
+                raise
+            self._rung = self._differences(error)
+        raise SwitchedToDifferences
 
     def smooth_product(self, x: Tensors) -> Tensors:
         """A x, which is Aᵀx, as the matrix is symmetric."""

@@ -66,11 +66,16 @@ class Checks:
         phi: Tensors,
         look: Callable[[], Finding | None],
         order: int = 2,
+        nodes: Sequence[Any] | None = None,
     ) -> Finding | None:
-        """What `look` finds, or found the last time that a graph was of this kind."""
+        """What `look` finds, or found the last time that a graph was of this kind.
+
+        `nodes` are those behind the outputs, if somebody has walked there before.
+        """
         if self.when == "never":
             return None
-        kind = order, kind_of_graph(outputs), tuple(p.dtype for p in phi)
+        names = kind_of_graph(outputs) if nodes is None else frozenset(n.name() for n in nodes)
+        kind = order, names, tuple(p.dtype for p in phi)
         if self.when == "always" or kind not in self.found:
             self.found[kind] = look()
         return self.found[kind]

@@ -71,11 +71,9 @@ def _on_the_way_back(value: Tensor, phi: Tensors, graph: bool) -> tuple[list[str
         names.extend([name] * len(known))
         found.extend(known)
 
-    with torch.set_grad_enabled(graph), own_backwards([value], phi):
-        handles = [
-            node.register_hook(functools.partial(note, name_of(node)))
-            for node in between([value], phi)
-        ]
+    nodes = list(between([value], phi))
+    with torch.set_grad_enabled(graph), own_backwards(nodes):
+        handles = [node.register_hook(functools.partial(note, name_of(node))) for node in nodes]
         try:
             gradient(value, phi)
         finally:

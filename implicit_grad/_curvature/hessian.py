@@ -58,7 +58,7 @@ class Hessian(Linearization):
 
     def _slope(self) -> Tensors:
         """∇value."""
-        with own_backwards([self.objective.value], self.objective.phi, self.objective.own):
+        with own_backwards(self.objective.special, self.objective.own):
             return gradient(self.objective.value, self.objective.phi)
 
 

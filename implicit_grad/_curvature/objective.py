@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from implicit_grad._theorem.linearization import Stationarity
-from implicit_grad._torch.graph import once_differentiable
+from implicit_grad._torch.graph import between, is_once_differentiable
+from implicit_grad._torch.own_backward import is_special
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -53,7 +55,17 @@ class Objective:
     once: bool = False
     gauss_newton: GaussNewtonProducts | None = None
 
+    @functools.cached_property
+    def special(self) -> list[Any]:
+        """The nodes through which the value depends on φ that are no plain operations of torch."""
+        return list(filter(is_special, between([self.value], self.phi)))
+
+    def look_among(self, nodes: Iterable[Any]) -> None:
+        """Spare a walk through the graph where none of all the nodes behind the value is such."""
+        if not any(map(is_special, nodes)):
+            self.__dict__["special"] = []
+
     @property
     def is_once_differentiable(self) -> bool:
         """Whether something between φ and the value has no second derivative."""
-        return self.once or once_differentiable([self.value], self.phi)
+        return self.once or any(map(is_once_differentiable, self.special))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._curvature.hessian import GaussNewtonProduct
-from implicit_grad._torch.graph import leaves_behind, once_differentiable
+from implicit_grad._torch.graph import between, leaves_behind, once_differentiable
 from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import gradient, variables, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
@@ -156,7 +156,7 @@ class Value(Sum):
         targets = [self.inputs[i] for i in places]
 
         def part(term: Term, _: Tensors) -> Tensors:
-            with own_backwards([term.value], self.phi, lasting=True):
+            with own_backwards(between([term.value], self.phi), lasting=True):
                 return gradient(term.value, targets)
 
         found = Sum(self.terms, self.inputs, part, key=("slope", *places))

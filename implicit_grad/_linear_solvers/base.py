@@ -67,6 +67,7 @@ class Operator:
             slope: a training that was longer would have taken φ farther. None where not known.
         either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
             as well as positive definite.
+        matrix: makes M of each task of a batch, or None, at less than a product for each unknown.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -80,6 +81,7 @@ class Operator:
     training: Callable[[], Filter | None] | None = None
     longest: Callable[[int], list[float]] | None = None
     either_sign: bool = False
+    matrix: Callable[[], Tensor | None] | None = None
 
     def precision(self, like: Tensor) -> float:
         """The relative precision of products with vectors like this one."""
@@ -113,20 +115,28 @@ class Operator:
         identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
         return torch.stack([self.matvec(column) for column in identity], dim=1)
 
-    def is_symmetric(self, like: Tensor) -> bool:
-        """Whether wᵀM u = uᵀM w, to rounding, for two random vectors; takes two products."""
-        random = torch.Generator().manual_seed(0)  # of its own: no draw of the user's changes
-        w, u = (torch.randn(like.numel(), generator=random).to(like) for _ in range(2))
-        image, other = self.matvec(w), self.matvec(u)
-        size = norm(w) * norm(other) + norm(u) * norm(image)
-        return not abs(dot(w, other) - dot(u, image)) > self.precision(like) ** (2 / 3) * size
+    def is_symmetric(self, like: Tensor) -> list[bool]:
+        """Whether wᵀM u = uᵀM w, to rounding, for two random vectors; takes two products.
 
-    def negated(self) -> Operator:
-        """−M."""
+        One answer for each row of a batch, or for the only vector.
+        """
+        random = torch.Generator().manual_seed(0)  # of its own: no draw of the user's changes
+        n = like.shape[-1]
+        draws = (torch.randn(n, generator=random).to(like) for _ in range(2))
+        vectors = [draw.expand_as(like).contiguous() for draw in draws]
+        w, u, image, other = (
+            t.reshape(-1, n) for t in (*vectors, *(self.matvec(x) for x in vectors))
+        )
+        size = (dots(w, w) * dots(other, other)).sqrt() + (dots(u, u) * dots(image, image)).sqrt()
+        away = (dots(w, other) - dots(u, image)).abs()
+        return [not off for off in (away > self.precision(like) ** (2 / 3) * size).tolist()]
+
+    def times(self, signs: float | Tensor) -> Operator:
+        """M, or each task's, times 1 or −1."""
         return dataclasses.replace(
             self,
-            matvec=lambda x: -self.matvec(x),
-            rmatvec=lambda x: -self.rmatvec(x),
+            matvec=lambda x: signs * self.matvec(x),
+            rmatvec=lambda x: signs * self.rmatvec(x),
         )
 
     def damped(self, damping: float) -> Operator:
@@ -215,6 +225,7 @@ class LinearSolver(abc.ABC):
         definite_only: whether M has to be positive definite, or near a multiple of the identity.
         tells_error: whether it can stop by `Operator.rtol_error`.
         takes_tasks: whether it has `solve_tasks`, with its present options.
+        takes_small_tasks: whether it has `solve_tasks` for systems that are small enough.
         needs_convex: whether it may ask for `Operator.convex`.
         keeps_start: whether it is for φ that still depend on where their training started.
         takes_both_products: whether it needs products with Mᵀ as well as with M.
@@ -226,6 +237,7 @@ class LinearSolver(abc.ABC):
     tells_error: ClassVar[bool] = False
     when_indefinite: ClassVar[str] = ""  # what it does with negative curvature, in a sentence
     takes_tasks: bool = False
+    takes_small_tasks: bool = False
     needs_convex: bool = False
     keeps_start: ClassVar[bool] = False
     takes_both_products: ClassVar[bool] = False
@@ -259,6 +271,10 @@ class LinearSolver(abc.ABC):
             return ready
         rhs, unit = ready  # the caller may have kept no other
         return self._solve(operator, rhs, unit, verify).in_units_of(unit)
+
+    def takes(self, n_tasks: int, unknowns: int) -> bool:
+        """Whether so many systems of this size are solved by `solve_tasks`, or one by one."""
+        return self.takes_tasks
 
     def solve_tasks(
         self, operator: Operator, rhs: Tensor, verify: bool
@@ -308,7 +324,7 @@ def relative_residual(operator: Operator, x: Tensor, rhs: Tensor) -> float:
 
 def dot(x: Tensor, y: Tensor) -> float:
     """xᵀy, in the precision of the vectors (float32 or better)."""
-    return float(torch.dot(x, y))
+    return torch.dot(x, y).item()
 
 
 def norm(x: Tensor) -> float:

@@ -16,6 +16,7 @@ from implicit_grad._linear_solvers.base import (
     LinearSolver,
     Operator,
     dot,
+    dots,
     norm,
     read,
     relative_residual,
@@ -300,7 +301,7 @@ class CG(Iterative):
         if self.maxiter == 0:
             return LinearSolution(operator.over_scale(rhs), Status.FIRST_ORDER)
         if operator.either_sign and dot(rhs, operator.matvec(rhs)) < 0:
-            negated = operator.negated().damped(self.damping)  # away from 0 as well
+            negated = operator.times(-1.0).damped(self.damping)  # away from 0 as well
             return self._positive(negated, -rhs, unit, verify).of_negated()
         return self._positive(operator.damped(self.damping), rhs, unit, verify)
 
@@ -355,10 +356,15 @@ class CG(Iterative):
     def solve_tasks(
         self, operator: Operator, rhs: Tensor, verify: bool
     ) -> tuple[Tensor, list[LinearSolution]]:
-        operator = operator.damped(self.damping)
         if self.maxiter == 0:
             return first_order(operator, rhs)
-        x, solutions = solve_tasks(self, operator, rhs, verify)
+        signs = _signs(operator, rhs) if operator.either_sign else None
+        if signs is not None:
+            operator, rhs = operator.times(signs), signs * rhs
+        x, solutions = solve_tasks(self, operator.damped(self.damping), rhs, verify)
+        if signs is not None:
+            pairs = zip(signs[:, 0].tolist(), solutions, strict=True)
+            solutions = [s if sign > 0 else s.of_negated() for sign, s in pairs]
         if self.on_negative_curvature == "raise":
             for solution in solutions:
                 if solution.status == Status.NEGATIVE_CURVATURE:
@@ -414,6 +420,14 @@ class CG(Iterative):
             )
         second = again._solve(operator, rhs, unit, verify)
         return dataclasses.replace(_after(solution, second), substitute=policy)
+
+
+def _signs(operator: Operator, rhs: Tensor) -> Tensor:
+    """−1 for each task whose M can be no positive definite matrix, but the negative of one."""
+    largest = rhs.abs().amax(1, keepdim=True)
+    ordinary = (largest > 0) & largest.isfinite()
+    unit = torch.where(ordinary, rhs / largest, 0.0)
+    return torch.where(dots(unit, operator.matvec(unit)) < 0, -1.0, 1.0).to(rhs)[:, None]
 
 
 def _after(first: LinearSolution, second: LinearSolution) -> LinearSolution:

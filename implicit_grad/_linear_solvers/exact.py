@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, Status
-from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator, norm
+from implicit_grad._linear_solvers.base import LinearSolution, Operator, norm
+from implicit_grad._linear_solvers.small_systems import TogetherIfSmall
 from implicit_grad._options import require_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Exact(LinearSolver):
+class Exact(TogetherIfSmall):
     """Dense solution by a factorisation, for small problems and as the reference in tests.
 
     A matrix that is symmetric, to rounding, is factorised as LLᵀ (Cholesky) if it is positive
@@ -29,9 +30,19 @@ class Exact(LinearSolver):
     max_size: int = 2000
 
     symmetric_only: ClassVar[bool] = False
+    each: ClassVar[bool] = True
+    found: ClassVar[Status] = Status.EXACT
 
     def __post_init__(self) -> None:
         require_count(self, "max_size", 1)
+
+    def takes(self, n_tasks: int, unknowns: int) -> bool:
+        """Whether the matrices fit into memory; one that is too large is refused."""
+        return unknowns <= self.max_size and super().takes(n_tasks, unknowns)
+
+    def target(self, operator: Operator, rhs: Tensor) -> float:
+        """The relative residual that tells a regular system."""
+        return float(operator.precision(rhs) ** 0.5)
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         n = rhs.numel()

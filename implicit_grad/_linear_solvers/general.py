@@ -8,13 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from implicit_grad._errors import GraphError, Status
-from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
+from implicit_grad._linear_solvers.base import LinearSolution, Operator
 from implicit_grad._linear_solvers.gmres import GMRES
 from implicit_grad._linear_solvers.normal_cg import NormalCG
+from implicit_grad._linear_solvers.small_systems import TogetherIfSmall
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class General(LinearSolver):
+class General(TogetherIfSmall):
     """`GMRES()`, and `NormalCG()` for the few systems on which that fails.
 
     GMRES takes a third to a thirtieth of the products (measured), and none that differentiate the
@@ -23,6 +24,10 @@ class General(LinearSolver):
     """
 
     symmetric_only: ClassVar[bool] = False
+
+    def target(self, operator: Operator, rhs: Tensor) -> float:
+        """The relative residual at which GMRES ends."""
+        return GMRES().target(operator, rhs)
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         first = GMRES()._solve(operator, rhs, unit, verify)

@@ -13,6 +13,7 @@ from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import LinearSolution, Operator, norm
 from implicit_grad._linear_solvers.iterative import Budget, Iterative, Run
 from implicit_grad._linear_solvers.preconditioners import Precondition, checked
+from implicit_grad._linear_solvers.small_systems import TogetherIfSmall
 from implicit_grad._options import require, require_count_or_none
 
 # By default the basis may hold as many numbers as this (128 MB in float64), or _LEAST vectors.
@@ -26,7 +27,7 @@ _LOST = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GMRES(Iterative):
+class GMRES(Iterative, TogetherIfSmall):
     """The generalised minimal residual method (Saad and Schultz, 1986), for any square system.
 
     One product with Aᵀ an iteration; `NormalCG` also takes as many with A, which differentiate the
@@ -63,6 +64,11 @@ class GMRES(Iterative):
         expected = "None or a function of a flat vector; "
         expected += "Jacobi(), Nystrom(...) and Cholesky() are for symmetric systems, with CG"
         require(self, "preconditioner", good, expected)
+
+    @property
+    def takes_small_tasks(self) -> bool:  # type: ignore[override]
+        """Whether no number of iterations, and no preconditioner, was asked for."""
+        return self.maxiter is None and self.preconditioner is None
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         given = self.preconditioner

@@ -69,6 +69,10 @@ class Iterative(LinearSolver):
         asked = self.rtol is not None or self.atol != 0.0
         return self.truncates and self.maxiter is not None and not asked
 
+    def target(self, operator: Operator, rhs: Tensor) -> float:
+        """The relative residual at which an iteration ends."""
+        return self.relative_budget(operator, rhs, rhs.shape[-1]).target
+
     def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
         """These rules for a right-hand side that was divided by `unit`."""
         relative = self.relative_budget(operator, rhs, rhs.numel())
@@ -156,14 +160,16 @@ class Run(abc.ABC):
     def _measure(self, carried: Tensor) -> None:
         """The true residual and its distance from the carried one, in the units of the bounds."""
         operator, greatest = self.operator, max(self._extremes[1], 0.0)
-        sizes = norm(self.residual - carried), greatest, norm(self.x), norm(self.rhs)
+        away = self.residual - carried
+        sizes = norm(away), greatest, norm(self.x), norm(self.rhs)
         least_scale = (
             1.0 if operator.scale is None else float(torch.as_tensor(operator.scale).min())
         )
         self.rounding = operator.rounding(self.rhs)
         error = drift(*sizes, self.rounding) / math.sqrt(least_scale)
         self.residual_norm = operator.residual_norm(self.residual) + error
-        self.gap = operator.residual_norm(self.residual - carried) + error
+        gap = sizes[0] if operator.scale is None else operator.residual_norm(away)
+        self.gap = gap + error
 
     @property
     def extremes(self) -> tuple[float, float] | None:
@@ -173,7 +179,8 @@ class Run(abc.ABC):
     def meet(self, quotient: float) -> None:
         """Remember a Rayleigh quotient pᵀMp/pᵀp."""
         least, greatest = self._extremes
-        self._extremes = (min(least, quotient), max(greatest, quotient))
+        if not least <= quotient <= greatest:
+            self._extremes = (min(least, quotient), max(greatest, quotient))
 
     def follow(self, other: Run) -> None:
         """Count the products of a first attempt, and remember the extremes that it met."""

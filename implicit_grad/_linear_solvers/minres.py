@@ -14,6 +14,7 @@ from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.abreast import solve_abreast
 from implicit_grad._linear_solvers.base import LinearSolution, Operator, dot, norm
 from implicit_grad._linear_solvers.iterative import Iterative, Stepwise
+from implicit_grad._linear_solvers.small_systems import TogetherIfSmall
 from implicit_grad._options import require_nonnegative
 
 # The decrease of the squared residual over this many iterations tells whether there is progress.
@@ -24,7 +25,7 @@ _LOST = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MINRES(Iterative):
+class MINRES(Iterative, TogetherIfSmall):
     """The minimal residual method for symmetric systems (Paige and Saunders, 1975).
 
     Solves A u = v whether A is positive definite or not; at a saddle or a maximum of the inner
@@ -45,6 +46,15 @@ class MINRES(Iterative):
         super().__post_init__()
         require_nonnegative(self, "damping")
 
+    @property
+    def takes_small_tasks(self) -> bool:  # type: ignore[override]
+        """Whether no number of iterations was asked for."""
+        return self.maxiter is None
+
+    def takes(self, n_tasks: int, unknowns: int) -> bool:
+        """Any number of any size: side by side, if not by a factorisation."""
+        return True
+
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         run = self._run(operator, rhs, unit)
         run.iterate()
@@ -53,6 +63,8 @@ class MINRES(Iterative):
     def solve_tasks(
         self, operator: Operator, rhs: Tensor, verify: bool
     ) -> tuple[Tensor, list[LinearSolution]]:
+        if self.takes_small_tasks and super().takes(*rhs.shape):
+            return super().solve_tasks(operator, rhs, verify)
         return solve_abreast(self._run, operator, rhs, verify)
 
     def _run(self, operator: Operator, rhs: Tensor, unit: float) -> _MinimalResidual:

@@ -18,13 +18,14 @@ from implicit_grad._linear_solvers.base import (
     relative_residual,
 )
 from implicit_grad._linear_solvers.iterative import SLACK, Iterative
+from implicit_grad._linear_solvers.small_systems import TogetherIfSmall
 
 # Mᵀs is 0 to working precision if it is this many times eps of what its size could be.
 _ROUNDING = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NormalCG(Iterative):
+class NormalCG(Iterative, TogetherIfSmall):
     """Conjugate gradients on the normal equations MᵀM x = Mᵀ rhs, for non-symmetric systems.
 
     Two products an iteration and the condition number squared: the price of needing no symmetry and
@@ -38,6 +39,11 @@ class NormalCG(Iterative):
 
     symmetric_only: ClassVar[bool] = False
     takes_both_products: ClassVar[bool] = True
+
+    @property
+    def takes_small_tasks(self) -> bool:  # type: ignore[override]
+        """Whether no number of iterations was asked for."""
+        return self.maxiter is None
 
     def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
         """CGLS: the residual s of the system is carried, that of the normal equations is Mᵀs."""

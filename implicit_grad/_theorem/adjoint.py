@@ -117,21 +117,24 @@ def _solve(
             found = solve(operator, vector, verify)
         except SwitchedToDifferences:
             continue
-        if around.said_symmetric and isinstance(found, LinearSolution):
-            found = _held_to_symmetry(found, solver, operator, vector)
         x, solutions = (found.x, [found]) if isinstance(found, LinearSolution) else found
+        if around.said_symmetric and solver.symmetric_only:
+            solutions = _held_to_symmetry(solutions, operator, vector)
         products, convex = system.products, system.convex
         return Solved(flat.unravel(x), tuple(solutions), products, solver, convex)
 
 
 def _held_to_symmetry(
-    found: LinearSolution, solver: LinearSolver, operator: Operator, like: Tensor
-) -> LinearSolution:
-    """The solution, which the user's word may have spoilt; a small residual needs nobody's word."""
-    proven = found.status.ok and found.status != Status.TRUNCATED
-    if proven or not solver.symmetric_only or operator.is_symmetric(like):
+    found: list[LinearSolution], operator: Operator, like: Tensor
+) -> list[LinearSolution]:
+    """Solutions, which the user's word may have spoilt; a small residual needs nobody's word."""
+    proven = [s.status.ok and s.status != Status.TRUNCATED for s in found]
+    if all(proven):
         return found
-    return dataclasses.replace(found, status=Status.NOT_SYMMETRIC)
+    return [
+        s if fine or symmetric else dataclasses.replace(s, status=Status.NOT_SYMMETRIC)
+        for s, fine, symmetric in zip(found, proven, operator.is_symmetric(like), strict=True)
+    ]
 
 
 class _System:
@@ -158,6 +161,7 @@ class _System:
             training=self._around.training,
             longest=self._around.longest_training,
             either_sign=self._around.said_symmetric,
+            matrix=self._around.matrix,
         )
 
     def _convex(self) -> Callable[[Tensor], Tensor] | None:

@@ -134,6 +134,10 @@ class Linearization:
         sizes = ((length(phi), length(slope)) for phi, slope in zip(*rows, strict=True))
         return [phi / slope if slope else math.inf for phi, slope in sizes]
 
+    def matrix(self) -> Tensor | None:
+        """A of each task, where that is known at less than a product for each unknown."""
+        return None
+
     def augment(self, v: Tensors) -> Tensors:
         """The right-hand side of Aᵀu = v; longer than v where F has unknowns besides φ."""
         return v

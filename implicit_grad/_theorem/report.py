@@ -15,7 +15,7 @@ from implicit_grad._errors import (
     LinearSolveError,
     Status,
 )
-from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, dots
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, dot, dots, norm
 from implicit_grad._linear_solvers.error_bounds import error_bound, ritz_values
 from implicit_grad._theorem.adjoint import Accuracy, Solved, judged, solve_adjoint
 from implicit_grad._theorem.linearization import Linearization
@@ -157,7 +157,13 @@ class Reporting:
             (fine and not self.inner_solved) or self.on_failure == "ignore"
         ):
             return  # nobody would read a report: measure nothing
-        reports = self._reports(solved, around)
+        judged_all = self._judged(solved, around)
+        if self.monitor is None and all(status.ok for status, *_ in judged_all):
+            return  # and whatever else a report tells need not be found out
+        reports = [
+            self._report(solution, solved, around, *judgement)
+            for solution, judgement in zip(solved.solutions, judged_all, strict=True)
+        ]
         if self.monitor is not None:
             self.monitor.reports.extend(reports)
         if self.on_failure == "ignore":
@@ -171,28 +177,28 @@ class Reporting:
             # no figures here: Python shows a warning once only if its text does not change
             warnings.warn(sentence, ImplicitGradWarning, stacklevel=2)
 
-    def _reports(self, solved: Solved, around: Linearization) -> list[Report]:
-        """One for each task, or for the only one."""
+    def _judged(self, solved: Solved, around: Linearization) -> list[tuple[Status, float, float]]:
+        """For each task, or the only one, its status, ‖F(φ)‖ and −uᵀF."""
         flat, count = Flat(around.phi, around.n_tasks), len(solved.solutions)
         with torch.no_grad():
             F, phi, u = (
                 flat.ravel(t).view(count, -1) for t in (around.residual, around.phi, solved.x)
             )
-            rows = torch.stack([dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1).tolist()
+            if count == 1 and not F.is_cuda:
+                rows = [[norm(F[0]), norm(phi[0]), -dot(u[0], F[0])]]
+            else:
+                rows = torch.stack(
+                    [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
+                ).tolist()
         return [
-            self._report(solution, solved, around, *row)
-            for solution, row in zip(solved.solutions, rows, strict=True)
+            (self._status(solution, around, inner, size), inner, outer_error)
+            for solution, (inner, size, outer_error) in zip(solved.solutions, rows, strict=True)
         ]
 
-    def _report(
-        self,
-        solution: LinearSolution,
-        solved: Solved,
-        around: Linearization,
-        inner: float,
-        size: float,
-        outer_error: float,
-    ) -> Report:
+    def _status(
+        self, solution: LinearSolution, around: Linearization, inner: float, size: float
+    ) -> Status:
+        """How the solve ended, and whether φ solves what it was meant to."""
         status = judged(solution, around)
         least, greatest = solution.extremes or (None, None)
         size_of_A = solution.norm
@@ -205,7 +211,19 @@ class Reporting:
                 size = max(size, _CORNER)
             solves = inner <= INNER_TOLERANCE * size_of_A * size
             if not solves and not inner <= _NEAR_ZERO * _at_stake(around):
-                status = Status.INNER_NOT_STATIONARY
+                return Status.INNER_NOT_STATIONARY
+        return status
+
+    def _report(
+        self,
+        solution: LinearSolution,
+        solved: Solved,
+        around: Linearization,
+        status: Status,
+        inner: float,
+        outer_error: float,
+    ) -> Report:
+        least, _ = solution.extremes or (None, None)
         ritz = ritz_values(solution.coefficients)
         return Report(
             status=status,

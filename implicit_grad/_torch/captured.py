@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from implicit_grad._torch.pytree import Tensors, versions
 
 # The search goes this deep, and ends after so many objects: there may be a data set among them.
 _DEPTH, _MOST = 6, 5_000
-_PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType)
+_PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType, BuiltinFunctionType)
 
 
 def captured_tensors(*holders: object) -> list[tuple[str, Tensor]]:
@@ -34,8 +34,9 @@ def captured_tensors(*holders: object) -> list[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             found.append((name, value))
         elif depth:
-            parts = itertools.islice(_parts(value), _MOST)
-            pending.extend((part, _joined(name, label), depth - 1) for label, part in parts)
+            for label, part in itertools.islice(_parts(value), _MOST):
+                if not isinstance(part, _PLAIN):
+                    pending.append((part, _joined(name, label), depth - 1))
     return found
 
 
@@ -47,7 +48,9 @@ def _joined(name: str, label: str) -> str:
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """What a container, module, function, method, partial, wrapper or other object holds."""
-    if isinstance(value, dict):
+    if isinstance(value, FunctionType):
+        yield from _of_function(value)
+    elif isinstance(value, dict):
         yield from ((f"[{key!r}]", part) for key, part in list(value.items()))
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
@@ -62,12 +65,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("", value.func), ("args", value.args), ("", value.keywords))
     elif inspect.ismethod(value):
         yield from (("", value.__func__), ("", value.__self__))
-    elif isinstance(value, FunctionType):
-        yield from _of_function(value)
     elif not inspect.isbuiltin(value):
         yield from list(vars(value).items()) if hasattr(value, "__dict__") else ()
-        slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
-        for slot in itertools.chain(*((s,) if isinstance(s, str) else s for s in slots)):
+        for slot in _slots(type(value)):  # type: ignore[arg-type]
             if hasattr(value, slot):
                 yield slot, getattr(value, slot)
 
@@ -93,6 +93,13 @@ def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     yield "defaults", function.__defaults__
     yield "", function.__kwdefaults__
     yield "", getattr(function, "__wrapped__", None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: type) -> tuple[str, ...]:
+    """The names under which objects of a class hold things besides their `__dict__`."""
+    slots = (getattr(base, "__slots__", ()) for base in kind.__mro__)
+    return tuple(itertools.chain(*((s,) if isinstance(s, str) else s for s in slots)))
 
 
 @functools.lru_cache(maxsize=1024)

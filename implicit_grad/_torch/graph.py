@@ -40,8 +40,13 @@ def leaves_behind(
     roots: Sequence[Tensor], stop: Callable[[Any], bool] = lambda _: False
 ) -> Tensors:
     """The distinct leaf tensors requiring grad that the roots depend on."""
+    return leaves_among(roots, walk(roots, stop))
+
+
+def leaves_among(roots: Sequence[Tensor], nodes: Iterable[Any]) -> Tensors:
+    """Those of the roots themselves, and of nodes behind them."""
     found = {id(t): t for t in roots if t.requires_grad and t.grad_fn is None}
-    for node in walk(roots, stop):
+    for node in nodes:
         leaf = getattr(node, "variable", None)  # AccumulateGrad nodes have one
         if leaf is not None:
             found[id(leaf)] = leaf
@@ -95,20 +100,24 @@ def wrong_third(values: Sequence[Tensor], phi: Sequence[Tensor]) -> tuple[str, .
 
 
 def once_differentiable(values: Sequence[Tensor], phi: Sequence[Tensor]) -> bool:
-    """Whether a custom Function between φ and the values is marked as differentiable once.
+    """Whether a custom Function between φ and the values is marked as differentiable once."""
+    return any(map(is_once_differentiable, between(values, phi)))
+
+
+def is_once_differentiable(node: Any) -> bool:
+    """Whether the node is of a custom Function that is marked as differentiable once.
 
     Compiled functions count as marked, and so does torch's chunked cross-entropy: torch may take
     them, without a word, for functions without curvature.
     """
-
-    def is_marked(node: Any) -> bool:
-        function = _below_vmap(getattr(node, "_forward_cls", None))
-        code = getattr(getattr(function, "backward", None), "__code__", None)
-        if code is _ONCE or getattr(function, "__name__", "").startswith(_CHUNKED):
-            return True
-        return getattr(function, "__module__", "").startswith(_COMPILED)
-
-    return any(map(is_marked, between(values, phi)))
+    function = getattr(node, "_forward_cls", None)
+    if function is None:
+        return False
+    function = _below_vmap(function)
+    code = getattr(getattr(function, "backward", None), "__code__", None)
+    if code is _ONCE or getattr(function, "__name__", "").startswith(_CHUNKED):
+        return True
+    return getattr(function, "__module__", "").startswith(_COMPILED)
 
 
 def _below_vmap(function: Any) -> Any:

@@ -62,7 +62,7 @@ class Ambient:
         So bfloat16 features still meet float32 weights, and products with derivatives are taken in
         the precision of φ nevertheless.
         """
-        with own_precision(self.devices):  # puts everything back
+        with own_precision(self.devices, bool(self._casting)):  # puts everything back
             for device_type in self._casting:
                 torch.set_autocast_dtype(device_type, torch.float32)
                 torch.set_autocast_enabled(device_type, True)
@@ -84,8 +84,9 @@ class _Setting:
         with self._lock:
             if self._inside == 0:
                 self._before = [read() for read, _, _ in self._settings]
-                for _, write, value in self._settings:
-                    write(value)
+                for (_, write, value), before in zip(self._settings, self._before, strict=True):
+                    if before is not value:
+                        write(value)
             self._inside += 1
         try:
             yield
@@ -93,8 +94,9 @@ class _Setting:
             with self._lock:
                 self._inside -= 1
                 if self._inside == 0:
-                    for (_, write, _), value in zip(self._settings, self._before, strict=True):
-                        write(value)
+                    for (_, write, value), before in zip(self._settings, self._before, strict=True):
+                        if before is not value:
+                            write(before)
 
 
 _attention = torch.backends.cuda  # the switches are there, and are those of CPUs as well
@@ -138,6 +140,9 @@ _plain_layers = _Setting(
 _without_cudnn = _Setting((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
     """Attention as products and a softmax, no checkpoints, `recurrent` layers without cuDNN.
@@ -146,7 +151,7 @@ def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
     backward, by when weights, switches and autocast are others; and the gradient's own graph, from
     which second derivatives are taken, keeps what it would save.
     """
-    with _plain_layers(), _without_cudnn() if recurrent else contextlib.nullcontext():
+    with _plain_layers(), _without_cudnn() if recurrent else _NOTHING:
         yield
 
 
@@ -160,11 +165,7 @@ def isolated(ambient: Ambient) -> Iterator[None]:
     before = RandomState(ambient.devices)
     ambient.random.restore()
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_private_buffers())
-            stack.enter_context(differentiable_twice())
-            stack.enter_context(ambient.casts())
-            stack.enter_context(torch.enable_grad())
+        with _private_buffers(), differentiable_twice(), ambient.casts(), torch.enable_grad():
             yield
     finally:
         before.restore()

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-
-from torch import Tensor
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from implicit_grad._torch import batch_norm, layer_norm, weight_norm
-from implicit_grad._torch.graph import between
 
 _MARK = "implicit_grad"  # of nodes that have been seen to
 _REPLACEMENTS = {m.NODE: m.replacement for m in (batch_norm, layer_norm, weight_norm)}
 
 
+def is_special(node: Any) -> bool:
+    """Whether the node is of a custom Function, or of an operation with a graph of our own."""
+    return getattr(node, "_forward_cls", None) is not None or node.name() in _REPLACEMENTS
+
+
 @contextlib.contextmanager
-def own_backwards(
-    values: Sequence[Tensor], phi: Sequence[Tensor], lasting: bool = False
-) -> Iterator[None]:
+def own_backwards(nodes: Iterable[Any], lasting: bool = False) -> Iterator[None]:
     """Gradients with graphs, taken inside, have our own graphs of the operations listed above.
 
-    That concerns those between φ and the values. Derivatives beyond the second need it to be
-    `lasting`, for they take the gradient of the first graph again.
+    That concerns the given nodes, those between φ and a value. Derivatives beyond the second need
+    it to be `lasting`, for they take the gradient of the first graph again.
     """
     handles = []
-    for node in between(values, phi):
+    for node in nodes:
         make = _REPLACEMENTS.get(node.name())
         if make is None or _MARK in node.metadata or _inside_checkpoint(node):
             continue

@@ -238,6 +238,10 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether there is neither NaN nor Inf, in as few looks at the devices as there are."""
     if not tensors:
         return True
+    if len(tensors) == 1:
+        norm_of_one = torch.linalg.vector_norm(tensors[0].detach()).item()
+        if math.isfinite(norm_of_one):
+            return True
     norms = torch._foreach_norm(list(tensors))
     if all(math.isfinite(n) for n in torch.stack([n.to(norms[0].device) for n in norms]).tolist()):
         return True
@@ -308,6 +312,10 @@ class Flat:
 
     def unravel(self, vector: Tensor) -> Tensors:
         """The parts of the vector in the original shapes and dtypes (views where they can be)."""
+        if len(self._shapes) == 1:
+            part = vector.view(self._shapes[0])
+            place = self._places[0]
+            return (part if place == (self.device, self.dtype) else part.to(*place),)
         return tuple(
             part.view(shape).to(device, dtype)
             for part, shape, (device, dtype) in zip(

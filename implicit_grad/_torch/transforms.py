@@ -51,7 +51,7 @@ def is_transformed(tensors: Iterable[Tensor]) -> bool:
             "gradcheck(check_batched_grad=True) are not available: use torch.func.vmap or jacrev"
         )
     at_work = torch._C._functorch.peek_interpreter_stack() is not None
-    return at_work or any(_tangent(t) is not None for t in tensors)
+    return at_work or (in_forward_mode() and any(_tangent(t) is not None for t in tensors))
 
 
 def is_wrapped(t: Tensor) -> bool:
@@ -72,12 +72,13 @@ def is_batched(t: Tensor) -> bool:
 class CannotBatch(Exception):
     """A batched function cannot run as such: call it for one sample after another.
 
-    `known` are the results that were found before, stacked.
+    `known` are the results that were found before, stacked, and `apart` the places of the samples
+    that are to be taken out of the batch: None for all.
     """
 
-    def __init__(self, known: Tensors = ()) -> None:
+    def __init__(self, known: Tensors = (), apart: list[int] | None = None) -> None:
         super().__init__()
-        self.known = known
+        self.known, self.apart = known, apart
 
 
 def has_derivatives(tensors: Iterable[Tensor]) -> bool:
@@ -202,6 +203,9 @@ class _Lifted(torch.autograd.Function):
             except CannotBatch as reason:
                 if reason.known and len(tensors) == size:
                     tensors, in_dims = (*rows, *reason.known), (0,) * (2 + size + len(reason.known))
+                if reason.known and reason.apart is not None:
+                    ys = _in_two_parts(function, size, tensors, reason.apart)
+                    return ys, (0,) * len(ys)
         samples = [
             _Lifted.apply(
                 function,
@@ -215,6 +219,21 @@ class _Lifted(torch.autograd.Function):
         ]
         stacked = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
         return stacked, (0,) * len(stacked)
+
+
+def _in_two_parts(function: Plain, size: int, rows: Sequence[Tensor], apart: list[int]) -> Tensors:
+    """The results for a batch of which some samples are taken apart."""
+    together = sorted(set(range(len(rows[0]))) - set(apart))
+    singles = [_Lifted.apply(function, size, *(t[i] for t in rows)) for i in apart]
+    parts = [tuple(torch.stack(ys) for ys in zip(*singles, strict=True))]
+    if together:
+        some = torch.tensor(together, device=rows[0].device)
+        batch = (t.index_select(0, some.to(t.device)) for t in rows)
+        parts.append(_Lifted.apply(function.batched, size, *batch))
+    places = torch.tensor([*apart, *together]).argsort()
+    return tuple(
+        torch.cat(ys).index_select(0, places.to(ys[0].device)) for ys in zip(*parts, strict=True)
+    )
 
 
 def _variables(xs: Tensors) -> Tensors:

@@ -28,7 +28,7 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.report import Reporting
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
-from implicit_grad._torch.graph import leaves_behind, once_differentiable
+from implicit_grad._torch.graph import leaves_among, once_differentiable, walk
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.module_form import frozen
 from implicit_grad._torch.products import own_precision, stand_ins, variables
@@ -95,11 +95,10 @@ class Setup(Method):
     has_aux: bool = False
     training: Callable[[Tensors], EarlyStopped | None] | None = None  # of a minimiser of ours
 
-    @functools.cached_property
-    def one_by_one(self) -> str | None:
-        """Why calls cannot be one batch; None if they can."""
+    def why_one_by_one(self, if_small: bool) -> str | None:
+        """Why calls cannot be one batch (`if_small`: if they are small); None if they can."""
         asked = self.reporting.rtol_gradient
-        return why_one_by_one(self.linear_solver, self.curvature, self.polish, asked)
+        return why_one_by_one(self.linear_solver, self.curvature, self.polish, asked, if_small)
 
 
 class Evaluation(Recorded):
@@ -230,7 +229,10 @@ class Evaluation(Recorded):
                     "the condition's function captured a tensor that forward mode looks at: pass "
                     "it to the solver as an argument"
                 )
-            leaves = leaves_behind(snapshot.outputs)
+            nodes = list(walk(snapshot.outputs))
+            if snapshot.objective is not None:
+                snapshot.objective.look_among(nodes)
+            leaves = leaves_among(snapshot.outputs, nodes)
             self._check_dependence(leaves, at_phi)
             if self.condition.must_depend_on_phi:
                 check_determined(self.phi_tree.rebuild(at_phi), leaves)
@@ -240,7 +242,7 @@ class Evaluation(Recorded):
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
             self._check_captured()
-            self.finding = self._found(2, self._checked)
+            self.finding = self._found(2, self._checked, nodes)
         return tuple(t.detach() for t in self._phi)
 
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
@@ -266,9 +268,15 @@ class Evaluation(Recorded):
         return self._found(3, self._checked_third)
 
     def _found(
-        self, order: int, look: Callable[[Snapshot, check.Probe], Finding | None]
+        self,
+        order: int,
+        look: Callable[[Snapshot, check.Probe], Finding | None],
+        nodes: Sequence[Any] | None = None,
     ) -> Finding | None:
-        """What a look finds, or found before, in the record, or in a sample of its data."""
+        """What a look finds, or found before, in the record, or in a sample of its data.
+
+        `nodes` are those behind the record's outputs, where they are known.
+        """
         if self.method.checks.when == "never":
             return None
         assert self._record is not None
@@ -279,10 +287,10 @@ class Evaluation(Recorded):
             def value(moved: Tensors) -> Tensor:
                 return self._evaluate(moved, a, condition=condition).outputs[0]
 
-            snapshot = self._evaluate(self._at_phi, a, value, condition)
+            snapshot, nodes = self._evaluate(self._at_phi, a, value, condition), None
         probe = functools.partial(self._to_check, condition, snapshot)
         return self.method.checks.finding(
-            snapshot.outputs, self._at_phi, lambda: look(snapshot, probe()), order
+            snapshot.outputs, self._at_phi, lambda: look(snapshot, probe()), order, nodes
         )
 
     def _checked(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:
@@ -311,6 +319,15 @@ class Evaluation(Recorded):
 
         movable = [i for i, t in enumerate(a) if id(t) not in apart]
         return check.Probe(snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable)
+
+    def apart(self) -> list[int] | None:
+        """Which tasks of a batch cannot be linearised with the others; None if none can."""
+        assert self._record is not None and self._phi is not None
+        snapshot, _ = self._record
+        unknowns = sum(p[0].numel() for p in self._phi) + snapshot.n_multipliers
+        if not self.method.linear_solver.takes(len(self._phi[0]), unknowns):
+            return None
+        return [] if snapshot.apart is None else snapshot.apart().nonzero().flatten().tolist()
 
     def around(self, phi: Tensors, curvature: Curvature) -> Linearization:
         """F around another φ, on the recorded arguments."""

@@ -144,7 +144,8 @@ class ImplicitSolver:
         condition, at_once = self.setup.condition.for_tasks(), None
         # modules are taken one by one: in a batch, parameters do not tell whether they train
         modules = pytree.modules(tree.rebuild(inputs))
-        if condition is not None and self.setup.one_by_one is None and not modules:
+        can = self.setup.why_one_by_one(if_small=True) is None and not modules
+        if condition is not None and can:
             setup = dataclasses.replace(self.setup, condition=condition)
             at_once = setup, functools.partial(self._run_for_tasks, condition)
         return Transformed(self.setup, run, tree, self.solver).phi(inputs, at_once)

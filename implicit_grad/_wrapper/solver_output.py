@@ -25,7 +25,8 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
     """
     if isinstance(returned, Iterator):
         raise InvalidSolutionError(f"the solver returned {describe(returned)}. {_PARAMETERS}")
-    if not pytree.leaves(returned):
+    parts = pytree.leaves(returned)
+    if not parts:
         if modules := pytree.modules(returned):
             raise InvalidSolutionError(
                 f"the solver returned {describe(modules[0])} of which no parameter requires "
@@ -41,25 +42,24 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
             f"the solver returned phi of the form {pytree.structure(returned)}; theta has the form "
             f"{pytree.structure(template)}, and phi must have the same"
         )
-    counts = template is None and not all(map(_is_count, pytree.leaves(returned)))
+    counts = template is None and not all(map(_is_count, parts))
     leaves, tree = pytree.flatten(returned, lambda leaf: not (counts and _is_count(leaf)))
-    dtype, device = _common(inputs)
-    names = pytree.names(returned, "phi")
-    likes = [None] * len(names) if template is None else pytree.leaves(template)
+    likes = [None] * len(tree.slots) if template is None else pytree.leaves(template)
     found: dict[int, Tensor] = {}
-    for name, slot, like in zip(names, tree.slots, likes, strict=True):
+    for place, (slot, like) in enumerate(zip(tree.slots, likes, strict=True)):
         if slot is None:
             continue
         leaf = leaves[slot]
         fault = _fault(leaf, like, returned)
         if fault is None and not torch.is_tensor(leaf):
-            place = (device, dtype) if like is None else (like.device, like.dtype)
-            leaf = torch.as_tensor(leaf).to(*place)
+            dtype, device = _common(inputs) if like is None else (like.dtype, like.device)
+            leaf = torch.as_tensor(leaf).to(device, dtype)
         fault = fault or _unlike(leaf, like)
         if fault is not None:
-            raise InvalidSolutionError(f"{name} {fault}")
+            raise InvalidSolutionError(f"{pytree.names(returned, 'phi')[place]} {fault}")
         found.setdefault(slot, leaf)
     if not pytree.finite(list(found.values())):
+        names = pytree.names(returned, "phi")
         places = ((n, s) for n, s in zip(names, tree.slots, strict=True) if s is not None)
         wrong = (name for name, slot in places if not pytree.finite([found[slot]]))
         raise InvalidSolutionError(

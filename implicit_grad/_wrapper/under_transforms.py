@@ -61,7 +61,8 @@ class Transformed:
         self, setup: Setup, run: Callable[[Call], Any], xs: Tensors, known: Tensors
     ) -> Tensors:
         """Many problems at once. Their solver runs only once, whatever comes of it."""
-        if not known:
+        first = not known
+        if first:
             finder = Evaluation(run, setup, self.tree, xs, self.solver)
             random = RandomState(finder.devices)
             try:
@@ -71,6 +72,9 @@ class Transformed:
                 random.restore()
                 raise
             self._phi_tree = finder.phi_tree
+            unknowns = sum(p[0].numel() for p in known)
+            if not setup.linear_solver.takes(len(known[0]), unknowns):
+                raise CannotBatch(known)
         assert self._phi_tree is not None
         if pytree.modules(self._phi_tree.rebuild(known)):
             raise CannotBatch(known)  # in a batch, parameters do not tell whether they train
@@ -83,6 +87,8 @@ class Transformed:
             raise CannotBatch(known) from reason
         if setup.curvature == "auto" and evaluation.once_differentiable():
             raise CannotBatch(known)  # differences are taken for one problem at a time
+        if first and (apart := evaluation.apart()) != []:
+            raise CannotBatch(known, apart)
         return self._attached(evaluation, xs)
 
     def _known(self, setup: Setup, xs: Tensors, known: Tensors) -> Evaluation:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import implicit_grad as ig
 from implicit_grad._torch import batch_norm as second_batch_norm
 from implicit_grad._torch import own_backward
-from implicit_grad._torch.graph import walk
+from implicit_grad._torch.graph import between, walk
 from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad.testing import peak_memory
 
@@ -52,7 +52,7 @@ def problem(shape: tuple[int, ...], affine: bool, norm: Norm) -> tuple[Tensor, l
 
 
 def lean_slope(loss: Tensor, phi: list[Tensor]) -> tuple[Tensor, ...]:
-    with own_backwards([loss], phi, lasting=True):
+    with own_backwards(between([loss], phi), lasting=True):
         return grad(loss, phi, create_graph=True)
 
 
@@ -167,7 +167,7 @@ def test_other_ways_to_call_it(kind: str):
 def test_gradients_without_a_graph_stay_as_they_are():
     loss, phi = problem((4, 3), True, torch_norm)
     expected = grad(loss, phi, retain_graph=True)
-    with own_backwards([loss], phi):
+    with own_backwards(between([loss], phi)):
         found = grad(loss, phi, retain_graph=True)
     assert not any(g.requires_grad for g in found)
     assert_close(found, expected, 0.0)
@@ -176,10 +176,10 @@ def test_gradients_without_a_graph_stay_as_they_are():
 def test_what_does_not_last_ends():
     loss, phi = problem((4, 3), True, torch_norm)
     before = kinds(grad(loss, phi, create_graph=True))
-    with own_backwards([loss], phi):
+    with own_backwards(between([loss], phi)):
         inside = kinds(grad(loss, phi, create_graph=True))
     assert inside != before == kinds(grad(loss, phi, create_graph=True))
-    with pytest.raises(ZeroDivisionError), own_backwards([loss], phi):
+    with pytest.raises(ZeroDivisionError), own_backwards(between([loss], phi)):
         raise ZeroDivisionError
     assert kinds(grad(loss, phi, create_graph=True)) == before
 

@@ -6,6 +6,7 @@ from problems import normal
 from torch.autograd import grad
 from torch.nn import functional as F
 
+from implicit_grad._torch.graph import between
 from implicit_grad._torch.own_backward import own_backwards
 
 EPS = 0.1
@@ -57,7 +58,7 @@ def tower(name, own):
     y, inputs = make(fast if own else plain, *case)
     loss = (y * torch.arange(y.numel()).view_as(y).cos()).sum() + (y**3).sum()
     found = []
-    with own_backwards([loss], inputs, lasting=True):
+    with own_backwards(between([loss], inputs), lasting=True):
         derivative = grad(loss, inputs, create_graph=True)
     for seed in range(3):
         found.append(torch.cat([d.flatten() for d in derivative]))
@@ -81,7 +82,7 @@ def test_products_without_a_graph(name):
         make, fast, plain, case = CASES[name]
         y, inputs = make(fast if own else plain, *case)
         loss = (y**3).sum()
-        with own_backwards([loss], inputs, lasting=False):
+        with own_backwards(between([loss], inputs), lasting=False):
             slope = grad(loss, inputs, create_graph=True)
         along = [normal(*t.shape, seed=5, grad=False) for t in inputs]
         product = grad(slope, inputs, along, materialize_grads=True)
@@ -91,6 +92,6 @@ def test_products_without_a_graph(name):
 
 def test_without_a_graph_nothing_changes():
     y, inputs = layer_case(layer_norm, 1, True, True)
-    with own_backwards([y.sum()], inputs):
+    with own_backwards(between([y.sum()], inputs)):
         found = grad(y.square().sum(), inputs)
     assert not any(f.requires_grad for f in found)

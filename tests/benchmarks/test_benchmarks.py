@@ -104,6 +104,16 @@ def test_time_to_accuracy(
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 0
 
 
+def test_quadratic_programs_have_the_loops_gradients(tmp_path: Path) -> None:
+    import batched_qps
+
+    arguments = ["--programs", "3", "--unknowns", "8", "--seconds", "0.01"]
+    batched_qps.main(["--out", str(tmp_path), *arguments])
+    rows = {row["method"]: row for row in table(tmp_path / "batched_qps.csv")}
+    for name in ("implicit_grad", "implicit_grad, Exact", "a loop of implicit_grad"):
+        assert float(rows[name]["gradients differ"]) < 1e-9
+
+
 def test_batches_have_the_loops_gradients(tmp_path: Path) -> None:
     import batched
 
