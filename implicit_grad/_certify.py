@@ -75,7 +75,8 @@ def certify(
         InvalidArgumentError: an argument cannot work, or no tensor requires grad.
     """
     _check(solve, args, outer_loss)
-    evaluation, inputs = solve.evaluation(tuple(args), {})
+    # the φ that the next call will find
+    evaluation, inputs = solve.without_trace().evaluation(tuple(args), {})
     with torch.enable_grad():
         phi = evaluation.solve_and_record(inputs)
     wanted = [t for t in inputs if t.requires_grad]

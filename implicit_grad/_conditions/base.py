@@ -42,6 +42,7 @@ class Call:
     kwargs: dict[str, Any]
     parameters: Any = ()
     start: Any = None  # what φ was trained from, where that is known and no argument any more
+    warm: Any = None  # where a call before this one ended, for whoever runs the solver
 
     def without_first(self) -> Call:
         """The call as the user's function sees it if φ takes the first argument's place."""

@@ -43,7 +43,7 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
         )
     counts = template is None and not all(map(_is_count, pytree.leaves(returned)))
     leaves, tree = pytree.flatten(returned, lambda leaf: not (counts and _is_count(leaf)))
-    dtype, device = _common(inputs)
+    dtype, device = common(inputs)
     names = pytree.names(returned, "phi")
     likes = [None] * len(names) if template is None else pytree.leaves(template)
     found: dict[int, Tensor] = {}
@@ -188,7 +188,8 @@ def check_determined(phi: Any, behind: Tensors) -> None:
             )
 
 
-def _common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
+def common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
+    """The dtype and the device that numbers among arguments are taken to have."""
     floating = [t for t in inputs if t.is_floating_point()]
     if not floating:
         return torch.get_default_dtype(), torch.device("cpu")
