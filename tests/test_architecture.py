@@ -23,7 +23,7 @@ ORDER = (
     {"__main__"},
     {"__init__"},
     {"testing"},
-    {"_implicit", "_certify", "learn2learn", "monitor"},
+    {"_implicit", "_certify", "_influence", "learn2learn", "monitor"},
     {"_wrapper", "solvers"},
     {"_conditions"},
     {"_curvature"},

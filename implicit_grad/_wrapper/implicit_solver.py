@@ -178,7 +178,7 @@ class ImplicitSolver:
         method = _method(self.solver, condition)
         if method is None:
             assert callable(self.solver)
-            if call.warm is None or not self._asks:
+            if not self._asks:
                 return self.solver(*call.args, **call.kwargs)
             return self._from_start(condition, call)
         if self.init is None and not call.args:
@@ -213,11 +213,12 @@ class ImplicitSolver:
                 "implicit: with warm_start, the solver's argument start is where the last call "
                 "ended; it was also given in this call: leave it out, or warm_start"
             )
-        like = condition.template(call)
-        first = call.args[0] if call.args else None
-        if like is None and pytree.modules(first):
-            like = first
-        return self.solver(*call.args, **call.kwargs, start=call.warm.start(call, like))
+        like, start = condition.template(call), None
+        if like is None and call.args and pytree.modules(call.args[0]):
+            like = call.args[0]
+        if call.warm is not None:  # it is where one problem is solved, and not a batch
+            start = call.warm.start(call, like)
+        return self.solver(*call.args, **call.kwargs, start=start)
 
 
 def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> None:

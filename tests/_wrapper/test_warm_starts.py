@@ -263,6 +263,18 @@ def test_transforms_are_right_and_batches_start_fresh():
     torch.func.vmap(torch.func.grad(value(solve)))(lams)
     assert monitor.last.warm_started is None
 
+    def fit(lam, start):
+        assert start is None or not many
+        return lam.clone()
+
+    for options in ({}, {"linear_solver": ig.Exact()}):  # at once, and one by one
+        condition = ig.argmin(lambda w, lam: (w - lam).square().sum())
+        many, solve = False, ig.implicit(fit, condition, warm_start=True, **options)
+        solve(lams[0])
+        many = True
+        ones = torch.func.vmap(torch.func.grad(solve))(lams)
+        torch.testing.assert_close(ones, torch.ones_like(lams))
+
 
 def test_batches_of_tasks_are_warm_as_well():
     monitor = ig.Monitor()
