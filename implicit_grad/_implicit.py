@@ -106,7 +106,8 @@ def implicit(
             fails. There are `EarlyStopped(...)`, `Neumann()` and `Exact()` as well. Or a function
             `solve(matvec, b)` that returns x with matvec(x) = b, a tensor or an array: see below.
         curvature: products with the "hessian" of an argmin's or proximal's objective, with its
-            "gauss_newton" part (the condition has `model=`; changes the answer), or by
+            "gauss_newton" part (phi is a module, whose outputs are seen when the function calls it,
+            or the condition has `model=`; changes the answer), or by
             "finite_difference"s of gradients. "auto" takes the Hessian, and differences if an
             operation has no second derivative in torch; the report says which.
         init: `init(*args)` is where a solver of `implicit_grad.solvers` starts; by default the
@@ -193,6 +194,8 @@ def implicit(
     linear_solver = as_linear_solver(
         linear_solver, "implicit", "CG(), MINRES(), GMRES(), NormalCG(), Neumann(), Exact()"
     )
+    if curvature == "gauss_newton" or linear_solver.needs_convex:
+        condition = condition.seeing_outputs()
     if linear_solver.symmetric_only and not condition.symmetric:
         raise InvalidArgumentError(
             f"implicit: {type(linear_solver).__name__} needs a symmetric system, but the Jacobian "

@@ -20,6 +20,8 @@ from implicit_grad._conditions.base import (
     check_model,
     composed,
     curvatures,
+    seen,
+    unseen,
 )
 from implicit_grad._conditions.batching import batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.constraints import Constraints
@@ -45,7 +47,8 @@ class argmin(Condition):
             coefficients into a bound on its error (`Report.solve_error_bound`).
         model: if given, the objective is `objective(model(phi, *args), *args)`; this form allows
             Gauss-Newton products, which keep the curvature of `objective` in the model's outputs
-            and drop the model's own. So for a penalty on phi, phi itself has to be an output, and
+            and drop the model's own. (Where φ is a module, they need no `model`: its outputs are
+            seen.) So for a penalty on phi, phi itself has to be an output, and
             the penalty a part of `objective`: `model=lambda phi, X: (X @ phi, phi)` with
             `objective=lambda out, X: misfit(out[0]) + out[1].square().sum()`. A penalty that the
             model computes would lose its curvature.
@@ -143,12 +146,17 @@ class argmin(Condition):
     def curvatures(self) -> tuple[Curvature, ...]:
         return ("auto", "hessian") if self.constraints else curvatures(self.model)
 
+    def seeing_outputs(self) -> Condition:
+        known = self.model is not None or self.constraints
+        return self if known else dataclasses.replace(self, model=seen)
+
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "minimize":
             return super().problem_for(solver, call)
         if self.batches is not None:
-            return self._over_batches(call).value, {}
-        function = composed(self.objective, self.model, call.args, call.kwargs)
+            data = self._over_batches(call)
+            return dataclasses.replace(data, model=unseen(self.model)).value, {}
+        function = composed(self.objective, unseen(self.model), call.args, call.kwargs)
 
         def objective(phi: Any) -> Tensor:
             return total("argmin: objective", function(phi)[0], n_tasks_of(self, phi))
@@ -162,7 +170,7 @@ class argmin(Condition):
         return (call.args, call.kwargs) if self.constraints else ()  # bounds that are not active
 
     def for_tasks(self) -> Condition | None:
-        if self.constraints or self.tasks or self.batches is not None:
+        if self.constraints or self.tasks or self.batches is not None or self.model is seen:
             return None
         objective, model = batched(self.objective, "argmin: objective"), batched_model(self.model)
         return argmin(objective, self.strong_convexity, model=model, tasks=True)
