@@ -11,6 +11,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 
 import implicit_grad as ig
+from implicit_grad._torch.seen_calls import SeenCalls
 
 RANDOM = torch.Generator().manual_seed(0)
 X = torch.randn(12, 3, dtype=torch.float64, generator=RANDOM)
@@ -233,3 +234,11 @@ def test_tensors_are_refused_with_what_to_do():
     for call, at in ((solve, a), (torch.func.grad(solve), a), (many, a[None])):
         with pytest.raises(ig.InvalidArgumentError, match=r"no module.*model=model"):
             call(at)
+
+
+def test_recurrent_layers_compute_with_phi_in_calls_and_are_read_as_views():
+    seen = SeenCalls(nn.GRU(4, 3, batch_first=True))
+    output, _ = seen.container(torch.ones(2, 1, 4))
+    outputs, read = seen.behind(output.sum() + seen.container.bias_hh_l0.sum())
+    assert len(outputs) == 1 and outputs[0] is output
+    assert len(read) == 1 and read[0] is seen.container.bias_hh_l0
