@@ -20,6 +20,7 @@ from implicit_grad._errors import (
     Status,
 )
 from implicit_grad._implicit import implicit
+from implicit_grad._influence import Influence, influence
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.exact import Exact
@@ -46,6 +47,7 @@ __all__ = [
     "GraphError",
     "ImplicitGradError",
     "ImplicitGradWarning",
+    "Influence",
     "InvalidArgumentError",
     "InvalidSolutionError",
     "Jacobi",
@@ -67,6 +69,7 @@ __all__ = [
     "fixed_point",
     "imaml",
     "implicit",
+    "influence",
     "prox",
     "prox_gradient",
     "proximal",

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.base import check_callable, scalar
+from implicit_grad._conditions.base import check_callable
 from implicit_grad._errors import InvalidArgumentError, Status, describe
 from implicit_grad._theorem.adjoint import solve_adjoint, solve_newton
 from implicit_grad._theorem.linearization import Curvature, Linearization
-from implicit_grad._torch.products import gradient, variables
 from implicit_grad._torch.pytree import Tensors, length
 from implicit_grad._wrapper.evaluation import Evaluation
 from implicit_grad._wrapper.implicit_solver import ImplicitSolver, default_linear_solver
+from implicit_grad._wrapper.outer import Outer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,8 @@ def certify(
         InvalidArgumentError: an argument cannot work, or no tensor requires grad.
     """
     _check(solve, args, outer_loss)
-    evaluation, inputs = solve.evaluation(tuple(args), {})
+    # the φ that the next call will find
+    evaluation, inputs = solve.without_trace().evaluation(tuple(args), {})
     with torch.enable_grad():
         phi = evaluation.solve_and_record(inputs)
     wanted = [t for t in inputs if t.requires_grad]
@@ -83,7 +84,7 @@ def certify(
     if not tensors:
         raise InvalidArgumentError("certify: none of the arguments requires grad")
     around, targets = _recorded(evaluation, inputs)
-    here = _Outer(outer_loss, evaluation, phi, tensors)
+    here = Outer("certify: outer_loss", outer_loss, evaluation, phi, tensors)
     first = solve_adjoint(evaluation.method.linear_solver, around, here.v, verify=True)
     gradients = here.with_implicit(around, first.x, targets)
 
@@ -97,7 +98,7 @@ def certify(
     newton = solve_newton(solver, true)
     moved = tuple((p + d).detach() for p, d in zip(phi, newton.x, strict=False))
     around_moved = evaluation.around(moved, curvature)
-    there = _Outer(outer_loss, evaluation, moved, tensors)
+    there = Outer("certify: outer_loss", outer_loss, evaluation, moved, tensors)
     with torch.no_grad():
         same = [x.shape for x in first.x] == [p.shape for p in around_moved.phi]
         start = first.x if same else tuple(map(torch.zeros_like, around_moved.phi))
@@ -126,30 +127,6 @@ def certify(
         ),
         status=status,
     )
-
-
-class _Outer:
-    """The outer loss at a φ: its gradients by φ and, where it depends on them directly, by a."""
-
-    def __init__(
-        self,
-        outer_loss: Callable[[Any], Tensor],
-        evaluation: Evaluation,
-        phi: Tensors,
-        tensors: Tensors,
-    ) -> None:
-        with torch.enable_grad():
-            at = variables(phi)
-            value = scalar("certify: outer_loss", outer_loss(evaluation.phi_tree.rebuild(at)))
-        with torch.no_grad():
-            grads = gradient(value, (*at, *tensors))
-        self.v, self.direct = grads[: len(at)], grads[len(at) :]
-
-    def with_implicit(self, around: Linearization, u: Tensors, targets: Tensors) -> Tensors:
-        """The hypergradient: direct − (∂F/∂a)ᵀu."""
-        with torch.no_grad():
-            through = around.pullback(tuple(-x for x in u), targets)
-            return tuple(a + b for a, b in zip(self.direct, through, strict=True))
 
 
 def _recorded(evaluation: Evaluation, inputs: Tensors) -> tuple[Linearization, Tensors]:

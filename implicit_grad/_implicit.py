@@ -14,6 +14,7 @@ from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
+from implicit_grad._linear_solvers.warm_start import Slot, WarmStart
 from implicit_grad._options import check_value, is_integer, is_number
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
@@ -25,6 +26,7 @@ from implicit_grad._wrapper.implicit_solver import (
     Solver,
     default_linear_solver,
 )
+from implicit_grad._wrapper.warm import asks_for_start
 from implicit_grad.solvers._descent import Descent
 
 
@@ -38,6 +40,7 @@ def implicit(
     init: Callable[..., Any] | None = None,
     has_aux: bool = False,
     polish: int = 0,
+    warm_start: bool | WarmStart = False,
     check: Check = "once",
     rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
@@ -55,6 +58,7 @@ def implicit(
     init: Callable[..., Any] | None = None,
     has_aux: bool = False,
     polish: int = 0,
+    warm_start: bool | WarmStart = False,
     check: Check = "once",
     rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
@@ -71,6 +75,7 @@ def implicit(
     init: Callable[..., Any] | None = None,
     has_aux: bool = False,
     polish: int = 0,
+    warm_start: bool | WarmStart = False,
     check: Check = "once",
     rtol_gradient: float | None = None,
     monitor: Monitor | None = None,
@@ -101,7 +106,8 @@ def implicit(
             fails. There are `EarlyStopped(...)`, `Neumann()` and `Exact()` as well. Or a function
             `solve(matvec, b)` that returns x with matvec(x) = b, a tensor or an array: see below.
         curvature: products with the "hessian" of an argmin's or proximal's objective, with its
-            "gauss_newton" part (the condition has `model=`; changes the answer), or by
+            "gauss_newton" part (phi is a module, whose outputs are seen when the function calls it,
+            or the condition has `model=`; changes the answer), or by
             "finite_difference"s of gradients. "auto" takes the Hessian, and differences if an
             operation has no second derivative in torch; the report says which.
         init: `init(*args)` is where a solver of `implicit_grad.solvers` starts; by default the
@@ -112,6 +118,15 @@ def implicit(
         polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller; with
             Hessian products and a linear solver run to a tolerance, the gradient's error is then
             second order in what the solver left unsolved.
+        warm_start: start where the last call ended, for outer loops in which the arguments move
+            little from call to call: True, or a `WarmStart()`, whose `at(key)` tells problems apart
+            that share this solver. A solver of `implicit_grad.solvers` then starts at the last φ in
+            place of `init`, if it is of the same form, shapes, dtype and device; a function with a
+            parameter `start` is handed a copy of it, or None; and `CG` starts from its last
+            solution. The gradient is that of where the solver ends, wherever it started, but for
+            what is left unsolved; where there are several minima, it may be another one. It costs
+            two vectors like φ; what it saves is in the `Report`. Under `torch.func.vmap` all starts
+            are fresh, and `certify` and `check_implicit` leave no trace.
         check: whether products with A, and how F changes with the arguments, are held against
             differences, at φ: "once" for this solver and each kind of graph, "always" or "never".
             The condition's function is then evaluated a few times more. Torch's derivatives can be
@@ -179,6 +194,8 @@ def implicit(
     linear_solver = as_linear_solver(
         linear_solver, "implicit", "CG(), MINRES(), GMRES(), NormalCG(), Neumann(), Exact()"
     )
+    if curvature == "gauss_newton" or linear_solver.needs_convex:
+        condition = condition.seeing_outputs()
     if linear_solver.symmetric_only and not condition.symmetric:
         raise InvalidArgumentError(
             f"implicit: {type(linear_solver).__name__} needs a symmetric system, but the Jacobian "
@@ -202,6 +219,13 @@ def implicit(
         )
     _check_curvature(curvature, condition, linear_solver)
     check_value("implicit", "polish", polish, is_integer(polish, 0), "a number of Newton steps")
+    good = isinstance(warm_start, (bool, WarmStart))
+    check_value("implicit", "warm_start", warm_start, good, "True, False or a WarmStart()")
+    if warm_start is not False and linear_solver.keeps_start:
+        raise InvalidArgumentError(
+            "implicit: EarlyStopped differentiates a training from its own start, and with "
+            "warm_start a training began calls ago: use CG(), or leave warm_start out"
+        )
     check_value("implicit", "has_aux", has_aux, isinstance(has_aux, bool), "True or False")
     good = rtol_gradient is None or (is_number(rtol_gradient) and 0 < rtol_gradient < 1)
     expected = "None or a number between 0 and 1"
@@ -219,6 +243,9 @@ def implicit(
     )
     check_option(check, "implicit")
     checks = Checks(check)
+    store = warm_start if isinstance(warm_start, WarmStart) else None
+    if warm_start is True:
+        store = WarmStart()
     setup = Setup(
         condition=condition,
         linear_solver=linear_solver,
@@ -227,6 +254,7 @@ def implicit(
         polish=polish,
         checks=checks,
         has_aux=has_aux,
+        warm_start=store,
     )
     if condition.tasks and (reason := setup.why_one_by_one(if_small=False)) is not None:
         raise InvalidArgumentError(f"implicit: with tasks=True, {reason}")
@@ -270,14 +298,28 @@ def _wrapped(solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> I
             "implicit: init is for solvers of implicit_grad.solvers; this solver is a function "
             "and chooses its own start"
         )
+    if setup.warm_start is not None and not handed:
+        _check_starts(solver, setup.linear_solver, setup.warm_start)
     if handed:
         condition = _with_bounds_of(solver, setup.condition)
         _check_prox(solver)
         _check_curvature(setup.curvature, condition, setup.linear_solver)
         training = solver.training if isinstance(solver, Descent) else None
+        if setup.warm_start is not None:
+            training = None  # it is longer than the minimiser's own steps
         setup = dataclasses.replace(setup, condition=condition, training=training)
         solver = _to_accuracy(solver, setup.reporting.rtol_gradient)
     return ImplicitSolver(solver, setup, init)
+
+
+def _check_starts(solver: Any, linear_solver: LinearSolver, store: WarmStart | Slot) -> None:
+    """Raise if there is nothing that could start where the last call ended."""
+    if asks_for_start(solver) or linear_solver.starting_from(store.slot()) is not linear_solver:
+        return
+    raise InvalidArgumentError(
+        "implicit: warm_start has nothing to start: give the solver function a parameter start, "
+        "in which it gets the last phi (None in the first call); of the linear solvers CG() can"
+    )
 
 
 def _check_curvature(

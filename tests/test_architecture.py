@@ -32,7 +32,7 @@ ORDER = (
     {"__main__"},
     {"__init__"},
     {"testing"},
-    {"_implicit", "_certify", "learn2learn", "monitor", "prox"},
+    {"_implicit", "_certify", "_influence", "learn2learn", "monitor", "prox"},
     {"_wrapper", "solvers"},
     {"_conditions"},
     {"_curvature"},

@@ -46,6 +46,11 @@ def made(**options):
     return lambda theta, X: ig.implicit(**{"solver": good, "condition": CONDITION, **options})
 
 
+def called(**options):
+    """Call what `made` wraps."""
+    return lambda theta, X: made(**options)(theta, X)(theta, X)
+
+
 def then_modify(theta, X):
     phi = ig.implicit(good, CONDITION)(theta * 1, X)
     with torch.no_grad():
@@ -257,14 +262,16 @@ BAD = {
         "rtol_gradient=0.1 is for CG.*MINRES stops by its own options",
     ),
     "Gauss-Newton without a model": (
-        made(curvature="gauss_newton"),
+        called(curvature="gauss_newton"),
         ARGUMENT,
-        r"pass proximal\(loss, \.\.\., model=model\)",
+        r"theta is a float64 tensor of shape \(3,\) and no module.*model=model",
     ),
     "Gauss-Newton instead without a model": (
-        made(linear_solver=ig.CG(on_negative_curvature="gauss_newton")),
+        lambda theta, X: made(linear_solver=ig.CG(on_negative_curvature="gauss_newton"))(theta, X)(
+            theta, X
+        ),
         ARGUMENT,
-        r"pass proximal\(loss, \.\.\., model=model\)",
+        r"theta is a float64 tensor of shape \(3,\) and no module.*model=model",
     ),
     "nothing to start from": (
         lambda theta, X: ig.implicit(DESCENT, ig.argmin(loss))(X=X),

@@ -20,6 +20,8 @@ from implicit_grad._conditions.base import (
     check_model,
     composed,
     curvatures,
+    seen,
+    unseen,
     without_aux,
 )
 from implicit_grad._conditions.batching import batched, batched_model, n_tasks_of, total
@@ -48,7 +50,8 @@ class argmin(Condition):
             coefficients into a bound on its error (`Report.solve_error_bound`).
         model: if given, the objective is `objective(model(phi, *args), *args)`; this form allows
             Gauss-Newton products, which keep the curvature of `objective` in the model's outputs
-            and drop the model's own. So for a penalty on phi, phi itself has to be an output, and
+            and drop the model's own. (Where φ is a module, they need no `model`: its outputs are
+            seen.) So for a penalty on phi, phi itself has to be an output, and
             the penalty a part of `objective`: `model=lambda phi, X: (X @ phi, phi)` with
             `objective=lambda out, X: misfit(out[0]) + out[1].square().sum()`. A penalty that the
             model computes would lose its curvature.
@@ -161,12 +164,17 @@ class argmin(Condition):
     def curvatures(self) -> tuple[Curvature, ...]:
         return ("auto", "hessian") if self.constraints else curvatures(self.model)
 
+    def seeing_outputs(self) -> Condition:
+        known = self.model is not None or self.constraints
+        return self if known else dataclasses.replace(self, model=seen)
+
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "minimize":
             return super().problem_for(solver, call)
         if self.batches is not None:
-            return self._over_batches(call).value, {}
-        function = composed(self._objective, self.model, call.args, call.kwargs)
+            data = self._over_batches(call)
+            return dataclasses.replace(data, model=unseen(self.model)).value, {}
+        function = composed(self._objective, unseen(self.model), call.args, call.kwargs)
 
         def objective(phi: Any) -> Tensor:
             return total("argmin: objective", function(phi)[0], n_tasks_of(self, phi))
@@ -191,7 +199,7 @@ class argmin(Condition):
         return self.constraints.multipliers(value, at, own, args, kwargs)
 
     def for_tasks(self) -> Condition | None:
-        if self.tasks or self.batches is not None:
+        if self.tasks or self.batches is not None or self.model is seen:
             return None
         return _Stacked(
             batched(self._objective, "argmin: objective"),

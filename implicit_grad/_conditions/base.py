@@ -15,6 +15,7 @@ from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, de
 from implicit_grad._theorem.linearization import Curvature, Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.seen_calls import SeenCalls
 
 Again = Callable[[Tensors], Tensor]
 
@@ -45,6 +46,7 @@ class Call:
     kwargs: dict[str, Any]
     parameters: Any = ()
     start: Any = None  # what φ was trained from, where that is known and no argument any more
+    warm: Any = None  # where a call before this one ended, for whoever runs the solver
 
     def without_first(self) -> Call:
         """The call as the user's function sees it if φ takes the first argument's place."""
@@ -87,6 +89,10 @@ class Condition(abc.ABC):
     def apart(self, call: Call) -> Any:
         """Arguments that the user's function is not handed."""
         return ()
+
+    def seeing_outputs(self) -> Condition:
+        """This condition, with the outputs of φ's modules for its model, if it can have one."""
+        return self
 
     def check_call(self, call: Call) -> None:  # noqa: B027  (most conditions accept any call)
         """Raise if the arguments cannot work, before the solver runs."""
@@ -194,12 +200,65 @@ def composed(
     def evaluate(phi: Any) -> tuple[Any, Tensors | None]:
         if model is None:
             return function(phi, *args, **kwargs), None
+        if model is seen:
+            return _seen(function, phi, args, kwargs)
         returned = model(phi, *args, **kwargs)
         tensors, tree = pytree.flatten(returned, lambda t: torch.is_tensor(t) and t.requires_grad)
         outputs = tuple(t.view_as(t) for t in tensors)
         return function(tree.rebuild(outputs), *args, **kwargs), outputs
 
     return evaluate
+
+
+def seen(phi: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model of functions of modules, whose outputs are noted when they are called."""
+    return phi
+
+
+def check_seen(phi: Any, name: str) -> None:
+    """Raise unless there is a module whose outputs could be seen."""
+    if not pytree.modules(phi):
+        raise InvalidArgumentError(_NOT_SEEN.format(f"{name} is {describe(phi)} and no module"))
+
+
+def unseen(model: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The model where only values are asked for."""
+    return None if model is seen else model
+
+
+def _seen(
+    function: Callable[..., Any], phi: Any, args: Any, kwargs: Any
+) -> tuple[Any, Tensors | None]:
+    """The function's value, and the outputs of φ's modules that it depends on.
+
+    A penalty on φ keeps all its curvature: the parameters that it reads are outputs as well.
+    """
+    check_seen(phi, "phi, which the solver returned,")
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in pytree.flatten(phi)[0]):
+        return function(phi, *args, **kwargs), ()
+    calls = SeenCalls(phi)
+    value = function(calls.container, *args, **kwargs)
+    if not torch.is_tensor(value) or not value.requires_grad:
+        return value, ()
+    try:
+        outputs, read = calls.behind(value)
+    except ValueError as reason:
+        raise InvalidSolutionError(_NOT_SEEN.format(f"the function of phi {reason}")) from None
+    if not outputs:
+        raise InvalidSolutionError(
+            _NOT_SEEN.format(
+                "the function of phi does not depend on the output of a call of phi's module, "
+                "phi(x), or of a part of it"
+            )
+        )
+    return value, (*outputs, *read)
+
+
+_NOT_SEEN = (
+    'curvature="gauss_newton" has to know where the model ends and the loss begins: {}. Pass the '
+    "condition model=model, with loss(model(phi, *args), *args); or let phi be a module, and the "
+    'loss a function of what its call returns; or use curvature="hessian"'
+)
 
 
 def curvatures(model: Any) -> tuple[Curvature, ...]:

@@ -20,6 +20,7 @@ from implicit_grad._conditions.base import (
     check_callable,
     composed,
     scalar,
+    seen,
 )
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
@@ -188,8 +189,8 @@ class Batches:
                 value = value + regularizer(phi, *args, **kwargs).reshape(())
             return value
 
-        if model is None:
-            return lambda phi, *a, **k: whole(phi, phi, *a, **k), None
+        if model is None or model is seen:
+            return lambda phi, *a, **k: whole(phi, phi, *a, **k), model
         return (
             lambda pair, *a, **k: whole(*pair, *a, **k),
             lambda phi, *a, **k: (phi, model(phi, batch, *a, **k)),

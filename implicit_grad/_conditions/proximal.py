@@ -16,8 +16,11 @@ from implicit_grad._conditions.base import (
     Snapshot,
     check_callable,
     check_model,
+    check_seen,
     composed,
     curvatures,
+    seen,
+    unseen,
     without_aux,
 )
 from implicit_grad._conditions.batching import aligned, batched, batched_model, n_tasks_of, total
@@ -109,6 +112,8 @@ class proximal(Condition):
                 "proximal: the solver's first positional argument is theta, but it was called "
                 "without positional arguments"
             )
+        if self.model is seen:
+            check_seen(call.args[0], "theta")
         if self.tasks and isinstance(call.parameters, LowRank):
             raise InvalidArgumentError(
                 "proximal: with tasks=True, lam must not be a LowRank matrix"
@@ -116,7 +121,9 @@ class proximal(Condition):
         self._pull(call)
 
     def for_tasks(self) -> Condition | None:
-        if self.tasks or self.batches is not None or isinstance(self.parameters, LowRank):
+        if self.tasks or self.batches is not None or self.model is seen:
+            return None
+        if isinstance(self.parameters, LowRank):
             return None
         loss, model = batched(self._loss, "proximal: loss"), batched_model(self.model)
         return _Stacked(loss, self.lam, self.convex, model=model, tasks=True)
@@ -130,14 +137,18 @@ class proximal(Condition):
     def template(self, call: Call) -> Any:
         return call.args[0]
 
+    def seeing_outputs(self) -> Condition:
+        return self if self.model is not None else dataclasses.replace(self, model=seen)
+
     def problem_for(self, solver: str, call: Call) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         if solver != "minimize":
             return super().problem_for(solver, call)
         theta, *rest = call.args
         if self.batches is not None:
-            whole = self._over_batches(call).value
+            data = self._over_batches(call)
+            whole = dataclasses.replace(data, model=unseen(self.model)).value
             return ProximalObjective(whole, self._pull(call), tuple(pytree.leaves(theta))), {}
-        evaluate = composed(self._loss, self.model, rest, call.kwargs)
+        evaluate = composed(self._loss, unseen(self.model), rest, call.kwargs)
 
         def loss(phi: Any) -> Tensor:
             return total("proximal: loss", evaluate(phi)[0], n_tasks_of(self, phi))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import Status
+from implicit_grad._linear_solvers.warm_start import Slot
 
 # Longer rows are multiplied one by one on a CPU: that makes no vector, and calls are cheap then.
 _LONG_ROW = 2**13
@@ -245,6 +246,10 @@ class LinearSolver(abc.ABC):
 
     def for_call(self) -> LinearSolver:
         """The solver for the backward pass of one call; asked for when that call runs forward."""
+        return self
+
+    def starting_from(self, slot: Slot) -> LinearSolver:
+        """This solver, started from the solution that is kept there, if it can be."""
         return self
 
     def cold(self) -> LinearSolver:

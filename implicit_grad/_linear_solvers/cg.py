@@ -294,6 +294,11 @@ class CG(Iterative):
             return self
         return dataclasses.replace(self, warm_start=self.warm_start.slot())
 
+    def starting_from(self, slot: Slot) -> LinearSolver:
+        if self.warm_start is not None or self.maxiter == 0:
+            return self
+        return dataclasses.replace(self, warm_start=slot)
+
     def cold(self) -> LinearSolver:
         return self if self.warm_start is None else dataclasses.replace(self, warm_start=None)
 

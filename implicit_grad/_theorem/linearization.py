@@ -69,6 +69,8 @@ class Linearization:
         finding: what a check of its products found, if they are wrong or were replaced.
         training: see `Operator`.
         batches: of how many batches of data F is the sum, if it is one.
+        warm_started: whether φ was sought from where the last call ended, if that was asked for.
+        evaluations: of the objective or residual, by the solver that was handed it, if counted.
         degenerate: why φ has no derivative here, if it lies at a kink.
         said_symmetric: whether A is symmetric by the user's word: F is not an objective's gradient,
             so that A may be negative definite as well as positive definite.
@@ -83,6 +85,8 @@ class Linearization:
     is_differentiated = False  # solutions of its linear systems will be, or are derivatives
     training: Callable[[], Filter | None] | None = None
     batches: int | None = None
+    warm_started: bool | None = None
+    evaluations: int | None = None
 
     def __init__(
         self,

@@ -66,6 +66,10 @@ class Report:
         check: what the check of products found (see `implicit`), None if nothing: why they are
             differences of gradients, or why the status is WRONG_PRODUCT.
         batches: how many batches the condition's `batches=` gave, if it has them.
+        warm_started: with `implicit(..., warm_start=...)`, whether the solver started where the
+            last call ended; None without it, and for a function that does not ask for `start`.
+        evaluations: with it, how often a solver that is handed the objective, or residual,
+            evaluated it: what a warm start saves is what this falls by.
     """
 
     status: Status
@@ -85,6 +89,8 @@ class Report:
     check: str | None = None
     filter_error: float | None = None
     batches: int | None = None
+    warm_started: bool | None = None
+    evaluations: int | None = None
 
 
 class Monitor:
@@ -243,6 +249,8 @@ class Reporting:
             check=None if around.finding is None else around.finding.sentence,
             filter_error=solution.filter_error,
             batches=around.batches,
+            warm_started=around.warm_started,
+            evaluations=around.evaluations,
         )
 
     def _mu(self, around: Linearization) -> float | None:

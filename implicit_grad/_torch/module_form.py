@@ -115,7 +115,8 @@ def own(modules: Sequence[nn.Module]) -> None:
             if p is not None:
                 part._parameters[name] = made[id(p)]  # type: ignore[assignment]
         held = vars(part)
-        held.update({n: v.copy() for n, v in held.items() if n.endswith("_hooks") and v})
+        hooks = {n: v for n, v in held.items() if n.endswith("_hooks") and isinstance(v, dict)}
+        held.update({name: registered.copy() for name, registered in hooks.items()})
         if isinstance(part, nn.RNNBase):
             refresh_recurrent(part)
 

@@ -22,6 +22,7 @@ from implicit_grad._errors import (
 )
 from implicit_grad._linear_solvers.base import Filter, LinearSolver
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
+from implicit_grad._linear_solvers.warm_start import Slot, WarmStart
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.implicit_function import Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
@@ -41,6 +42,7 @@ from implicit_grad._torch.transforms import (
 )
 from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import check_determined, checked, naming_phi
+from implicit_grad._wrapper.warm import WarmCall
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
@@ -94,6 +96,22 @@ class Setup(Method):
     polish: int = 0
     has_aux: bool = False
     training: Callable[[Tensors], EarlyStopped | None] | None = None  # of a minimiser of ours
+    warm_start: WarmStart | Slot | None = None
+
+    def for_call(self) -> Setup:
+        """The setup for one call, bound to the key that `WarmStart.at` has set now."""
+        if self.warm_start is None:
+            return super().for_call()
+        slot, solver = self.warm_start.slot(), self.linear_solver
+        if not self.condition.tasks:
+            solver = solver.starting_from(slot)
+        return dataclasses.replace(self, warm_start=slot, linear_solver=solver.for_call())
+
+    def without_trace(self) -> Setup:
+        """A setup that starts solves as this one does, and keeps nothing of them."""
+        if not isinstance(self.warm_start, WarmStart):
+            return self
+        return dataclasses.replace(self, warm_start=self.warm_start.as_it_is())
 
     def why_one_by_one(self, if_small: bool) -> str | None:
         """Why calls cannot be one batch (`if_small`: if they are small); None if they can."""
@@ -117,6 +135,8 @@ class Evaluation(Recorded):
     ) -> None:
         self.run, self.condition, self.tree = run, setup.condition, tree
         self.method: Setup = setup.for_call()
+        slot = self.method.warm_start
+        self.warm = None if slot is None else WarmCall(slot.slot())
         self.finding: Finding | None = None
         self.wanted = [t.requires_grad for t in inputs]
         self.devices = {t.device for t in inputs}
@@ -148,7 +168,7 @@ class Evaluation(Recorded):
             for t, wanted in zip(inputs, self.wanted, strict=True)
         )
         before = versions(lent)
-        call = Call(*self.tree.rebuild(lent, owned=True))
+        call = dataclasses.replace(Call(*self.tree.rebuild(lent, owned=True)), warm=self.warm)
         held = tuple(frozen(pytree.modules((call.args, call.kwargs))))
         held_before = versions(held)
         reachable = captured_tensors(self.condition, self._solver, *self.tree.others)
@@ -206,7 +226,16 @@ class Evaluation(Recorded):
 
     def values(self, inputs: Tensors) -> Tensors:
         """φ for a caller who wants no gradient; polished, F is evaluated as well."""
-        return self.solve_and_record(inputs) if self.method.polish else self.solve(inputs)
+        if self.method.polish:
+            return self.solve_and_record(inputs)
+        phi = self.solve(inputs)
+        self._keep(phi, inputs)
+        return phi
+
+    def _keep(self, phi: Tensors, inputs: Tensors) -> None:
+        """Let the next call start where this one ended, if it is to."""
+        if self.warm is not None:
+            self.warm.keep(phi, self.phi_tree, self._call(inputs))
 
     def solve_and_record(self, inputs: Tensors) -> Tensors:
         """Solve, and evaluate the user's function at φ while what it refers to is still there.
@@ -243,6 +272,7 @@ class Evaluation(Recorded):
             self.captured = tuple(t for t in leaves if id(t) not in own)
             self._check_captured()
             self.finding = self._found(2, self._checked, nodes)
+            self._keep(phi, inputs)
         return tuple(t.detach() for t in self._phi)
 
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
@@ -250,6 +280,8 @@ class Evaluation(Recorded):
         snapshot, a = self._record
         around = snapshot.linearize(curvature)
         around.training, around.batches = lambda: self._filter, snapshot.batches
+        if self.warm is not None:
+            around.warm_started, around.evaluations = self.warm.started, self.warm.evaluations
         return around, (*a, *self.captured)
 
     @functools.cached_property

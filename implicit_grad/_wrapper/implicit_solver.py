@@ -24,6 +24,7 @@ from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.transforms import (
     CannotBatch,
     in_forward_mode,
+    is_batched,
     is_transformed,
 )
 from implicit_grad._wrapper.arguments import tell_unread
@@ -32,6 +33,7 @@ from implicit_grad._wrapper.completed import completed
 from implicit_grad._wrapper.evaluation import Evaluation, Setup, phi_replaces_first
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad._wrapper.under_transforms import CAPTURED, Transformed
+from implicit_grad._wrapper.warm import asks_for_start
 
 
 @runtime_checkable
@@ -65,6 +67,7 @@ class ImplicitSolver:
         if callable(solver):
             functools.update_wrapper(self, solver, updated=())  # its attributes are not ours
         self.solver, self.setup, self.init = solver, setup, init
+        self._asks = setup.warm_start is not None and callable(solver) and asks_for_start(solver)
 
     def __get__(self, instance: Any, owner: type | None = None) -> ImplicitSolver:
         """As a method: the solver is handed its object, the condition is not."""
@@ -76,6 +79,11 @@ class ImplicitSolver:
         name = getattr(self.solver, "__qualname__", None) or repr(self.solver)
         condition, linear_solver = self.setup.condition, self.setup.linear_solver
         return f"implicit({name}, {type(condition).__name__}, {linear_solver})"
+
+    def without_trace(self) -> ImplicitSolver:
+        """A solver that starts as this one does, and keeps nothing for its next call."""
+        setup = self.setup.without_trace()
+        return self if setup is self.setup else ImplicitSolver(self.solver, setup, self.init)
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,14 +149,16 @@ class ImplicitSolver:
         """A call with tensors that torch.func or forward mode look at."""
         if self.setup.has_aux:
             check_not_batched(inputs)
-        condition, at_once = self.setup.condition.for_tasks(), None
+        condition, at_once, setup = self.setup.condition.for_tasks(), None, self.setup
+        if any(map(is_batched, inputs)):  # one φ is no start for many problems
+            setup = dataclasses.replace(setup, warm_start=None)
         # modules are taken one by one: in a batch, parameters do not tell whether they train
         modules = pytree.modules(tree.rebuild(inputs))
         can = self.setup.why_one_by_one(if_small=True) is None and not modules
         if condition is not None and can:
-            setup = dataclasses.replace(self.setup, condition=condition)
-            at_once = setup, functools.partial(self._run_for_tasks, condition)
-        return Transformed(self.setup, run, tree, self.solver).phi(inputs, at_once)
+            together = dataclasses.replace(setup, condition=condition)
+            at_once = together, functools.partial(self._run_for_tasks, condition)
+        return Transformed(setup, run, tree, self.solver).phi(inputs, at_once)
 
     def _run_for_tasks(self, condition: Condition, call: Call) -> Any:
         """The solver's output for a batch: at once if it works element by element."""
@@ -176,15 +186,21 @@ class ImplicitSolver:
         method = _method(self.solver, condition)
         if method is None:
             assert callable(self.solver)
-            return self.solver(*call.args, **call.kwargs)
+            if not self._asks:
+                return self.solver(*call.args, **call.kwargs)
+            return self._from_start(condition, call)
         if self.init is None and not call.args:
             raise InvalidArgumentError(
                 "implicit: without a positional argument to start from, this solver needs init="
             )
         init = call.args[0] if self.init is None else self.init(*call.args, **call.kwargs)
+        if call.warm is not None:
+            init = call.warm.init(init)
         if phi_replaces_first(condition, init, call):
             call = call.without_first()
         function, constraints = condition.problem_for(method, call)
+        if call.warm is not None:
+            function = call.warm.counted(function)
         try:
             return getattr(self.solver, method)(function, init, **constraints)
         except TypeError as error:
@@ -199,6 +215,21 @@ class ImplicitSolver:
                 f"implicit: {self.solver!r} does not take {what}: use {others} of "
                 "implicit_grad.solvers, or a solver function"
             ) from error
+
+    def _from_start(self, condition: Condition, call: Call) -> Any:
+        """What a function returns that asks where the last call ended."""
+        assert callable(self.solver)
+        if "start" in call.kwargs:
+            raise InvalidArgumentError(
+                "implicit: with warm_start, the solver's argument start is where the last call "
+                "ended; it was also given in this call: leave it out, or warm_start"
+            )
+        like, start = condition.template(call), None
+        if like is None and call.args and pytree.modules(call.args[0]):
+            like = call.args[0]
+        if call.warm is not None:  # it is where one problem is solved, and not a batch
+            start = call.warm.start(call, like)
+        return self.solver(*call.args, **call.kwargs, start=start)
 
 
 def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> None:

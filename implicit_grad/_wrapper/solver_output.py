@@ -52,7 +52,7 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
         leaf = leaves[slot]
         fault = _fault(leaf, like, returned)
         if fault is None and not torch.is_tensor(leaf):
-            dtype, device = _common(inputs) if like is None else (like.dtype, like.device)
+            dtype, device = common(inputs) if like is None else (like.dtype, like.device)
             leaf = torch.as_tensor(leaf).to(device, dtype)
         fault = fault or _unlike(leaf, like)
         if fault is not None:
@@ -188,7 +188,8 @@ def check_determined(phi: Any, behind: Tensors) -> None:
             )
 
 
-def _common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
+def common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
+    """The dtype and the device that numbers among arguments are taken to have."""
     floating = [t for t in inputs if t.is_floating_point()]
     if not floating:
         return torch.get_default_dtype(), torch.device("cpu")

@@ -67,6 +67,7 @@ class Subject:
                 setup.reporting, monitor=self.monitor, on_failure="ignore"
             )
             solve = copy.copy(solve)
+            setup = setup.without_trace()
             solve.setup = dataclasses.replace(setup, reporting=reporting)
         self.solve, self.condition, self._outer = solve, condition, outer
         self._weights: list[Tensor] | None = None

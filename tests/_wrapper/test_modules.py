@@ -702,3 +702,14 @@ def test_the_start_of_a_training_that_was_stopped_has_its_gradient():
     torch.testing.assert_close(phi.weight, w)
     want = torch.autograd.grad((X_VAL @ w[0] - Y_VAL).square().mean(), model.weight)
     torch.testing.assert_close(found, want)
+
+
+def test_a_hook_on_what_comes_back_is_not_the_originals():
+    net, lam = nn.Linear(2, 1), torch.tensor(1.0, requires_grad=True)
+    solve = ig.implicit(
+        lambda net, lam: net,
+        ig.argmin(lambda net, lam: sum((p - lam).square().sum() for p in net.parameters())),
+        on_failure="ignore",
+    )
+    solve(net, lam).register_forward_hook(lambda *_: None)
+    assert not net._forward_hooks and not solve(net, lam)._forward_hooks
