@@ -119,6 +119,7 @@ class ConjugateGradients(Run):
                 if self._ends(alpha, now[0], weight * now[-1]):
                     return
                 beta = self._rz / before
+            del squares  # no number is kept during a product that is not wanted after it
             p.mul_(beta).add_(z, alpha=weight)
 
     def _ends(self, alpha: float, rr: float, rz: float) -> bool:

@@ -313,9 +313,7 @@ class Flat:
     def unravel(self, vector: Tensor) -> Tensors:
         """The parts of the vector in the original shapes and dtypes (views where they can be)."""
         if len(self._shapes) == 1:
-            part = vector.view(self._shapes[0])
-            place = self._places[0]
-            return (part if place == (self.device, self.dtype) else part.to(*place),)
+            return (vector.view(self._shapes[0]).to(*self._places[0]),)
         return tuple(
             part.view(shape).to(device, dtype)
             for part, shape, (device, dtype) in zip(
