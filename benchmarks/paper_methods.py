@@ -253,8 +253,8 @@ class PaperCode(FOMAML):
         adapted = zip(theta.items(), learner.parameters(), strict=True)
         phi = {n: (p - pull * (p - t)).detach().requires_grad_() for (n, t), p in adapted}
 
-        def call(images: Tensor) -> Tensor:
-            return torch.func.functional_call(self.model, phi, (images,))
+        def call(images: Tensor) -> Tensor:  # tied, phi would stay in a layer that stands twice
+            return torch.func.functional_call(self.model, phi, (images,), tie_weights=False)
 
         def slope(loss: Tensor, **options: Any) -> Tensor:
             found = torch.autograd.grad(loss, list(phi.values()), **options)

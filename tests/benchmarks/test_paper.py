@@ -12,6 +12,19 @@ import torch
 pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
+class Twice(torch.nn.Module):
+    """A small network that holds a layer under two names, as learn2learn's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = torch.nn.Linear(64, 5)
+        self.features = torch.nn.Sequential(torch.nn.Flatten(), self.base, torch.nn.Tanh())
+        self.classifier = torch.nn.Linear(5, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(images))
+
+
 @pytest.fixture
 def paper(benchmarks_on_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
@@ -27,9 +40,7 @@ def paper(benchmarks_on_path, monkeypatch):
         def gradient(self, name, **changes):
             """The meta-gradient of one task, by a method with other attributes than usual."""
             torch.manual_seed(1)
-            model = torch.nn.Sequential(
-                torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
-            )
+            model = Twice()
             method = type("Changed", (self.methods[name],), changes)(model, self.setting)
             loss, accuracy = method.backward(self.Halves.of(self.tasks.sample(), self.setting), 0.5)
             assert loss > 0 and 0 <= accuracy <= 1
