@@ -4,11 +4,12 @@
 
 (a) Linear regression with a proximal term, ill-conditioned (κ = 50), where the meta-gradient is
 known in closed form: the relative error of each method's after some steps of gradient descent, the
-median and quartiles over random problems. (b) Peak memory and time of one task, 20-way 5-shot on
-learn2learn's OmniglotCNN, against adaptation steps, on one thread; medians of CPU time over repeats
-taken in turn. (c) What the complexities of the paper's Table 1 rest on: the steps of gradient
-descent, of Nesterov's method and of CG that reduce the residual by 1e-6, against κ, for quadratics
-with the spectrum that is worst for CG (Chebyshev's points). The exponents are fitted.
+median and quartiles over random problems; also on the paper's problem as it is stated. (b) Peak
+memory and time of one task, 20-way 5-shot on learn2learn's OmniglotCNN, against adaptation steps,
+on one thread; medians of CPU time over repeats taken in turn. (c) What the complexities of the
+paper's Table 1 rest on: the steps of gradient descent, of Nesterov's method and of CG that reduce
+the residual by 1e-6, against κ, for quadratics with the spectrum that is worst for CG (Chebyshev's
+points). The exponents are fitted.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Regression:
 class Stated(Regression):
     """The paper's problem by its numbers: x ∈ ℝ⁵⁰, λ = 5, κ = 50, curvatures evenly between.
 
-    The paper does not say of what κ is the condition number: here of loss and proximal term.
+    That can be read in two ways; here κ is that of loss and proximal term together.
     """
 
     lam_stated = 5.0

@@ -106,7 +106,7 @@ class Network:
 def identities(steps: int) -> Row:
     """Relative differences after so many steps, of what is equal in the limit."""
     net = Network()
-    limit = net.implicit(20 * STEPS[-1])
+    limit = net.implicit(4 * STEPS[-1])
     implicit, unrolled = net.implicit(steps), net.unrolled(steps)
     first_order, reptile = net.first_order_and_reptile(steps)
 
