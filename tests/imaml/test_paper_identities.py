@@ -91,8 +91,11 @@ class Bounded:
         ‖g − g*‖ ≤ ‖λA⁻¹‖‖v − v*‖ + ‖λA⁻¹(H* − H)A*⁻¹v*‖ + δ′ ≤ (M + ρ‖v*‖/λ) δ + δ′.
     """
 
-    def __init__(self, loss, lam: float, theta: Tensor, target: Tensor, rho: float) -> None:
+    def __init__(
+        self, loss, lam: float, theta: Tensor, target: Tensor, *, smooth: float, rho: float
+    ) -> None:
         self.loss, self.lam, self.theta, self.rho = loss, lam, theta, rho
+        self.kappa = (smooth + lam) / lam
         self.outer = lambda phi: 1.5 * (phi - target).square().sum()  # M = 3
         self.solution = newton(lambda p: torch.func.grad(loss)(p) + lam * (p - theta), theta)
         self.exact = self.solved(self.solution)
@@ -100,9 +103,8 @@ class Bounded:
     def descend(self, theta: Tensor, steps: int) -> Tensor:
         phi = theta = theta.detach()
         for _ in range(steps):
-            phi = phi.requires_grad_()
-            (slope,) = torch.autograd.grad(self.loss(phi), phi)
-            phi = phi.detach() - LR * (slope + self.lam * (phi.detach() - theta))
+            (slope,) = torch.autograd.grad(self.loss(leaf := phi.clone().requires_grad_()), leaf)
+            phi = phi - LR * (slope + self.lam * (phi - theta))
         return phi
 
     def solved(self, phi: Tensor) -> Tensor:
@@ -133,7 +135,9 @@ def quadratic() -> Bounded:
     basis, _ = torch.linalg.qr(normal(8, 8, seed=1, grad=False))
     H = basis @ torch.diag(torch.linspace(0, 9, 8, dtype=torch.float64)) @ basis.T
     theta, target = normal(8, seed=2, grad=False), normal(8, seed=3, grad=False)
-    return Bounded(lambda phi: phi @ H @ phi / 2 - phi @ target, 0.5, theta, target, rho=0.0)
+    return Bounded(
+        lambda phi: phi @ H @ phi / 2 - phi @ target, 0.5, theta, target, smooth=9.0, rho=0.0
+    )
 
 
 def logistic() -> Bounded:
@@ -146,16 +150,23 @@ def logistic() -> Bounded:
         return (nn.functional.softplus(z) - y * z).mean()
 
     theta, target = normal(4, seed=6, grad=False), normal(4, seed=7, grad=False)
-    return Bounded(loss, 0.3, theta, target, rho)
+    smooth = float(torch.linalg.matrix_norm(features, 2) ** 2 / (4 * len(y)))
+    return Bounded(loss, 0.3, theta, target, smooth=smooth, rho=rho)
 
 
 @pytest.mark.parametrize("problem", [quadratic, logistic])
 def test_theorem_1_bounds_the_error_by_the_inner_and_the_linear_one(problem):
     problem = problem()
     for steps in (1, 4, 16, 64):
-        for products in (0, 1, 2, 8):
-            error, _, _, bound = problem.terms(steps, products)
+        for products in (1, 2, 4, 8):
+            error, delta, linear, bound = problem.terms(steps, products)
             assert error <= bound * (1 + 1e-9) + 1e-12
+            # and both parts fall as fast as its complexities, κ and √κ, count on
+            start = float((problem.theta - problem.solution).norm())
+            assert delta <= (1 - LR * problem.lam) ** steps * start * (1 + 1e-9)
+            solved = float(problem.solved(problem.descend(problem.theta, steps)).norm())
+            root = problem.kappa**0.5
+            assert linear <= 2 * root * ((root - 1) / (root + 1)) ** products * solved + 1e-12
 
 
 @pytest.mark.parametrize("problem", [quadratic, logistic])
