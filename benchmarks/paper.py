@@ -19,7 +19,7 @@ from typing import Any
 import paper_tasks
 import torch
 from examples_path import characters
-from paper_methods import METHODS, Halves, Setting
+from paper_methods import IMAML, METHODS, Default, Halves, Setting
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -90,7 +90,8 @@ def plan(options: argparse.Namespace) -> list[runs.Run]:
     planned = []
     names = ["protocol", "ways", "shots", "steps", "lr", "meta_batch", "meta_lr", "hidden"]
     for method in dict.fromkeys(options.method):
-        implicit = ["lam"] if "imaml" in method or method == "neumann" else []
+        held = issubclass(METHODS[method], IMAML) and not issubclass(METHODS[method], Default)
+        implicit = ["lam"] if held else []
         for seed in dict.fromkeys(options.seed):
             config = {"algorithm": method, "seed": seed}
             config |= {name: getattr(options, name) for name in names + implicit}

@@ -7,6 +7,7 @@ and number, the meta-optimiser and the tasks are the same for all.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import learn2learn as l2l
@@ -49,11 +50,11 @@ class Halves:
         (support, query), (labels, query_labels) = map(split, batch)
         return cls(support, labels, query, query_labels)
 
-    def support_loss(self, learner: nn.Module) -> Tensor:
+    def support_loss(self, learner: Callable[[Tensor], Tensor]) -> Tensor:
         """What adaptation lowers."""
         return nn.functional.cross_entropy(learner(self.support), self.support_labels)
 
-    def query_loss(self, learner: nn.Module) -> tuple[Tensor, Tensor]:
+    def query_loss(self, learner: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """What the meta-optimiser lowers, and the accuracy."""
         predictions = learner(self.query)
         accuracy = (predictions.argmax(-1) == self.query_labels).float().mean()
@@ -214,6 +215,83 @@ class LearnedLam(GaussNewton):
         return ig.LearnedLam(maml.module, init=self.setting.lam, per="tensor")
 
 
+class Default(IMAML):
+    """`ig.imaml(maml)` and nothing else: MAML's own steps, λ = 1/(steps · lr), 5 MINRES steps."""
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def lam(self, maml: nn.Module) -> Any:
+        return None
+
+
+class DefaultCG(Default):
+    """The default by 5 steps of CG, which negative curvature stops: what it was at first."""
+
+    options: ClassVar[dict[str, Any]] = {"linear_solver": ig.CG(maxiter=5)}
+
+
+class MidwayMAML(Default):
+    """The power of one step's Jacobian, the middle one's, in the place of MAML's product of all."""
+
+    options: ClassVar[dict[str, Any]] = {"linear_solver": ig.EarlyStopped(maxiter=5)}
+
+
+class PaperCode(FOMAML):
+    """What the authors published: plain steps, one pull to θ, 5 textbook CG steps on 2I + H/12.
+
+    Read from github.com/aravindr93/imaml_dev, with the options of its examples/README: λ = 2, and
+    12 is λ + 10; at test time λ = 0, so nothing pulls there.
+    """
+
+    lam, damping, products = 2.0, 10.0, 5
+
+    def backward(self, task: Halves, weight: float) -> tuple[float, float]:
+        learner = self.learner.clone()
+        self.adapt(learner, task)
+        pull = self.setting.lr * self.lam
+        theta = dict(self.model.named_parameters())
+        adapted = zip(theta.items(), learner.parameters(), strict=True)
+        phi = {n: (p - pull * (p - t)).detach().requires_grad_() for (n, t), p in adapted}
+
+        def call(images: Tensor) -> Tensor:  # tied, phi would stay in a layer that stands twice
+            return torch.func.functional_call(self.model, phi, (images,), tie_weights=False)
+
+        def slope(loss: Tensor, **options: Any) -> Tensor:
+            found = torch.autograd.grad(loss, list(phi.values()), **options)
+            return torch.cat([g.flatten() for g in found])
+
+        loss, accuracy = task.query_loss(call)
+        v = slope(loss)
+        inner = slope(task.support_loss(call), create_graph=True)
+
+        def product(p: Tensor) -> Tensor:
+            hessian = slope(inner, grad_outputs=p, retain_graph=True)
+            return 2 * p + hessian / (self.lam + self.damping)
+
+        direction = textbook_cg(product, v, self.products).split(
+            [t.numel() for t in theta.values()]
+        )
+        for t, d in zip(theta.values(), direction, strict=True):
+            share = weight * d.view_as(t)
+            t.grad = share if t.grad is None else t.grad + share
+        return loss.item(), accuracy.item()
+
+
+def textbook_cg(product: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
+    """Conjugate gradients that do not look at the sign of pᵀAp."""
+    x, r = torch.zeros_like(b), b
+    p, rr = r, r @ r
+    for _ in range(steps):
+        ap = product(p)
+        alpha = rr / (p @ ap)
+        x, r = x + alpha * p, r - alpha * ap
+        rr, before = r @ r, rr
+        if rr < 1e-10:
+            break
+        p = r + rr / before * p
+    return x
+
+
 METHODS: dict[str, type[MAML]] = {
     "maml": MAML,
     "fomaml": FOMAML,
@@ -225,4 +303,8 @@ METHODS: dict[str, type[MAML]] = {
     "imaml-hf": HessianFree,
     "imaml-gn": GaussNewton,
     "imaml-lam": LearnedLam,
+    "imaml-default": Default,
+    "imaml-cg": DefaultCG,
+    "imaml-midway": MidwayMAML,
+    "paper-code": PaperCode,
 }

@@ -11,6 +11,9 @@ for neighbour in ("learn2learn", "matplotlib", "rich"):
 pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
+STATED = ("kappa of", "method", "steps")
+
+
 def table(path: Path, *keys: str) -> dict[tuple[str, ...], dict[str, str]]:
     """The rows of a CSV file by the values of some columns."""
     with path.open(newline="") as file:
@@ -59,12 +62,38 @@ def test_figure_2_in_miniature(tmp_path):
     assert error["iMAML, CG 10", "64"] < error["iMAML, CG 5", "64"] < error["iMAML, CG 2", "64"]
     truncated = error[f"MAML, truncated to {figure2.LAST}", "64"]
     assert truncated == pytest.approx(error[f"iMAML, Neumann {figure2.LAST}", "64"], rel=1e-5)
+    of, stated = "loss", column(tmp_path / "figure2_stated.csv", "error", *STATED)
+    assert stated[of, "iMAML, CG 5", "4"] < stated[of, "MAML", "4"] < stated[of, "FOMAML", "4"]
+    assert stated[of, "MAML", "64"] < 1e-3 < stated[of, "iMAML, CG 5", "64"] < 0.05  # no further
     growth = column(tmp_path / "figure2_exponents.csv", "exponent", "of")
     assert growth["gradient descent, iterations",] == pytest.approx(1, abs=0.05)
     assert growth["Nesterov, iterations",] == pytest.approx(0.5, abs=0.05)
     assert growth["CG, iterations",] == pytest.approx(0.5, abs=0.05)
     assert growth["iMAML, MiB",] == growth["FOMAML, MiB",] == 0 < growth["MAML, MiB",]
     assert (tmp_path / "figure2.png").stat().st_size > 10_000
+
+
+def test_theorem_1_and_the_limits_in_miniature(tmp_path, monkeypatch):
+    import identities
+
+    monkeypatch.setattr(identities, "STEPS", (1, 64))
+    monkeypatch.setattr(identities, "PRODUCTS", (1, 20))
+    identities.main(["--out", str(tmp_path), "--problems", "1"])
+    keys = ("problem", "seed", "steps", "products")
+    errors = column(tmp_path / "identities_theorem.csv", "error", *keys)
+    allowed = column(tmp_path / "identities_theorem.csv", "allowed", *keys)
+    assert all(0 < error <= 1.001 * allowed[key] for key, error in errors.items())
+    for limit in ("implicit to unrolled", "Reptile to FOMAML"):
+        apart = column(tmp_path / "identities_limits.csv", limit, "steps")
+        assert apart["64",] < 1e-3 < apart["1",]
+    assert (tmp_path / "identities.png").stat().st_size > 10_000
+
+
+def test_the_published_code_tests_on_characters_that_it_trained_on(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    import published_code
+
+    assert published_code.shared() == (310, 423)
 
 
 def test_without_a_lam_the_gradient_is_nearer_to_mamls_than_first_order_mamls(
