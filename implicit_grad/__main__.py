@@ -104,6 +104,7 @@ _NEIGHBOURS: dict[str, Callable[[], bool]] = {
     "learn2learn": _learn2learn,
     "torchopt": _torchopt,
     "scipy": lambda: _minimises(ig.solvers.SciPyMinimize()),
+    "cvxpy": _imports("cvxpy"),
     "gurobipy": lambda: _minimises(ig.solvers.GurobiQP()),
     "matplotlib": _imports("matplotlib.figure"),
     "hypothesis": _imports("implicit_grad.testing.strategies"),

@@ -40,7 +40,7 @@ class MINRES(Iterative, TogetherIfSmall):
     symmetric_only: ClassVar[bool] = True
     truncates: ClassVar[bool] = True
     takes_tasks = True
-    when_indefinite: ClassVar[str] = "MINRES solved the system: phi is a saddle, or a maximum"
+    when_indefinite: ClassVar[str] = "MINRES goes on there, for phi may be a saddle"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ def test_negative_curvature_names_the_solver_that_met_it():
     assert "a time of |phi|/|F|, of 1 to 200 over the greatest curvature" in message
     assert "EarlyStopped(time=...)" in message and "CG stops" not in message
     message, gradient = saddle(ig.MINRES())
-    assert "MINRES solved the system" in message and "CG stops" not in message
+    assert "MINRES goes on there" in message and "CG stops" not in message
     exact = torch.linalg.solve(INDEFINITE, torch.arange(1.0, 4.0, dtype=torch.float64))
     torch.testing.assert_close(gradient, exact)
     message, _ = saddle(ig.Exact())
