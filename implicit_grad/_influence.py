@@ -217,7 +217,8 @@ def _check(
             )
         chosen = list(leave_one_out)  # type: ignore[call-overload]
     condition = setup.condition
-    if chosen and not (condition.is_minimum and condition.definite and not condition.tasks):
+    smooth = condition.is_minimum and condition.definite and condition.differentiable_twice
+    if chosen and (condition.tasks or not smooth):
         raise InvalidArgumentError(
             "influence: leave_one_out is for argmin and proximal without constraints or tasks, "
             "where the point's curvature is a part of A"

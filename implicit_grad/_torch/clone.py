@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +30,35 @@ def cloned(module: nn.Module) -> nn.Module:
     return copied(module, put)
 
 
-def copied(module: nn.Module, put: Callable[[Any, bool], Any]) -> nn.Module:
+def copied(module: nn.Module, put: Callable[[Any, bool], Any], rebind: bool = False) -> nn.Module:
     """A copy of a module whose parts are copies, with put(x, is_parameter) in the place of each x.
 
-    The xs are its parameters and buffers, or what another copy was given in their places.
+    The xs are its parameters and buffers, or what another copy was given in their places. With
+    `rebind`, what it holds of its own parts otherwise (a plain list of layers, a bound method) is
+    of the copies too, as `copy.deepcopy` would have it.
     """
-    return _copy_of(module, {}, put)
+    modules: dict[int, nn.Module] = {}
+    copy = _copy_of(module, modules, put)
+    for part in modules.values() if rebind else ():
+        held = vars(part)
+        held.update({k: _rebound(v, modules) for k, v in held.items() if not k.startswith("_")})
+    return copy
+
+
+def _rebound(value: Any, modules: dict[int, nn.Module]) -> Any:
+    """A value with copies in the place of modules in it; the same object if there is none."""
+    if isinstance(value, nn.Module):
+        return modules.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in modules:
+        return types.MethodType(value.__func__, modules[id(value.__self__)])
+    if type(value) in (list, tuple):
+        parts = [_rebound(v, modules) for v in value]
+        changed = any(a is not b for a, b in zip(parts, value, strict=True))
+        return type(value)(parts) if changed else value
+    if type(value) is dict:
+        named = {k: _rebound(v, modules) for k, v in value.items()}
+        return named if any(named[k] is not v for k, v in value.items()) else value
+    return value
 
 
 def _copy_of(

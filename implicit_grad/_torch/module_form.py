@@ -58,7 +58,7 @@ class Form:
         """`weights` are those of the module that train."""
         self.kind, self.names = type(module), tuple(weights)
         index = {id(t): _Hole(i) for i, t in enumerate(weights.values())}
-        self._skeleton = copied(module, lambda x, _: index.get(id(x), x))
+        self._skeleton = copied(module, lambda x, _: index.get(id(x), x), rebind=True)
         self._normed: list[str] = []
         for name, part in self._skeleton.named_modules():
             held = vars(part)
@@ -80,7 +80,9 @@ class Form:
     def filled(self, tensors: Iterable[Any]) -> nn.Module:
         """A module of this form with these tensors, as they are, in the place of its parameters."""
         found = list(tensors)
-        module = copied(self._skeleton, lambda x, _: found[x.index] if type(x) is _Hole else x)
+        module = copied(
+            self._skeleton, lambda x, _: found[x.index] if type(x) is _Hole else x, rebind=True
+        )
         for name in self._normed:
             _normalise(module.get_submodule(name))
         return module

@@ -171,6 +171,7 @@ class Evaluation(Recorded):
         call = dataclasses.replace(Call(*self.tree.rebuild(lent, owned=True)), warm=self.warm)
         held = tuple(frozen(pytree.modules((call.args, call.kwargs))))
         held_before = versions(held)
+        trains = self._that_train(call)
         reachable = captured_tensors(self.condition, self._solver, *self.tree.others)
         self._lent = Lent([t for _, t in reachable])
         with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
@@ -191,9 +192,28 @@ class Evaluation(Recorded):
                 )
         self.replaces_first = phi_replaces_first(self.condition, returned, call)
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
+        self._tell_of_frozen(returned, trains)
         self._check_trained(phi, inputs, [t for _, t in reachable])
         self.devices |= {t.device for t in phi}
         return phi
+
+    def _that_train(self, call: Call) -> dict[int, str]:
+        """The parameters that train, of modules that the solver is handed, by identity."""
+        if not any(self.wanted):
+            return {}
+        modules = pytree.modules((call.args, call.kwargs))
+        return {id(p): n for m in modules for n, p in m.named_parameters() if p.requires_grad}
+
+    def _tell_of_frozen(self, returned: Any, trains: dict[int, str]) -> None:
+        """Warn of parameters that the solver froze: φ depends on them, and they get no gradient."""
+        names = [trains[id(p)] for p in frozen(pytree.modules(returned)) if id(p) in trains]
+        if names and self.method.reporting.on_failure != "ignore":
+            self.method.reporting.say(
+                f"the solver froze {', '.join(names)} of a module that it was handed: they belong "
+                "to no phi now, and no gradient arrives in them, though phi depends on them. "
+                "Freeze them before the call if that is meant; else pass what they compute as an "
+                "argument"
+            )
 
     def _check_trained(self, phi: Tensors, inputs: Tensors, reachable: list[Tensor]) -> None:
         """Raise if the solver returned a module as it was, and holds the original's parameters."""
@@ -426,7 +446,17 @@ class Evaluation(Recorded):
     ) -> Snapshot:
         condition, call = condition or self.condition, self._seen(inputs)
         with isolated(self._ambient):
-            return condition.at(self.phi_tree.rebuild(phi), phi, call, again)
+            try:
+                return condition.at(self.phi_tree.rebuild(phi), phi, call, again)
+            except TypeError as error:
+                if call.start is None or "positional argument" not in str(error):
+                    raise
+                raise InvalidSolutionError(
+                    f"the condition's function raised {error}. phi is a module like the first "
+                    "argument and is taken for it, trained, so that the function is called as "
+                    "f(phi, *the other arguments). If phi was not made of that argument, pass the "
+                    "argument by keyword"
+                ) from error
 
     def _call(self, inputs: Tensors) -> Call:
         return Call(*self.tree.rebuild(inputs))

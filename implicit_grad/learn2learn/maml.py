@@ -114,7 +114,9 @@ def imaml(
             `EarlyStopped(maxiter=5)` is nearest to MAML's own gradient, the product over the steps,
             which it takes as a power around the step in the middle, whose graph is kept besides the
             last (with losses given as tensors, from the second learner on: the first says how many
-            steps there are). Or a function `solve(matvec, b)`, see `implicit`.
+            steps there are). What else the loss depends on gets its gradient around that step too,
+            which is nearly that of all steps if these are few or short. Or a function
+            `solve(matvec, b)`, see `implicit`.
         solver: minimises the inner objective in `adapt(closure)`: an object with
             `minimize(objective, init)` (see `implicit_grad.solvers`), or such a function. By
             default gradient descent with MAML's lr.

@@ -13,13 +13,19 @@ from torch import Tensor
 
 from implicit_grad._conditions.base import like_phi
 from implicit_grad._conditions.batching import number_of_tasks
-from implicit_grad._errors import ImplicitGradWarning, InvalidSolutionError
+from implicit_grad._errors import (
+    ImplicitGradWarning,
+    InvalidArgumentError,
+    InvalidSolutionError,
+    describe,
+)
 from implicit_grad._options import (
     require_count,
     require_flag,
     require_fraction,
     require_tolerance,
 )
+from implicit_grad._torch import pytree
 from implicit_grad._torch.products import variables
 from implicit_grad._torch.pytree import Flat, Tensors
 from implicit_grad.solvers._objective import Variables
@@ -32,6 +38,15 @@ _STEP_ROUNDING, _ROUNDING = 4.0, 50.0
 _SUFFICIENT = 1e-4
 
 
+def refuse_modules(name: str, init: Any) -> None:
+    """Raise if φ is to be a module, whose parameters would not train here."""
+    if modules := pytree.modules(init):
+        raise InvalidArgumentError(
+            f"{name}: init must be tensors or a container of them, got {describe(modules[0])}: "
+            "give dict(module.named_parameters()), and apply it by torch.func.functional_call"
+        )
+
+
 class Residual(Variables):
     """A user's residual as a function of rows: one for each task, or a single one."""
 
@@ -39,6 +54,7 @@ class Residual(Variables):
         self, owner: object, residual: Callable[[Any], Any], init: Any, tasks: bool
     ) -> None:
         super().__init__(owner, init)
+        refuse_modules(self.name, init)
         self._residual, self._with_graph = residual, False
         self._tasks = number_of_tasks(self.name, self.start) if tasks else None
         self._flat = Flat(self.start, self._tasks)

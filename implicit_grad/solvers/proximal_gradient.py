@@ -22,7 +22,7 @@ from implicit_grad._options import (
 )
 from implicit_grad._torch.pytree import Tensors, inner, length
 from implicit_grad.solvers._objective import ObjectiveFunction, Point, moved
-from implicit_grad.solvers._roots import DEFAULT_POWER
+from implicit_grad.solvers._roots import DEFAULT_POWER, refuse_modules
 
 Prox = Callable[[Any, float], Any]
 # A step this many times eps·‖φ‖ is rounding error, and so are as many last places of a value.
@@ -82,6 +82,7 @@ class ProximalGradient:
                 "ProximalGradient: give prox once, here or in prox_gradient(loss, prox)"
             )
         with torch.inference_mode(False), torch.no_grad():
+            refuse_modules(type(self).__name__, init)
             seen = ObjectiveFunction(self, objective, init)
             if not any(p.numel() for p in seen.start):
                 return seen.result(seen.start)

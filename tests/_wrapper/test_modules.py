@@ -713,3 +713,72 @@ def test_a_hook_on_what_comes_back_is_not_the_originals():
     )
     solve(net, lam).register_forward_hook(lambda *_: None)
     assert not net._forward_hooks and not solve(net, lam)._forward_hooks
+
+
+class ListedTwice(nn.Module):
+    """Computes by a plain list of its layers, and by a bound method that it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 2), nn.Linear(2, 1)
+        self.order, self.last = [self.one], {"last": self._last}
+
+    def _last(self, x):
+        return self.other(x)
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x)
+        return self.last["last"](x)
+
+
+def test_copies_compute_with_their_own_layers_however_they_hold_them():
+    torch.set_default_dtype(torch.float64)
+    X, y = torch.randn(20, 3), torch.randn(20, 1)
+    lam = torch.tensor(0.3, requires_grad=True)
+
+    def objective(net, lam):
+        return (net(X) - y).square().mean() + lam * sum(p.square().sum() for p in net.parameters())
+
+    def value(net, lam):
+        solve = ig.implicit(
+            ig.solvers.NewtonCG(tol=1e-9), ig.argmin(objective), init=lambda net, lam: net
+        )
+        return (solve(net, lam)(X) ** 2).mean()
+
+    listed = ListedTwice()
+    plain = nn.Sequential(listed.one, listed.other)
+    found, expected = value(listed, lam), value(plain, lam)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(v, lam)[0] for v in (found, expected)))
+    torch.set_default_dtype(torch.float32)
+
+
+def test_what_the_solver_freezes_is_told():
+    def solve(net, lam):
+        net[0].requires_grad_(False)
+        return net
+
+    def objective(net, lam):
+        return sum(p.square().sum() for p in net.parameters()) + lam * net(torch.ones(1, 2)).sum()
+
+    wrapped = ig.implicit(solve, ig.argmin(objective))
+    net, lam = (
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)),
+        torch.tensor(1.0, requires_grad=True),
+    )
+    with pytest.warns(ig.ImplicitGradWarning, match="the solver froze 0.weight, 0.bias"):
+        wrapped(net, lam)
+
+
+def test_a_module_that_only_looks_like_the_first_argument_is_explained():
+    teacher, X = nn.Linear(3, 1), torch.ones(2, 3)
+    solve = ig.implicit(lambda t, X: nn.Linear(3, 1), ig.argmin(lambda s, t, X: s(X).sum()))
+    with pytest.raises(ig.InvalidSolutionError, match="taken for it, trained"):
+        solve(teacher, X.requires_grad_())
+
+
+@pytest.mark.parametrize("solver", ["FixedPoint", "Newton", "Broyden"])
+def test_root_finders_say_what_to_give_for_a_module(solver):
+    with pytest.raises(ig.InvalidArgumentError, match="named_parameters"):
+        getattr(ig.solvers, solver)().find_root(lambda net: net, nn.Linear(2, 1))
