@@ -497,7 +497,14 @@ class Evaluation(Recorded):
             return
         if not {id(t) for t in leaves} & {id(t) for t in phi}:
             name = type(self.condition).__name__
+            is_module = bool(pytree.modules(self.phi_tree.rebuild(phi)))
+            why = (
+                "phi is a module, with which the function has to compute; or return "
+                "dict(module.named_parameters()), and apply it by torch.func.functional_call"
+                if is_module
+                else "was phi detached, or converted to NumPy, inside it?"
+            )
             raise InvalidArgumentError(
                 f"{name}: the function's value does not depend on phi, its first argument, so it "
-                "does not define phi (was phi detached, or converted to NumPy, inside it?)"
+                f"does not define phi ({why})"
             )

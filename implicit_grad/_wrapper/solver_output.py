@@ -119,7 +119,8 @@ _AUX = (
 )
 _PARAMETERS = (
     "For a module's parameters return the module itself: the condition's function is handed it "
-    "with phi in their place, and the call returns one whose parameters carry the gradient"
+    "with phi in their place, and the call returns one whose parameters carry the gradient. Or "
+    "return dict(module.named_parameters()), and apply it by torch.func.functional_call"
 )
 _WHOLE = (
     "Of a scripted module, or one in DistributedDataParallel, return the module that it was made of"
