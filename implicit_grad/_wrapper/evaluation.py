@@ -169,9 +169,10 @@ class Evaluation(Recorded):
         )
         before = versions(lent)
         call = dataclasses.replace(Call(*self.tree.rebuild(lent, owned=True)), warm=self.warm)
-        held = tuple(frozen(pytree.modules((call.args, call.kwargs))))
+        modules = pytree.modules((call.args, call.kwargs))
+        held = tuple(frozen(modules))
         held_before = versions(held)
-        trains = self._that_train(call)
+        trains = {id(p): n for m in modules for n, p in m.named_parameters() if p.requires_grad}
         reachable = captured_tensors(self.condition, self._solver, *self.tree.others)
         self._lent = Lent([t for _, t in reachable])
         with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
@@ -197,15 +198,13 @@ class Evaluation(Recorded):
         self.devices |= {t.device for t in phi}
         return phi
 
-    def _that_train(self, call: Call) -> dict[int, str]:
-        """The parameters that train, of modules that the solver is handed, by identity."""
-        if not any(self.wanted):
-            return {}
-        modules = pytree.modules((call.args, call.kwargs))
-        return {id(p): n for m in modules for n, p in m.named_parameters() if p.requires_grad}
-
     def _tell_of_frozen(self, returned: Any, trains: dict[int, str]) -> None:
-        """Warn of parameters that the solver froze: φ depends on them, and they get no gradient."""
+        """Warn of parameters that the solver froze: φ depends on them, and they get no gradient.
+
+        `trains` names those that did train, by identity.
+        """
+        if not trains or not any(self.wanted):
+            return
         names = [trains[id(p)] for p in frozen(pytree.modules(returned)) if id(p) in trains]
         if names and self.method.reporting.on_failure != "ignore":
             self.method.reporting.say(

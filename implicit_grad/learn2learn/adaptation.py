@@ -366,13 +366,16 @@ class Minimiser(NamedTuple):
 
     Attributes:
         run: from an objective and a start.
-        time: the sum of its steps' lengths, or 0 if it is not known.
         descent: gradient descent for a number of steps, if it is that.
     """
 
     run: Callable[[Any, Any], Any]
-    time: float = 0.0
     descent: GradientDescent | None = None
+
+    @property
+    def time(self) -> float:
+        """The sum of its steps' lengths, or 0 if that is not known."""
+        return time_of(self.descent) or 0.0
 
     @property
     def steps(self) -> int:
@@ -392,7 +395,7 @@ def minimiser_of(solver: Any, lr: float, steps: int | None) -> Minimiser:
     """The solver, or gradient steps if there is none."""
     if solver is None:
         descent = GradientDescent(lr=lr, steps=1 if steps is None else steps)
-        return Minimiser(descent.minimize, time_of(descent) or 0.0, descent)
+        return Minimiser(descent.minimize, descent)
     if steps is not None:
         raise InvalidArgumentError(
             "adapt: steps is for the default gradient descent; this learner has solver="
@@ -405,8 +408,7 @@ def minimiser_of(solver: Any, lr: float, steps: int | None) -> Minimiser:
         with lent.as_they_are():
             return minimise(objective, init)
 
-    time = time_of(solver)
-    return Minimiser(minimised, time or 0.0, None if time is None else solver)
+    return Minimiser(minimised, None if time_of(solver) is None else solver)
 
 
 def check_solver(solver: Any, lam: Any) -> None:

@@ -119,8 +119,8 @@ def test_differences_of_gradients():
     torch.testing.assert_close(found, gradients(ig.argmin(whole)), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("keep", [0, 2])
-def test_gauss_newton(keep):
+def with_models(keep):
+    """The misfit as a loss of the model's outputs, as one graph and over batches."""
     one = ig.argmin(
         lambda out, scale, lam: (scale * (out[0] - Y) ** 2).sum() + penalty(out[1], scale, lam),
         model=lambda w, scale, lam: (net(w, X), w),
@@ -132,6 +132,12 @@ def test_gauss_newton(keep):
         regularizer=penalty,
         keep=keep,
     )
+    return one, many
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_gauss_newton(keep):
+    one, many = with_models(keep)
     found = gradients(many, curvature="gauss_newton")
     torch.testing.assert_close(found, gradients(one, curvature="gauss_newton"))
     assert not torch.allclose(found, gradients(one))
@@ -158,17 +164,7 @@ def test_second_derivatives(curvature, keep):
         first = torch.autograd.grad(outer(w), args, create_graph=True)
         return torch.stack(torch.autograd.grad(first[0] * 2 + first[1] ** 2, args))
 
-    one = ig.argmin(
-        lambda out, scale, lam: (scale * (out[0] - Y) ** 2).sum() + penalty(out[1], scale, lam),
-        model=lambda w, scale, lam: (net(w, X), w),
-    )
-    many = ig.argmin(
-        lambda out, batch, scale, lam: (scale * (out - batch[1]) ** 2).sum(),
-        model=lambda w, batch, scale, lam: net(w, batch[0]),
-        batches=LIST,
-        regularizer=penalty,
-        keep=keep,
-    )
+    one, many = with_models(keep)
     torch.testing.assert_close(second(many), second(one))
 
 
