@@ -1,4 +1,4 @@
-"""Few characters to learn from, drawn once: what the few-shot examples run on here."""
+"""How the examples are imported here, and few characters, drawn once, to learn from."""
 
 from pathlib import Path
 
@@ -6,6 +6,13 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import the examples as their own scripts do; leave torch's threads as they were."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
 @pytest.fixture(scope="session")

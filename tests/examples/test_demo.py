@@ -12,13 +12,7 @@ for neighbour in ("learn2learn", "torchvision", "matplotlib", "rich", "scipy", "
     pytest.importorskip(neighbour)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Import the examples as their own script does; leave torch's threads as they were."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+pytestmark = pytest.mark.usefixtures("examples_on_path")
 
 
 @pytest.fixture

@@ -16,14 +16,7 @@ import implicit_grad as ig
 for neighbour in ("learn2learn", "scipy", "matplotlib", "tqdm"):
     pytest.importorskip(neighbour)
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Import the examples as their own scripts do; leave torch's threads as they were."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+pytestmark = pytest.mark.usefixtures("examples_on_path")
 
 
 @pytest.fixture
