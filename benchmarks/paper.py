@@ -27,6 +27,7 @@ import checkpoint  # isort: skip  # of the examples, on the path since examples_
 import learn2learn as l2l
 import reporting
 import runs
+import workers
 
 from implicit_grad.testing import peak_memory
 
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Do all runs asked for, then one table and one picture over all runs in the folder."""
     parser = argument_parser()
     options = parser.parse_args(arguments)
-    options.device = torch.device("cpu")
+    options.device, options.workers = torch.device("cpu"), workers.Workers()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     try:

@@ -98,3 +98,19 @@ def test_the_published_code_is_near_to_first_order(paper):
     found = paper.gradient("paper-code", lam=0.0)
     assert not torch.allclose(2 * found, fomaml, rtol=1e-3)
     assert torch.nn.functional.cosine_similarity(found, fomaml, dim=0) > 0.99
+
+
+def test_a_run_is_resumed_and_finished(paper, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    import paper as script
+
+    drawings = torch.rand(4, 4, 1, 28, 28)
+    monkeypatch.setattr(script.paper_tasks, "load", lambda data, protocol: (drawings, drawings))
+    sizes = "--ways 3 --steps 1 --hidden 4 --meta-batch 1 --eval-tasks 2 --test-tasks 2"
+    call = ["--data", str(tmp_path), "--out", str(tmp_path), "--resume", *sizes.split()]
+    for iterations in ("1", "2", "2"):
+        script.main([*call, "--method", "fomaml", "imaml-default", "--iterations", iterations])
+    assert "finished before" in capsys.readouterr().out
+    for method in ("fomaml", "imaml-default"):
+        log = (tmp_path / f"{method}-seed0" / "log.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in log[1:]] == ["0", "1", "1", "2", "2"]
