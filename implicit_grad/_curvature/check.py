@@ -75,10 +75,17 @@ class Checks:
         if self.when == "never":
             return None
         names = kind_of_graph(outputs) if nodes is None else frozenset(n.name() for n in nodes)
-        kind = order, names, tuple(p.dtype for p in phi)
-        if self.when == "always" or kind not in self.found:
+        return self.of_kind((order, names, tuple(p.dtype for p in phi)), look)
+
+    def of_kind(self, kind: Hashable, look: Callable[[], Finding | None]) -> Finding | None:
+        """What `look` finds for the kind, or found the last time."""
+        if self.asks(kind):
             self.found[kind] = look()
-        return self.found[kind]
+        return self.found.get(kind)
+
+    def asks(self, kind: Hashable) -> bool:
+        """Whether a check of that kind would be made now."""
+        return self.when == "always" or (self.when == "once" and kind not in self.found)
 
 
 class Probe(NamedTuple):

@@ -26,6 +26,7 @@ from implicit_grad._torch.products import plain_gradient, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import checked
+from implicit_grad.learn2learn import called_again
 from implicit_grad.learn2learn.fast_weights import Gate, Weights
 from implicit_grad.learn2learn.midway import Midway, middle_of
 from implicit_grad.learn2learn.told import Told
@@ -273,8 +274,12 @@ def step_on_tensor(
     loss: Tensor,
     lr: float,
     method: StepMethod,
+    call: Callable[..., Any],
 ) -> None:
-    """φ ← φ − lr ∇loss, pulled to θ if λ is given; the loss's graph is what backward linearises."""
+    """φ ← φ − lr ∇loss, pulled to θ if λ is given; the loss's graph is what backward linearises.
+
+    `call` is what the learner's forward runs, with the weights of the moment, for the check.
+    """
     phi, theta = weights.current, weights.theta
     loss = weights.total("adapt: the loss", loss)
     if not loss.requires_grad:
@@ -291,6 +296,7 @@ def step_on_tensor(
         weights.attach(values, theta, time=time, number=number)
         return
     step = _step(weights, loss, phi, values, weights.gate, method, time, number)
+    step.finding = called_again.finding(weights, call, loss, method.curvature, method.checks)
     if method.counts_steps:
         if method.midway.is_middle(number):
             weights.halfway = dataclasses.replace(step)  # the next step empties the original

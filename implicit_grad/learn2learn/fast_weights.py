@@ -144,6 +144,7 @@ class Weights:
         self._outer_calls: list[weakref.ref[Mark]] = []
         self._superseded: list[Superseded] = []
         self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
+        self.last_call: Any = None  # with its outputs, where it is to be checked
 
     @property
     def recurrent(self) -> bool:

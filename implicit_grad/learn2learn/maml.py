@@ -31,6 +31,7 @@ from implicit_grad._torch.clone import cloned
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
 from implicit_grad._torch.modules import named_weights, with_part
 from implicit_grad._torch.pytree import Tensors
+from implicit_grad.learn2learn import called_again
 from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward, held_maml
 from implicit_grad.learn2learn.adaptation import (
     StepMethod,
@@ -127,8 +128,8 @@ def imaml(
         check: whether the products of `adapt(closure)` are held against differences of gradients:
             "once" for all clones and each kind of graph, "always" or "never" (for estimators whose
             gradient is not the derivative of their value, such as DiCE); see `implicit`. The
-            closure is then called a few times more. `adapt(loss)` of a tensor cannot be checked,
-            for there is nothing to call again.
+            closure is then called a few times more. Of `adapt(loss)` of a tensor the model is
+            checked, by the learner's last call made again, and not the loss, which cannot be.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn", "raise" or "ignore".
         keep_steps: whether each step keeps the graph of its loss. Without, a step frees that of the
@@ -231,16 +232,28 @@ class ImplicitMAML(nn.Module):
             return self._called(args, kwargs)
         if torch.is_grad_enabled():
             self._take_in(self._weights)
-        with differentiable_twice(self._weights.recurrent):
-            if self.tasks is None:
-                output = self._called(args, kwargs)
-            else:
-                stacked = self._weights.current
-                output = stacked_call(self.module, stacked, self.tasks, args, kwargs)
+        if self._notes_calls and torch.is_grad_enabled():
+            output = called_again.noted(self._weights, self._output, args, kwargs)
+        else:
+            output = self._output(*args, **kwargs)
         if needs_outputs(self.curvature, self.linear_solver):
             output = self._weights.remembered(output)
         self._weights.watch(output)
         return output
+
+    @property
+    def _notes_calls(self) -> bool:
+        """Whether the next step on a tensor may want to repeat the last call."""
+        return not self.first_order and called_again.asked_for(self._checks)
+
+    def _output(self, *args: Any, **kwargs: Any) -> Any:
+        """With the fast weights of one task, or of each."""
+        assert self._weights is not None
+        with differentiable_twice(self._weights.recurrent):
+            if self.tasks is None:
+                return self._called(args, kwargs)
+            stacked = self._weights.current
+            return stacked_call(self.module, stacked, self.tasks, args, kwargs)
 
     def _called(self, args: Any, kwargs: Any) -> Any:
         for wrapped in self._wrapped:
@@ -353,7 +366,7 @@ class ImplicitMAML(nn.Module):
         if torch.is_tensor(loss):
             if steps is not None:
                 raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
-            step_on_tensor(self._weights, loss, self.lr, method)
+            step_on_tensor(self._weights, loss, self.lr, method, self._output)
         elif callable(loss):
             minimise_closure(self._weights, loss, minimiser_of(self.solver, self.lr, steps), method)
         else:
