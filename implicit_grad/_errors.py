@@ -159,8 +159,9 @@ _SENTENCES = {
         "multiply the residual by what makes its Jacobian symmetric"
     ),
     Status.DEGENERATE: (
-        "a constraint of the inner problem is active by chance (its multiplier is zero), so phi "
-        "has a kink there and no derivative; the gradient is that of one side"
+        "a constraint of the inner problem is active by chance (its multiplier is zero, or, at the "
+        "apex of a second-order cone, on the cone's boundary), so phi has a kink there and no "
+        "derivative; the gradient is that of one side"
     ),
     Status.DEPENDENT_CONSTRAINTS: (
         "active constraints depend on each other at phi, but part ways as an argument changes or "

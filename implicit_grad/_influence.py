@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import check_callable, scalar
+from implicit_grad._conditions.dependence import scattered
 from implicit_grad._errors import InvalidArgumentError, Status, describe
 from implicit_grad._options import is_integer
 from implicit_grad._theorem.adjoint import solve_adjoint
@@ -22,6 +23,15 @@ from implicit_grad._wrapper.evaluation import Evaluation
 from implicit_grad._wrapper.implicit_solver import ImplicitSolver
 from implicit_grad._wrapper.outer import Outer
 
+# F bends as the weights change where its slopes do by more than rounding, this power of eps.
+_ROUNDING = 0.5
+_NOT_LINEAR = (
+    "influence: the objective is not linear in the weights (a division by weights.sum(), a power "
+    "or a softmax of them?), so that leaving a point out is not to take its term from a sum. The "
+    "removals are of first order, and leverages NaN. Write the objective as the sum over points of "
+    "weight times loss, plus what does not depend on the weights"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Influence:
@@ -30,8 +40,9 @@ class Influence:
     Attributes:
         gradient: the outer loss's derivative by the point's weight, −vᵀA⁻¹gᵢ.
         removal: by how much the outer loss changes if the point is left out. It is corrected where
-            that was asked for, and of first order, −wᵢ times the gradient, elsewhere. Where a
-            leverage is 1 or more, nothing holds φ without the point: NaN.
+            that was asked for, and of first order, −wᵢ times the gradient, elsewhere (and where the
+            objective is not linear in the weights, which is told). Where a leverage is 1 or more,
+            nothing holds φ without the point: NaN.
         leverage: hᵢ, where the removal is corrected; NaN elsewhere.
         status: the worst of the linear solves.
     """
@@ -114,6 +125,9 @@ def influence(
     statuses = [solved.status(around)]
     if chosen:
         points = _Points(evaluation, phi, inputs, place)
+        if not points.are_terms_of_a_sum():
+            evaluation.method.reporting.say(_NOT_LINEAR)
+            chosen = ()
         for i in chosen:
             s, g, status = points.solved(around, i)
             statuses.append(status)
@@ -142,6 +156,18 @@ class _Points:
             self._around, self._weights = evaluation.linearize(at, a), a[place]
             self._dummy = tuple(torch.zeros_like(p, requires_grad=True) for p in at)
             (self._slopes,) = self._around.pullback(self._dummy, (self._weights,))
+
+    def are_terms_of_a_sum(self) -> bool:
+        """Whether ∂²F/∂w² = 0, along random directions: F is linear in the weights."""
+        u = tuple(map(scattered, self._dummy))
+        with torch.enable_grad():
+            (slopes,) = self._around.pullback(u, (self._weights,))
+        with torch.no_grad():
+            way = scattered(slopes)
+            (bent,) = vjp((slopes,), (self._weights,), (way,))
+            size = float(slopes.norm() * way.norm())
+            rounding = torch.finfo(slopes.dtype).eps ** _ROUNDING * size
+            return not float((bent * self._weights).abs().sum()) > rounding
 
     def solved(self, around: Linearization, i: int) -> tuple[Tensors, Tensors, Status]:
         """A⁻¹gᵢ, gᵢ, and how the solve ended."""

@@ -157,3 +157,25 @@ def test_refusals():
     )
     with pytest.raises(ig.GraphError, match="finite_difference"):
         ig.influence(differences, ONES, outer, leave_one_out=True)
+
+
+@pytest.mark.parametrize("kind", ["mean", "power", "softmax"])
+def test_weights_that_are_no_weights_of_a_sum_are_told(kind):
+    as_weights = {
+        "mean": lambda w: w / w.sum(),
+        "power": lambda w: w**2,
+        "softmax": lambda w: torch.softmax(w, 0),
+    }[kind]
+
+    def objective(w, weights):
+        return (as_weights(weights) * (X @ w - Y) ** 2).sum() / 2 + LAM * (w @ w) / 2
+
+    solve = ig.implicit(lambda weights: minimum(ridge, as_weights(weights)), ig.argmin(objective))
+    with pytest.warns(ig.ImplicitGradWarning, match="not linear in the weights"):
+        found = ig.influence(solve, ONES, outer, leave_one_out=[0, 1])
+    torch.testing.assert_close(found.removal, -found.gradient)
+    assert found.leverage.isnan().all()
+    plain = ig.influence(solve, ONES, outer)  # whose gradients are right in any case
+    weights = ONES.clone().requires_grad_()
+    outer(solve(weights)).backward()
+    torch.testing.assert_close(plain.gradient, weights.grad)

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.active_set import Bounds, active_set, split
+from implicit_grad._conditions.active_set import ActiveSet, Bounds, active_set, split
 from implicit_grad._conditions.bounds import check_pair, spread
 from implicit_grad._conditions.lagrangian import Multipliers, multipliers_at
 from implicit_grad._curvature.objective import Objective
@@ -91,10 +91,10 @@ class Constraints:
     ) -> Evaluated:
         """The constraints at φ, beside the objective."""
         bounds, values = self._evaluated(phi, args, kwargs)
-        equality, inequality = _rows(values)
+        equality, inequality = rows_of(values)
         limits = (*bounds.lower, *bounds.upper)
         outputs = [t for t in (*limits, *equality, *inequality) if t is not None]
-        linearize = functools.partial(_linearize, objective, bounds, equality, inequality)
+        linearize = functools.partial(linearized, objective, bounds, equality, inequality)
         return Evaluated((objective.value, *outputs), linearize)
 
     def multipliers(
@@ -107,7 +107,7 @@ class Constraints:
     ) -> Multipliers:
         """Those at φ, given the objective's value there; differentiable as far as these are."""
         bounds, values = self._evaluated(phi, args, kwargs)
-        rows = _rows(values)
+        rows = rows_of(values)
         lower, upper, nu = multipliers_at(value, variables, bounds, *rows)
         parts = dict(zip(_ROWS, torch.split(nu, [len(r) for r in rows]), strict=True))
         of_rows = {name: _like(given, parts[name]) for name, given in values.items()}
@@ -134,16 +134,20 @@ class Constraints:
         return self.bounds(*args, **kwargs) if callable(self.bounds) else self.bounds
 
 
-def _linearize(
-    objective: Objective, bounds: Bounds, equality: list[Tensor], inequality: list[Tensor]
+def linearized(
+    objective: Objective,
+    bounds: Bounds,
+    equality: list[Tensor],
+    inequality: list[Tensor],
+    more: Callable[[ActiveSet, Tensors], Status | None] = lambda active, phi: None,
 ) -> Linearization:
-    """F around φ for the active set there."""
+    """F around φ for the active set there; `more` may know a reason for a kink, too."""
     phi = objective.phi
     with torch.enable_grad():
         slope = gradient(objective.value, phi)
     with torch.no_grad(), objective.guard():
         active = active_set(slope, phi, bounds, equality, inequality)
-        kink = active.kink(phi, bounds)
+        kink = active.kink(phi, bounds) or more(active, phi)
     kept, scale = active.kept, active.stiffness / active.lengths
     with torch.enable_grad():
         mu = (active.nu / scale)[kept].to(phi[0].dtype).requires_grad_()
@@ -244,7 +248,7 @@ class KKTSystem(Linearization):
 _ROWS = ("equality", "inequality")
 
 
-def _rows(values: dict[str, Any]) -> list[list[Tensor]]:
+def rows_of(values: dict[str, Any]) -> list[list[Tensor]]:
     """The elements of equality and inequality; none of what was not given."""
     return [_elements(name, values[name]) if name in values else [] for name in _ROWS]
 

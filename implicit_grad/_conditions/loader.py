@@ -22,6 +22,7 @@ from implicit_grad._conditions.base import (
     scalar,
     seen,
 )
+from implicit_grad._conditions.dependence import scattered
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._curvature.summed import GaussNewtonSum, Term, Value
@@ -201,7 +202,8 @@ class Passes:
     """The terms of the sum at one φ, evaluated anew in each pass, but for those that are kept.
 
     A pass sees random generators as the first one did, so that it draws the same dropout masks;
-    and its sum is held against the first one's, which costs nothing.
+    and its sum is held against the first one's, which costs nothing. Where all values are 0 (a
+    perfect fit, φ = 0), that would tell nothing of the data, and values at another φ are compared.
 
     Attributes:
         count: how many batches there are.
@@ -215,6 +217,8 @@ class Passes:
         self._generators = [(g, g.get_state()) for g in _generators(data.batches)]
         self._kept: list[tuple[Any, Term, RandomState]] = []
         self._values: Tensor | None = None  # of all terms, in the first pass
+        self._elsewhere: Any = None  # another φ, where values at this one are 0 whatever the data
+        self._values_elsewhere: Tensor | None = None
         self.count = 0
         self.first: Any = None
 
@@ -224,7 +228,7 @@ class Passes:
         Raises:
             GraphError: the loader gave another sum than the first time.
         """
-        again, values, count = self._values is not None, [], 0
+        again, values, others, count = self._values is not None, list[Tensor](), list[Tensor](), 0
         with self._as_at_first(again):
             for count, batch in enumerate(self._data.batches, 1):
                 if again and count > self.count:
@@ -232,6 +236,8 @@ class Passes:
                 if count == 1 and not again:
                     self.first = batch
                 values.append(self._with_batch(count - 1, batch, use))
+                if self._elsewhere is not None:
+                    others.append(self._value_elsewhere(count - 1, batch))
             if count and self._data.regularizer is not None:
                 values.append(self._with(Term(lambda: self._data.regularized(self._phi)), use))
         if not count:
@@ -240,6 +246,26 @@ class Passes:
                 "iterator that has been read to its end?"
             )
         self._compare(values, count)
+        if others:
+            self._compare_elsewhere(others)
+        elif not again and not any(map(bool, values)):
+            tensors, tree = pytree.flatten(self._phi)
+            moved = [t.detach() + scattered(t) * (t.detach().abs().amax() or 1.0) for t in tensors]
+            self._elsewhere = tree.rebuild(moved, owned=True)
+
+    def _value_elsewhere(self, i: int, batch: Any) -> Tensor:
+        """A batch's value at another φ; nothing is drawn from random generators."""
+        with isolated(self._ambient), own_precision(self._ambient.devices), torch.no_grad():
+            return self._data.evaluated(batch, f"batch {i}", self._elsewhere)[0]
+
+    def _compare_elsewhere(self, values: list[Tensor]) -> None:
+        """Raise if they add up to another sum than the last ones."""
+        found = torch.stack([v.to(values[0].device, torch.float64) for v in values])
+        if self._values_elsewhere is None:
+            self._values_elsewhere = found
+            return
+        eps = max(torch.finfo(v.dtype).eps for v in values)
+        self._check_sums(self._values_elsewhere, found, eps)
 
     def _with_batch(self, i: int, batch: Any, use: Callable[[Term], None]) -> Tensor:
         if i < len(self._kept):
@@ -282,10 +308,13 @@ class Passes:
             raise GraphError(_COUNT.format(self._data.where, self.count, now))
         eps = max(torch.finfo(v.dtype).eps for v in values)
         for part in (slice(count), slice(count, None)):  # a regularizer may be far larger
-            first, again = self._values[part], found[part]
-            sums = torch.stack([first.sum(), again.sum(), first.abs().sum()]).tolist()
-            if abs(sums[1] - sums[0]) > eps**_ROUNDING * sums[2]:  # never where one is NaN
-                raise GraphError(_TWICE.format(self._data.where, sums[1], sums[0]))
+            self._check_sums(self._values[part], found[part], eps)
+
+    def _check_sums(self, first: Tensor, again: Tensor, eps: float) -> None:
+        """Raise where two sums differ; never where one is NaN."""
+        sums = torch.stack([first.sum(), again.sum(), first.abs().sum()]).tolist()
+        if abs(sums[1] - sums[0]) > eps**_ROUNDING * sums[2]:
+            raise GraphError(_TWICE.format(self._data.where, sums[1], sums[0]))
 
 
 def _scalar(name: str, value: object) -> Tensor:

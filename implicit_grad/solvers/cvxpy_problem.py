@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.argmin import argmin
+from implicit_grad._conditions.cones import cone_argmin
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._options import require_options
 from implicit_grad.solvers._neighbours import needed_by
@@ -35,7 +36,8 @@ class CVXPY:
     whose data are affine in the parameters (Agrawal et al., 2019, Differentiable convex
     optimization layers), and that is an `argmin` under constraints: equations, inequalities, second
     order cones and exponential cones. They are differentiated one by one, so a problem should not
-    have more than some hundred of them.
+    have more than some hundred of them. A second-order cone at its apex (a group of a group lasso
+    that is 0) is so many equations; where it may just be leaving it, the status is DEGENERATE.
 
     Args:
         problem: of `cvxpy.Problem`, with `problem.is_dpp()`, without integers or matrices that are
@@ -86,10 +88,12 @@ class CVXPY:
     def condition(self) -> argmin:
         """What a call's outcome solves, for `implicit`."""
         form = self._form
-        return argmin(
-            form.objective,
-            equality=form.equations if form.zero else None,
-            inequality=form.inequalities if form.zero < form.rows else None,
+        equality = form.equations if form.zero else None
+        inequality = form.inequalities if form.pushing else None
+        if not form.soc:
+            return argmin(form.objective, equality=equality, inequality=inequality)
+        return cone_argmin(
+            form.objective, equality=equality, inequality=inequality, cones=form.second_order
         )
 
     def __call__(self, *values: Tensor) -> dict[str, Tensor]:
@@ -155,7 +159,9 @@ class _ConeForm:
                 "semi-definite: write that as constraints"
             )
         self.size, self.rows = form.x.size, form.constr_size
-        self.zero, self._cones = cones.zero, [cones.nonneg, *cones.soc, 3 * cones.exp]
+        self.zero, self.soc = cones.zero, list(cones.soc)
+        self._rows = [cones.zero, cones.nonneg, sum(cones.soc), 3 * cones.exp]
+        self.pushing = cones.nonneg + cones.exp
         self._order = [columns[p.id] for p in parameters]
         self._last = columns[-1]  # of what no parameter changes
         self._maps = {name: _sparse(getattr(form, name)) for name in ("P", "q", "A")}
@@ -189,21 +195,33 @@ class _ConeForm:
         return x @ P @ x / 2 + linear
 
     def equations(self, phi: dict[str, Tensor], *values: Tensor) -> Tensor:
-        """Rows of b − A x that are to be 0."""
-        return self._rest(phi, values)[: self.zero]
+        """Rows of s = b − A x that are to be 0."""
+        return self._slack(phi, values)[0]
 
     def inequalities(self, phi: dict[str, Tensor], *values: Tensor) -> Tensor:
-        """Functions of the other rows, s, that are at most 0 where s is in its cones."""
-        s = self._rest(phi, values)[self.zero :]
-        positive, *cones, exponential = torch.split(s, self._cones)
-        parts = [-positive, *((cone[1:].norm() - cone[0])[None] for cone in cones)]
+        """Functions of rows of s that are at most 0 where s is in its cones."""
+        _, positive, _, exponential = self._slack(phi, values)
         x, y, z = exponential.view(-1, 3).unbind(1)
-        return torch.cat([*parts, y * torch.exp(x / y) - z])
+        return torch.cat([-positive, y * torch.exp(x / y) - z])
 
-    def _rest(self, phi: dict[str, Tensor], values: Sequence[Tensor]) -> Tensor:
+    def second_order(self, phi: dict[str, Tensor], *values: Tensor) -> list[Tensor]:
+        """The parts of s that lie in second-order cones, in the units of x."""
+        matrix, _ = self._affine(self.joined(phi), values)
+        lengths = torch.split(matrix.detach().norm(dim=1), self._rows)[2]
+        parts = torch.split(self._slack(phi, values)[2], self.soc)
+        units = (of_one.amax() for of_one in torch.split(lengths, self.soc))
+        return [s / torch.where(u > 0, u, 1.0) for s, u in zip(parts, units, strict=True)]
+
+    def _slack(self, phi: dict[str, Tensor], values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """s for each kind of cone."""
         x = self.joined(phi)
+        matrix, offset = self._affine(x, values)
+        return torch.split(matrix @ x + offset, self._rows)
+
+    def _affine(self, x: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """−A and b."""
         both = self._evaluated("A", values, x).view(self.size + 1, self.rows).mT
-        return both[:, :-1] @ x + both[:, -1]
+        return both[:, :-1], both[:, -1]
 
     def _evaluated(self, name: str, values: Sequence[Tensor], like: Tensor) -> Tensor:
         """Data of the problem, column by column, for these parameters."""

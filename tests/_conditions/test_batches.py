@@ -371,6 +371,32 @@ def test_a_large_regularizer_hides_no_augmentation():
         gradients(condition, on_failure="ignore")
 
 
+@pytest.mark.parametrize("changes", [True, False])
+def test_other_data_in_each_pass_show_where_the_objective_is_zero_on_all(changes):
+    """A perfect fit is one of all data, and its Hessian is not."""
+    draws = np.random.default_rng(0)
+
+    class Anew:
+        def __iter__(self):
+            factor = draws.random() + 1 if changes else 1.0
+            return ((factor * x, 0 * y) for x, y in LIST)
+
+    def perfect(w, batch, scale, lam):
+        x, y = batch
+        return (x @ (w - scale * START["a"][:, 0]) - y).square().sum()
+
+    solve = ig.implicit(
+        lambda scale, lam: scale.detach() * START["a"][:, 0], ig.argmin(perfect, batches=Anew())
+    )
+    args = arguments()[0], torch.tensor(1.3)
+    if changes:
+        with pytest.raises(ig.GraphError, match="augments at random"):
+            solve(*args).sum().backward()
+    else:
+        solve(*args).sum().backward()
+        torch.testing.assert_close(args[0].grad, START["a"][:, 0].sum())
+
+
 def test_subsets_that_change_are_refused():
     changing = itertools.count()
 

@@ -113,6 +113,71 @@ def test_cones_against_finite_differences(problem):
     close(found, differences(outer, args, h=1e-4), 1e-4)
 
 
+def group_lasso(kind):
+    """A solver of a lasso with three groups of two, as a function of its data and penalty."""
+    random = torch.Generator().manual_seed(5)
+    A, mixed = (torch.randn(*shape, generator=random) for shape in ((12, 6), (5, 2)))
+    groups = [slice(2 * i, 2 * i + 2) for i in range(3)]
+    w, b, lam = cp.Variable(6, name="w"), cp.Parameter(12), cp.Parameter(nonneg=True)
+    of_group = mixed if kind == "more rows than unknowns" else torch.eye(2)
+    penalty = sum(cp.norm(of_group.numpy() @ w[group]) for group in groups)
+    constraints = [w >= 0] if kind == "nonnegative" else []
+    objective = cp.sum_squares(A.numpy() @ w - b) / 2 + lam * penalty
+    return wrapped(objective, constraints, [b, lam]), torch.randn(12, generator=random)
+
+
+@pytest.mark.parametrize("kind", ["plain", "nonnegative", "more rows than unknowns"])
+def test_groups_that_are_zero_are_apexes_of_cones(kind):
+    solve, b = group_lasso(kind)
+    v = torch.randn(6)
+
+    def outer(*args):
+        return solve(*args)["w"] @ v
+
+    seen = set()
+    for lam in (0.5, 1.5, 3.0, 6.0):
+        args = tuple(t.requires_grad_() for t in (b, torch.tensor(lam)))
+        zeros = (solve(*args)["w"].detach().view(3, 2).norm(dim=1) < 1e-6).sum()
+        seen.add(int(zeros))
+        found = torch.autograd.grad(outer(*args), args)
+        close(found, differences(outer, args, h=1e-3), 1e-3)
+    assert seen & {1, 2}
+
+
+def shrunk(y, lam, **options):
+    """The point nearest to y, shortened by lam: 0 if y is shorter."""
+    x, at, by = cp.Variable(2, name="x"), cp.Parameter(2), cp.Parameter(nonneg=True)
+    layer = CVXPY(cp.Problem(cp.Minimize(cp.sum_squares(x - at) / 2 + by * cp.norm(x))), [at, by])
+    return ig.implicit(layer, layer.condition, **options)(y, lam)["x"]
+
+
+@pytest.mark.parametrize("lam", [4.9, 5.0, 5.1])
+def test_a_kink_at_the_apex_is_told(lam):
+    monitor, y = ig.Monitor(), torch.tensor([3.0, 4.0], requires_grad=True)
+    x = shrunk(y, torch.tensor(lam), monitor=monitor, on_failure="ignore")
+    (found,) = torch.autograd.grad(x.sum(), y)
+    kink = monitor.last.status is ig.Status.DEGENERATE
+    assert kink == (lam == 5.0)
+    if not kink:
+        unit = y.detach() / 5
+        P = torch.eye(2) - torch.outer(unit, unit)
+        close(found, (torch.eye(2) - lam / 5 * P).sum(0) if lam < 5 else torch.zeros(2))
+
+
+def test_a_batch_some_of_which_are_at_the_apex():
+    y = torch.tensor([[3.0, 4.0], [0.3, 0.4], [-6.0, 8.0]], requires_grad=True)
+    lam = torch.tensor(1.0)
+    alone = torch.stack([shrunk(row, lam, on_failure="raise") for row in y])
+    batch = torch.func.vmap(lambda row: shrunk(row, lam, on_failure="raise"))(y)
+    v = torch.randn(3, 2)
+    one, other = (torch.autograd.grad((x * v).sum(), y)[0] for x in (alone, batch))
+    close(one, other)
+    close(other[1], torch.zeros(2))
+    at_kink = torch.func.vmap(lambda row: shrunk(row, 5 * lam))
+    with pytest.warns(ig.ImplicitGradWarning, match="by chance"):
+        torch.autograd.grad(at_kink(y).sum(), y)
+
+
 def test_vmap_and_float32():
     x, y = cp.Variable(3, name="x"), cp.Parameter(3)
     project = wrapped(cp.sum_squares(x - y), [x >= 0], [y])
