@@ -241,11 +241,17 @@ def by_hand_update(
     return policy
 
 
-def by_hand_context(loss: Callable[[Tensor], Tensor], context: Tensor, lr: float) -> Tensor:
+def by_hand_context(
+    policy: Any, lr: float, gradients: Any, loss: Callable[[], Tensor], first_order: bool
+) -> Any:
     """One step on a context; what it changes by is −(H + 1/lr)⁻¹ times the change of ∇loss."""
-    (slope,) = torch.autograd.grad(loss(context), context)
-    led = (context - lr * slope).detach().requires_grad_()
-    (there,) = torch.autograd.grad(loss(led), led, create_graph=True)
+    (slope,) = gradients
+    led = (policy.context - lr * slope).detach().requires_grad_()
+    policy.context = led
+    if first_order:
+        return policy
+    (there,) = torch.autograd.grad(loss(), led, create_graph=True)
     rows = [torch.autograd.grad(s, led, retain_graph=True)[0] for s in there]
     A = torch.stack(rows) + torch.eye(len(rows)) / lr
-    return led.detach() - torch.linalg.solve(A, there - there.detach())
+    policy.context = led.detach() - torch.linalg.solve(A.detach(), there - there.detach())
+    return policy

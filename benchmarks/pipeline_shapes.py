@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import learn2learn as l2l
@@ -425,19 +424,51 @@ def one_step(
 
 
 def trpo(switch: Switch) -> Outcome:
-    """No MAML: gradients by hand and `maml_update`. The outer step is a natural gradient.
+    """No MAML: gradients by hand and `maml_update`."""
+    return natural_gradient(switch(one_step), Policy(), lambda policy: list(policy.parameters()))
 
-    `switch` is applied to the function that makes the update. The outcome's gradients are those
-    of the surrogate; its last losses are the surrogate before and after the accepted step.
+
+class Contextual(Policy):
+    """A policy that sees a context beside the state: a tensor, and no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(more=2)
+        self.context = torch.zeros(2, requires_grad=True)
+
+    def density(self, state: Tensor) -> Normal:
+        """The distribution of actions."""
+        return super().density(torch.cat([state, self.context.expand(len(state), 2)], dim=1))
+
+
+def one_context(
+    policy: Any, lr: float, gradients: Iterable[Tensor], loss: Any, first_order: bool
+) -> Any:
+    """A step of cavia_trpo, whose gradients are the context's alone."""
+    (slope,) = gradients
+    policy.context = policy.context - lr * slope
+    return l2l.utils.update_module(policy)
+
+
+def cavia(switch: Switch) -> Outcome:
+    """No MAML: a context, which the policy sees beside the state, is all that adapts."""
+    return natural_gradient(switch(one_context), Contextual(), lambda policy: [policy.context])
+
+
+def natural_gradient(
+    step: Callable[..., Any], policy: Policy, adapting: Callable[[Any], list[Tensor]]
+) -> Outcome:
+    """The policy is adapted by `step`, which was switched; the outer step is TRPO's.
+
+    The outcome's gradients are those of the surrogate; its last losses are the surrogate before
+    and after the accepted step.
     """
-    step, policy = switch(one_step), Policy()
     out, replays, olds = Outcome(leaves=list(policy.parameters())), [], []
 
     def fast_adapt(clone: Any, walks: Walks, first_order: bool) -> Any:
         loss = out.note(policy_loss(clone, walks))
         second = not first_order
         gradients = torch.autograd.grad(
-            loss, clone.parameters(), retain_graph=second, create_graph=second
+            loss, adapting(clone), retain_graph=second, create_graph=second
         )
         return step(clone, 0.1, gradients, lambda: policy_loss(clone, walks), first_order)
 
@@ -564,42 +595,3 @@ def maml_plus_plus(switch: Switch, first_order: bool = False) -> Outcome:
             total = total + (step + 1) / 6 * out.note(cross_entropy(learner(far, step), away))
         total.backward()
     return out
-
-
-def cavia(switch: Switch) -> Outcome:
-    """No MAML: a context, which the policy sees beside the state, is all that adapts.
-
-    `switch` is applied to the function that adapts it. The outer step is TRPO's again, of which a
-    product with a Hessian is taken here.
-    """
-    adapted, policy = switch(one_context), Policy(more=2)
-    out, total = Outcome(leaves=list(policy.parameters())), torch.zeros(())
-    for _ in range(TASKS):
-        there = goal()
-
-        def seen(context: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda state: torch.cat([state, context.expand(len(state), 2)], dim=1)
-
-        def loss(context: Tensor, walks: Walks) -> Tensor:
-            states = seen(context)(walks.states)
-            return policy_loss(policy, walks._replace(states=states))
-
-        context = torch.zeros(2, requires_grad=True)
-        support = walk(lambda state, at=context: policy(seen(at)(state)), there)
-        out.note(loss(context, support))
-        context = adapted(partial(loss, walks=support), context, 0.1)
-        query = walk(lambda state, at=context: policy(seen(at)(state)), there)
-        total = total + out.note(loss(context, query))
-    slopes = torch.autograd.grad(total / TASKS, out.leaves, create_graph=True)
-    inner = torch.stack([(g * g.detach()).sum() for g in slopes]).sum()
-    out.note(torch.autograd.grad(inner, out.leaves[0], retain_graph=True)[0].norm())
-    out.inner = len(out.losses) - 1
-    for p, g in zip(out.leaves, slopes, strict=True):
-        p.grad = g.detach()
-    return out
-
-
-def one_context(loss: Callable[[Tensor], Tensor], context: Tensor, lr: float) -> Tensor:
-    """A step on the context."""
-    (slope,) = torch.autograd.grad(loss(context), context, create_graph=True)
-    return context - lr * slope

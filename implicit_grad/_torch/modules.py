@@ -78,14 +78,18 @@ def with_part(whole: nn.Module, name: str, part: nn.Module) -> nn.Module:
 class Places:
     """Every place of a module, and of the modules in it, that holds one of some parameters.
 
-    One tensor may stand under several names, in several modules (learn2learn's clones).
+    One tensor may stand under several names, in several modules (learn2learn's clones). With
+    `anywhere`, they may be buffers and plain attributes, too.
     """
 
-    def __init__(self, module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, parameters: Iterable[Tensor], anywhere: bool = False
+    ) -> None:
         index = {id(p): i for i, p in enumerate(parameters)}
+        kinds = ("_parameters", "_buffers", "__dict__") if anywhere else ("_parameters",)
         self._places = [
             (held, name, index[id(p)])
-            for held, name, p in _places(module, "_parameters")
+            for held, name, p in _places(module, *kinds)
             if id(p) in index
         ]
         self._recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]

@@ -19,9 +19,10 @@ from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import leaves_behind, walk
 from implicit_grad._torch.handed_on import HandedOn
-from implicit_grad._torch.modules import Layout, Places, named_weights
+from implicit_grad._torch.modules import Layout, Places
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.watched import Mark, marks_behind, watched
+from implicit_grad.learn2learn.chosen import Names, adapting
 
 # Calls of a learner that are remembered until it adapts, to find the one that its loss came from.
 _REMEMBERED_CALLS = 4
@@ -119,20 +120,22 @@ class Weights:
         pull: ProximalTerm | None,
         trainable: list[bool],
         n_tasks: int | None = None,
+        adapts: Names | None = None,
     ) -> None:
         """With `n_tasks`, the tensors of θ are stacks with a first dimension of that many."""
-        self.trainable, self.n_tasks = trainable, n_tasks
-        named = named_weights(module)
+        self.trainable, self.n_tasks, self._adapts = trainable, n_tasks, adapts
+        named = self.named_in(module)
         kept = [i for i, trains in enumerate(trainable) if trains]
         adapted = {named[i][0] for i in kept}
-        fixed = [(n, p) for n, p in module.named_parameters() if n not in adapted]
-        self.frozen, self._fixed = [n for n, _ in fixed], {id(p) for _, p in fixed}
+        fixed = {n: p for n, p in (*named, *module.named_parameters()) if n not in adapted}
+        meant = fixed if adapts is None else {n for n, _ in named}
+        self.frozen, self._fixed = [n for n in fixed if n in meant], set(map(id, fixed.values()))
         self.names = [named[i][0] for i in kept]
         self.theta = tuple(theta[i] for i in kept)
         self.pull = None if pull is None else pull.of(kept)
         self.time, self.number = 0.0, 0
         self.halfway: Any = None  # the step in the middle, once it is taken
-        self._places = Places(module, [named[i][1] for i in kept])
+        self._places = Places(module, [named[i][1] for i in kept], anywhere=adapts is not None)
         self._layout: Layout | None = None
         # without a pull, a λ of 1 keeps the place of that which the steps' time will make
         term = proximal_term(1.0, self.theta, "imaml") if self.pull is None else self.pull
@@ -151,11 +154,18 @@ class Weights:
         """Whether the module has recurrent layers."""
         return self._places.recurrent
 
+    def named_in(self, module: nn.Module) -> list[tuple[str, Tensor]]:
+        """What is there in the place of these, with those that do not train."""
+        return adapting(module, self._adapts)
+
     def are_in(self, module: nn.Module) -> bool:
         """Whether these, and those that do not train, are the weights that the module has."""
         if self._layout is None or not self._layout.is_of(module):
             self._layout = Layout(module)
-        return self._layout.ids() == self._present
+        there = self._layout.ids()
+        if self._adapts is not None:  # others than parameters may be among them
+            there |= {id(t) for _, t in self.named_in(module)}
+        return there == self._present
 
     def train(self, tensor: Tensor) -> bool:
         """Whether one of the module's weights trains: under no_grad, fast weights do not tell."""

@@ -9,7 +9,7 @@ Implicit Gradients).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch.clone import cloned
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
-from implicit_grad._torch.modules import named_weights, with_part
+from implicit_grad._torch.modules import with_part
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.learn2learn import called_again
 from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward, held_maml
@@ -48,6 +48,7 @@ from implicit_grad.learn2learn.batching import (
     stack_parameters,
     stacked_call,
 )
+from implicit_grad.learn2learn.chosen import Names, adapting, check_stackable, checked_names
 from implicit_grad.learn2learn.fast_weights import Weights
 from implicit_grad.learn2learn.midway import Midway
 from implicit_grad.learn2learn.registered_lam import registrable
@@ -65,6 +66,7 @@ def imaml(
     lam: Any = None,
     *,
     lr: float | None = None,
+    adapts: str | Sequence[str] | None = None,
     linear_solver: LinearSolver | SolveFunction | None = None,
     solver: Any = None,
     curvature: Curvature = "auto",
@@ -110,6 +112,11 @@ def imaml(
             floating-point parameter of the model; `LearnedLam(model)`, learned and positive, for
             each tensor or element; or `LowRank`, a matrix.
         lr: the length of the adaptation's steps, for a model. A MAML has its own.
+        adapts: what adapts, by name: a parameter, a part of the model with all its parameters
+            (the classifier: ANIL), a plain tensor that it holds (a context: CAVIA), or several of
+            these; by default all parameters. The others have the gradients that they owe to both
+            losses, as in ANIL. λ for each parameter is then one for each of these:
+            `LearnedLam(model.classifier)`.
         linear_solver: by default `MINRES(maxiter=5)`, whose solution stays short where the Hessian
             is indefinite, as it is after a few steps; with a `lam` `CG(maxiter=5)`, the paper's.
             `EarlyStopped(maxiter=5)` is nearest to MAML's own gradient, the product over the steps,
@@ -154,13 +161,15 @@ def imaml(
     _check(module_or_maml, lam, solver, curvature, linear_solver)
     held = held_maml(module_or_maml)
     given = accepted(module_or_maml if held is None else getattr(module_or_maml, held), lr)
+    names = checked_names(adapts, given.module)
     learner = ImplicitMAML(
         given.module,
         lr=given.lr,
+        adapts=names,
         first_order=given.first_order,
         allow_unused=given.allow_unused,
         allow_nograd=given.allow_nograd,
-        lam=registrable(lam, given.module),
+        lam=registrable(lam, adapting(given.module, names)),
         linear_solver=linear_solver,
         solver=solver,
         reporting=Reporting(
@@ -186,6 +195,7 @@ class ImplicitMAML(nn.Module):
         module: nn.Module,
         *,
         lr: float,
+        adapts: Names | None,
         first_order: bool,
         allow_unused: bool,
         allow_nograd: bool,
@@ -200,7 +210,7 @@ class ImplicitMAML(nn.Module):
     ) -> None:
         super().__init__()
         self.module = module
-        self.lr, self.first_order = lr, first_order
+        self.lr, self.adapts, self.first_order = lr, adapts, first_order
         self.allow_unused, self.allow_nograd = allow_unused, allow_nograd
         self.lam = lam
         self.linear_solver, self.solver = linear_solver, solver
@@ -293,9 +303,11 @@ class ImplicitMAML(nn.Module):
             )
         if tasks is not None:
             check_tasks(tasks, self.tasks, self.linear_solver, self.curvature, self.module)
+            check_stackable(self.adapts, self.module, tasks)
         learner = ImplicitMAML(
             cloned(self.module),
             lr=self.lr,
+            adapts=self.adapts,
             first_order=_either(first_order, self.first_order),
             allow_unused=_either(allow_unused, self.allow_unused),
             allow_nograd=_either(allow_nograd, self.allow_nograd),
@@ -408,14 +420,15 @@ class ImplicitMAML(nn.Module):
         """The weights of `module`, which come from this module's, as often as there are tasks."""
         if self._weights is not None:
             check_names(self._weights, self.module, self.lam)
-        theta: Tensors = tuple(t for _, t in named_weights(self.module))
+        theta: Tensors = tuple(t for _, t in adapting(self.module, self.adapts))
         pull = self._pull_on(theta)
         trainable = [t.requires_grad for t in theta]
         if self._weights is not None:
             trainable = [self._weights.train(t) for t in theta]
         if tasks is not None:
             theta = stack_parameters(theta, pull, tasks)
-        return Weights(module, theta, pull, trainable, self.tasks if tasks is None else tasks)
+        n_tasks = self.tasks if tasks is None else tasks
+        return Weights(module, theta, pull, trainable, n_tasks, self.adapts)
 
     def _pull_on(self, theta: Tensors) -> ProximalTerm | None:
         check_theta(theta, "imaml")

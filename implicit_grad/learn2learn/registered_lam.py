@@ -6,19 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from implicit_grad._conditions.lam import LowRank, evaluated, proximal_term
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._torch import pytree
-from implicit_grad._torch.modules import named_weights
 
 
-def registrable(lam: Any, module: nn.Module) -> Any:
-    """λ, checked against the model, in a form that nn.Module registers if it is to be learned."""
+def registrable(lam: Any, weights: list[tuple[str, Tensor]]) -> Any:
+    """λ, checked against what adapts, in a form that nn.Module registers if it is to be learned."""
     if lam is None:
         return None
-    weights = named_weights(module)
     theta = tuple(t for _, t in weights)
     if callable(lam) or isinstance(lam, LowRank):
         _check_held(lam)

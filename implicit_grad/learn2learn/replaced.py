@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from implicit_grad._conditions.lam import LowRank
 from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._torch.modules import named_weights, names_in
+from implicit_grad._torch.modules import names_in
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad._torch.transforms import is_wrapped
 from implicit_grad.learn2learn.fast_weights import Weights
@@ -44,7 +44,7 @@ def check_replaced(weights: Weights, module: nn.Module, past_call: bool) -> bool
     Not those that torch.func lends it. Raises if they cannot be adapted; `past_call`: with a loss
     that was computed before they were seen.
     """
-    present = named_weights(module)
+    present = weights.named_in(module)
     if any(is_wrapped(t) for _, t in present):
         return False
     own = {id(t) for t in weights.current}
@@ -62,7 +62,7 @@ def check_replaced(weights: Weights, module: nn.Module, past_call: bool) -> bool
 
 def check_names(weights: Weights, module: nn.Module, lam: Any) -> None:
     """Raise if a λ that goes by the order of the parameters would meet others than it was for."""
-    names = [name for name, tensor in named_weights(module) if weights.train(tensor)]
+    names = [name for name, tensor in weights.named_in(module) if weights.train(tensor)]
     for_each = callable(lam) or isinstance(lam, (Sequence, nn.ParameterList, LowRank))
     if for_each and names != weights.names:
         raise InvalidArgumentError(
