@@ -113,7 +113,7 @@ def certify(
     solves = ((first, around), (newton, true), (second, around_moved))
     status = Status.worst(solved.status(at) for solved, at in solves)
     if not status.ok:
-        evaluation.method.reporting.say(f"not certified: {status.sentence}")
+        evaluation.method.reporting.say(f"not certified: {status.sentence}", status.anchor)
     error, size = _distance(corrected, gradients), length(gradients)
     return Certificate(
         tensors=tensors,

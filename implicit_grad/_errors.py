@@ -7,40 +7,83 @@ raises or stays quiet. Bad input is an exception at once, before any work.
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Iterable
 
 from torch import Tensor
 
+PAGE = "docs/why.md"  # from what is seen to cause and cure; anchors are places there
+
+
+def anchor_of(name: str) -> str:
+    """The place on the page for a status or a cause."""
+    return name.lower().replace("_", "-")
+
 
 class ImplicitGradWarning(UserWarning):
-    """Numerical trouble in a hypergradient: it was computed, but should not be trusted blindly."""
+    """Numerical trouble in a hypergradient: it was computed, but should not be trusted blindly.
+
+    Its `anchor` is the place in docs/why.md that says more.
+    """
+
+    anchor = "implicit-grad-warning"
+
+    def __init__(self, message: str = "", anchor: str | None = None) -> None:
+        super().__init__(message)
+        self.anchor = anchor or self.anchor
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (see {PAGE}#{self.anchor})"
 
 
 class ImplicitGradError(RuntimeError):
-    """Base class of every exception that the library raises on purpose."""
+    """Base class of every exception that the library raises on purpose.
+
+    Its `anchor` is the place in docs/why.md that says more; a note to the exception names it where
+    that place is about this very message.
+    """
+
+    anchor = "implicit-grad-error"
+
+    def __init__(self, message: str = "", anchor: str | None = None) -> None:
+        super().__init__(message)
+        if anchor is not None:
+            self.anchor = anchor
+            if sys.version_info >= (3, 11):
+                self.add_note(f"see {PAGE}#{anchor}")
 
 
 class InvalidArgumentError(ImplicitGradError, ValueError):
     """An argument has a value that cannot work; nothing has been computed or changed."""
 
+    anchor = "invalid-argument-error"
+
 
 class InvalidSolutionError(ImplicitGradError):
     """The solver returned something that is not a solution of the inner problem's form."""
+
+    anchor = "invalid-solution-error"
 
 
 class GraphError(ImplicitGradError):
     """The gradient that autograd asks for does not exist, or can no longer be computed."""
 
+    anchor = "graph-error"
+
 
 class MissingPackageError(ImplicitGradError, ModuleNotFoundError):
     """A minimiser needs a package that is not installed; `name` is the package."""
+
+    anchor = "missing-package-error"
 
 
 class LinearSolveError(ImplicitGradError):
     """The backward solve failed and `on_failure="raise"`; `report` holds what is known about it."""
 
-    def __init__(self, message: str, report: object = None) -> None:
-        super().__init__(message)
+    anchor = "linear-solve-error"
+
+    def __init__(self, message: str, report: object = None, anchor: str | None = None) -> None:
+        super().__init__(message, anchor)
         self.report = report
 
 
@@ -83,6 +126,11 @@ class Status(enum.IntEnum):
     def sentence(self) -> str:
         """What happened, the likely cause, and what to change."""
         return _SENTENCES[self]
+
+    @property
+    def anchor(self) -> str:
+        """The place in docs/why.md that says more."""
+        return anchor_of(self.name)
 
 
 _SENTENCES = {

@@ -200,12 +200,14 @@ def implicit(
         raise InvalidArgumentError(
             f"implicit: {type(linear_solver).__name__} needs a symmetric system, but the Jacobian "
             f"of {type(condition).__name__} is general: use GMRES(), NormalCG(), Neumann() or "
-            f"Exact(), or {type(condition).__name__}(..., symmetric=True) if it is symmetric here"
+            f"Exact(), or {type(condition).__name__}(..., symmetric=True) if it is symmetric here",
+            anchor="needs-symmetric",
         )
     if linear_solver.definite_only and not condition.definite:
         raise InvalidArgumentError(
             f"implicit: {type(linear_solver).__name__} needs a positive definite system, but "
-            "multipliers of constraints make it indefinite: use MINRES() or Exact()"
+            "multipliers of constraints make it indefinite: use MINRES() or Exact()",
+            anchor="needs-definite",
         )
     if linear_solver.keeps_start and not condition.is_minimum:
         raise InvalidArgumentError(

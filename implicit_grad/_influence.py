@@ -141,7 +141,7 @@ def influence(
             removal.view(-1)[i] = changed
     status = Status.worst(statuses)
     if not status.ok:
-        evaluation.method.reporting.say(f"influence: {status.sentence}")
+        evaluation.method.reporting.say(f"influence: {status.sentence}", status.anchor)
     return Influence(gradient, removal, leverage, status)
 
 

@@ -161,18 +161,34 @@ def sentences() -> list[str]:
     return [*ig.Status.__members__, *ig.testing.Cause.__members__, *exceptions]
 
 
+def anchors_of_why() -> list[str]:
+    return ANCHOR.findall(text_of(DOCS / "why.md"))
+
+
 @pytest.mark.parametrize("name", sorted(set(sentences())))
 def test_every_status_cause_and_exception_has_a_cure(name):
-    page = DOCS / "why.md"
-    anchor = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower().replace("_", "-")
-    assert anchor in ANCHOR.findall(text_of(page)), f"why.md has no anchor ({anchor})="
-    assert f"`{name}`" in text_of(page)
+    known = {**ig.Status.__members__, **ig.testing.Cause.__members__}
+    anchor = known.get(name, getattr(ig, name, None)).anchor
+    assert anchor == re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower().replace("_", "-")
+    assert anchor in anchors_of_why(), f"why.md has no anchor ({anchor})="
+    assert f"`{name}`" in text_of(DOCS / "why.md")
+
+
+def sources() -> list[str]:
+    return [path.read_text("utf-8") for path in sorted((ROOT / "implicit_grad").rglob("*.py"))]
+
+
+def test_what_the_library_says_and_what_why_md_quotes_have_the_same_anchors():
+    """Each sentence with an anchor is quoted there, under it; and the other way round."""
+    assert len(anchors_of_why()) == len(set(anchors_of_why()))
+    given = set(re.findall(r'anchor="([\w-]+)"', "".join(sources())))
+    quoted = set(re.findall(r"^\(([\w-]+)\)=\n> ", text_of(DOCS / "why.md"), re.MULTILINE))
+    assert given - {ig.Status.NEGATIVE_CURVATURE.anchor} == quoted
 
 
 def test_quoted_messages_are_those_of_the_library():
     """`> …` in why.md begins as a message of the library does."""
-    sources = "".join(path.read_text("utf-8") for path in (ROOT / "implicit_grad").rglob("*.py"))
-    said = re.sub(r"""["']\s*\n\s*f?["']""", "", sources)  # strings written in pieces
+    said = re.sub(r"""["']\s*\n\s*f?["']""", "", "".join(sources()))  # strings written in pieces
     quoted = re.findall(r"^> (.+?)(?: …)?$", text_of(DOCS / "why.md"), re.MULTILINE)
     assert len(quoted) > 20
     for message in quoted:

@@ -1,6 +1,8 @@
 """Bad input and numerical trouble: what is said, and that nothing was changed."""
 
+import pickle
 import re
+import sys
 import traceback
 import warnings
 
@@ -555,3 +557,29 @@ def test_negative_curvature_can_raise_by_itself():
     phi = indefinite(theta, X)(linear_solver=solver, on_failure="ignore")
     with pytest.raises(ig.LinearSolveError, match="CG met negative curvature"):
         phi.sum().backward()
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "raise"])
+def test_trouble_names_the_place_that_says_more(on_failure):
+    """A warning in its text, an exception in a note below it; both as `anchor`, and pickled too."""
+    a = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    condition = ig.argmin(lambda x, a: ((x - a) ** 2).sum())
+    solve = ig.implicit(lambda a: a + 1, condition, on_failure=on_failure)
+    kinds = {"warn": pytest.warns, "raise": pytest.raises}
+    kind = {"warn": ig.ImplicitGradWarning, "raise": ig.LinearSolveError}[on_failure]
+    with kinds[on_failure](kind, match="does not solve the inner problem") as seen:
+        solve(a).sum().backward()
+    said = seen.value if on_failure == "raise" else seen[0].message
+    assert said.anchor == ig.Status.INNER_NOT_STATIONARY.anchor == "inner-not-stationary"
+    for each in (said, pickle.loads(pickle.dumps(said))):
+        lines = "".join(traceback.format_exception_only(each)).splitlines()
+        if on_failure == "warn" or sys.version_info >= (3, 11):
+            assert sum("see docs/why.md#inner-not-stationary" in line for line in lines) == 1
+        assert each.anchor == said.anchor
+
+
+def test_a_message_that_says_it_all_has_no_note():
+    with pytest.raises(ig.InvalidArgumentError) as caught:
+        ig.CG(maxiter=-1)
+    assert caught.value.anchor == "invalid-argument-error"
+    assert "why.md" not in "".join(traceback.format_exception(caught.value)[-1])

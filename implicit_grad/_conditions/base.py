@@ -188,7 +188,8 @@ def like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
 def check_distinct(name: str, phi: Any, variables: Tensors) -> None:
     if sum(map(torch.is_tensor, pytree.leaves(phi))) != len(variables):
         raise InvalidSolutionError(
-            f"{name}: phi holds one tensor more than once; return distinct tensors"
+            f"{name}: phi holds one tensor more than once; return distinct tensors",
+            anchor="tied-phi",
         )
 
 

@@ -58,7 +58,7 @@ def multipliers_at(
         inverse = torch.linalg.pinv((active.gradients[kept] * free).mT)
         nu = nu.masked_scatter(kept, nu[kept] - inverse @ (force(nu) * free))
     if not bool(kept.all()):
-        warnings.warn(_MANY, ImplicitGradWarning, stacklevel=2)
+        warnings.warn(ImplicitGradWarning(_MANY, anchor="many-multipliers"), stacklevel=2)
     left = force(nu)
     of_bounds = (left * active.at_lower).clamp(min=0), (-left * active.at_upper).clamp(min=0)
     lower, upper = map(flat.unravel, of_bounds)

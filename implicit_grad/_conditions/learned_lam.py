@@ -109,16 +109,15 @@ class LearnedLam(nn.Module):
         self._told.update(told)
         listed = [f"{name}: {value:.3g}" for name, value in list(told.items())[:_LISTED]]
         more = f" and {len(told) - _LISTED} more" if len(told) > _LISTED else ""
-        warnings.warn(
+        said = (
             f"LearnedLam: lam has come to an end of its range, {self.init / self.within:.3g} to "
             f"{self.init * self.within:.3g} (init={self.init:g}, within={self.within:g}), and "
             "stays there for as long as its gradient points outward. It is that of "
             f"{', '.join(listed)}{more}. If the outer loss "
             "hardly depends on it, that gradient is noise: learn at a lower rate, or one lam "
-            'per="model"; else choose another init or a greater within',
-            ImplicitGradWarning,
-            stacklevel=2,
+            'per="model"; else choose another init or a greater within'
         )
+        warnings.warn(ImplicitGradWarning(said, anchor="lam-at-an-end"), stacklevel=2)
 
     @torch.no_grad()
     def _at_ends(self) -> dict[str, float]:

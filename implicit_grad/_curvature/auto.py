@@ -36,7 +36,8 @@ def linearize(objective: Objective, curvature: Curvature) -> Linearization:
         raise GraphError(
             f'curvature="{curvature}": between phi and the objective, a custom Function is '
             "marked as once_differentiable, or a function is compiled (torch.compile), or "
-            'F.linear_cross_entropy works in chunks, and has no second derivative; use "auto"'
+            'F.linear_cross_entropy works in chunks, and has no second derivative; use "auto"',
+            anchor="no-second-derivative",
         )
     try:
         make = _GaussNewton if curvature == "gauss_newton" else _WithAdvice
@@ -58,7 +59,8 @@ def raise_if_missing(error: Exception, curvature: str) -> None:
             f'curvature="{curvature}": an operation of the inner objective has no second '
             f'derivative in torch ({error}); use "auto" or "finite_difference", which take '
             "differences of gradients (with imaml: learner.adapt(lambda: loss(...))), or another "
-            "form of the operation"
+            "form of the operation",
+            anchor="no-second-derivative",
         ) from error
 
 
@@ -168,7 +170,8 @@ class AutoCurvature(Linearization):
             raise GraphError(
                 f"fused attention has no second derivative ({cause}). Where that is known, it is "
                 "computed step by step: call the learner, learner(x), instead of learner.module or "
-                "a method of the model; or pass a function, learner.adapt(lambda: loss(...))"
+                "a method of the model; or pass a function, learner.adapt(lambda: loss(...))",
+                anchor="no-second-derivative",
             ) from cause
         if self._objective.again is None:
             raise GraphError(
@@ -176,7 +179,8 @@ class AutoCurvature(Linearization):
                 f"{'' if cause is None else f' ({cause})'}, and differences of gradients need the "
                 "objective as a function of the weights: use implicit(), or with imaml "
                 'learner.adapt(lambda: loss(...)) and curvature="finite_difference"; or another '
-                "form of the operation"
+                "form of the operation",
+                anchor="no-second-derivative",
             ) from cause
         return FiniteDifference(self._objective)
 

@@ -37,7 +37,8 @@ class FiniteDifference(Hessian):
             raise GraphError(
                 'curvature="finite_difference" needs the inner objective as a function of the '
                 "weights (with imaml: learner.adapt(lambda: loss(...))), and gives first "
-                "derivatives only"
+                "derivatives only",
+                anchor="no-function-to-evaluate",
             )
         super().__init__(objective)
         self._again = objective.again
@@ -92,4 +93,4 @@ class FiniteDifference(Hessian):
             a - b for a, b in zip(self._slope_at(0.0, zero, ()), self.smooth, strict=True)
         ]
         if not length(difference) <= self._eps**0.5 * length(self.smooth):
-            raise GraphError(_CHANGED)
+            raise GraphError(_CHANGED, anchor="changed-since")

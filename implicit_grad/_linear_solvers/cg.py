@@ -416,7 +416,8 @@ class CG(Iterative):
                 raise LinearSolveError(
                     'CG(on_negative_curvature="gauss_newton") met negative curvature and has no '
                     "Gauss-Newton products to go on with: give the condition its model=, or pass "
-                    'curvature="gauss_newton" where it is offered'
+                    'curvature="gauss_newton" where it is offered',
+                    anchor="negative-curvature",
                 )
             operator = dataclasses.replace(
                 operator, matvec=operator.convex, rmatvec=operator.convex
@@ -444,4 +445,5 @@ def _after(first: LinearSolution, second: LinearSolution) -> LinearSolution:
 
 
 def _refusal(solution: LinearSolution) -> LinearSolveError:
-    return LinearSolveError(f"CG met negative curvature: {solution.status.sentence}")
+    said, anchor = f"CG met negative curvature: {solution.status.sentence}", solution.status.anchor
+    return LinearSolveError(said, anchor=anchor)

@@ -83,12 +83,14 @@ def solve_adjoint(
         if around.is_adjoint and solver.keeps_start:
             raise GraphError(
                 "second derivatives through EarlyStopped are not available: use CG(rtol=...) and "
-                "train until the inner problem is solved"
+                "train until the inner problem is solved",
+                anchor="second-derivatives",
             )
         if around.is_adjoint and (truncated or solved.damping):
             raise GraphError(
                 "second derivatives of a truncated or damped solve would not be those of its first "
-                "derivatives: solve to a tolerance, such as CG() without damping"
+                "derivatives: solve to a tolerance, such as CG() without damping",
+                anchor="second-derivatives",
             )
         return dataclasses.replace(solved, x=around.recover(solved.x, v))
 

@@ -179,7 +179,8 @@ class Linearization:
                 raise GraphError(
                     "a product with A (not Aᵀ) differentiates the backward pass of F, in which a "
                     "custom Function is marked as once_differentiable, or a function is compiled: "
-                    "use GMRES(), Neumann() or Exact()"
+                    "use GMRES(), Neumann() or Exact()",
+                    anchor="no-second-derivative",
                 )
             with torch.enable_grad():
                 dummy = tuple(torch.zeros_like(f, requires_grad=True) for f in self.smooth)

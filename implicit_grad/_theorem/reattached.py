@@ -72,7 +72,8 @@ def reattached(
     if curvature == "finite_difference":
         raise GraphError(
             'curvature="finite_difference" gives first derivatives only, and backward was called '
-            'with create_graph=True: use curvature="hessian"'
+            'with create_graph=True: use curvature="hessian"',
+            anchor="second-derivatives",
         )
     with torch.enable_grad():
         recorded, stand_ins = record("hessian" if curvature == "auto" else curvature)

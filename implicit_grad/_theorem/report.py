@@ -149,12 +149,12 @@ class Reporting:
         """What is known of, and asked from, a solve around φ."""
         return Accuracy(self._mu(around), self.rtol_gradient)
 
-    def say(self, sentence: str) -> None:
+    def say(self, sentence: str, anchor: str) -> None:
         """Warn of trouble, or raise, as was asked for."""
         if self.on_failure == "raise":
-            raise LinearSolveError(sentence)
+            raise LinearSolveError(sentence, anchor=anchor)
         if self.on_failure == "warn":
-            warnings.warn(sentence, ImplicitGradWarning, stacklevel=2)
+            warnings.warn(ImplicitGradWarning(sentence, anchor), stacklevel=2)
 
     def record(self, solved: Solved, around: Linearization) -> None:
         """Keep a report of each solve for the monitor, and warn or raise if one failed."""
@@ -177,11 +177,11 @@ class Reporting:
         for report, solution in zip(reports, solved.solutions, strict=True):
             if report.status.ok:
                 continue
-            sentence = _sentence(report, solution, solved, around)
+            sentence, anchor = _sentence(report, solution, solved, around), report.status.anchor
             if self.on_failure == "raise":
-                raise LinearSolveError(f"{sentence} ({_figures(report)})", report)
+                raise LinearSolveError(f"{sentence} ({_figures(report)})", report, anchor)
             # no figures here: Python shows a warning once only if its text does not change
-            warnings.warn(sentence, ImplicitGradWarning, stacklevel=2)
+            warnings.warn(ImplicitGradWarning(sentence, anchor), stacklevel=2)
 
     def _judged(self, solved: Solved, around: Linearization) -> list[tuple[Status, float, float]]:
         """For each task, or the only one, its status, ‖F(φ)‖ and −uᵀF."""
@@ -289,7 +289,7 @@ def solve_and_report(
     solved = solve_adjoint(solver, around, v, verify, reporting.accuracy(around))
     reporting.record(solved, around)
     if reporting.on_failure != "ignore" and (remark := (solved.convex or around).remark):
-        reporting.say(remark)
+        reporting.say(remark, anchor="gauss-newton-bends")
     return solved.x
 
 

@@ -48,7 +48,8 @@ def is_transformed(tensors: Iterable[Tensor]) -> bool:
     if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
         raise GraphError(
             "batches of gradients as in is_grads_batched=True, jacobian(vectorize=True) or "
-            "gradcheck(check_batched_grad=True) are not available: use torch.func.vmap or jacrev"
+            "gradcheck(check_batched_grad=True) are not available: use torch.func.vmap or jacrev",
+            anchor="batched-gradients",
         )
     at_work = torch._C._functorch.peek_interpreter_stack() is not None
     return at_work or (in_forward_mode() and any(_tangent(t) is not None for t in tensors))

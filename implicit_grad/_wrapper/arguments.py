@@ -23,15 +23,14 @@ def tell_unread(condition: Condition, call: Call, unread: Sequence[Tensor]) -> N
     names = {id(t): name for name, t in _named(call)}
     told = [f"{names[id(t)]}, {describe(t)}" for t in unread if id(t) in names.keys() - known]
     if told:
-        warnings.warn(
+        said = (
             f"{type(condition).__name__}: the function does not depend on {' and '.join(told)}, "
             "which requires grad: by this condition phi does not depend on it either, and the "
             "gradient is 0. If it should, the function has to compute with the tensor itself (not "
             "with .item(), .detach() or NumPy). What only steers the solver, such as a step length "
-            "or a starting point, has no implicit gradient: pass it detached",
-            ImplicitGradWarning,
-            stacklevel=2,
+            "or a starting point, has no implicit gradient: pass it detached"
         )
+        warnings.warn(ImplicitGradWarning(said, anchor="unread"), stacklevel=2)
 
 
 def _named(call: Call) -> list[tuple[str, Any]]:

@@ -25,7 +25,8 @@ class WithAux:
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise InvalidSolutionError(
                 "with has_aux=True the solver must return a pair (phi, aux), it returned "
-                f"{_described(returned)}"
+                f"{_described(returned)}",
+                anchor="aux-pair",
             )
         phi, self._aux = returned
         return phi

@@ -57,7 +57,7 @@ def newton_candidates(
     """
     solved = solve_newton(solver, around)
     if not (status := solved.status(around)).ok:
-        reporting.say(f"phi was not polished: {status.sentence}")
+        reporting.say(f"phi was not polished: {status.sentence}", status.anchor)
         return
     for share in _LENGTHS:
         with torch.no_grad():
@@ -182,7 +182,8 @@ class Evaluation(Recorded):
             if new != old and not wanted:
                 raise InvalidSolutionError(
                     f"the solver changed one of its arguments in place ({describe(tensor)}); it "
-                    "must work on a copy: argument.clone()"
+                    "must work on a copy: argument.clone()",
+                    anchor="argument-changed",
                 )
         for old, new, tensor in zip(held_before, versions(held), held, strict=True):
             if new != old:
@@ -211,7 +212,8 @@ class Evaluation(Recorded):
                 f"the solver froze {', '.join(names)} of a module that it was handed: they belong "
                 "to no phi now, and no gradient arrives in them, though phi depends on them. "
                 "Freeze them before the call if that is meant; else pass what they compute as an "
-                "argument"
+                "argument",
+                anchor="frozen-by-the-solver",
             )
 
     def _check_trained(self, phi: Tensors, inputs: Tensors, reachable: list[Tensor]) -> None:
@@ -224,7 +226,8 @@ class Evaluation(Recorded):
                 "the solver returned its first argument, a module, as it was, and refers to the "
                 "parameters of the module that was passed, of which it gets a copy (an optimizer "
                 "that was made outside?): make the optimizer in the solver, for the module that it "
-                "is handed"
+                "is handed",
+                anchor="trained-elsewhere",
             )
 
     def _run(self, call: Call, reachable: list[tuple[str, Tensor]]) -> Any:
@@ -239,7 +242,8 @@ class Evaluation(Recorded):
                     raise GraphError(
                         f"the solver's backward() went through the history of {name} "
                         f"({describe(tensor)}), which a function captured: pass it to the solver "
-                        "as an argument, which arrives there detached"
+                        "as an argument, which arrives there detached",
+                        anchor="captured-history",
                     ) from error
             raise
 
@@ -275,7 +279,8 @@ class Evaluation(Recorded):
             if is_transformed(snapshot.outputs):
                 raise GraphError(
                     "the condition's function captured a tensor that forward mode looks at: pass "
-                    "it to the solver as an argument"
+                    "it to the solver as an argument",
+                    anchor="captured-under-transforms",
                 )
             nodes = list(walk(snapshot.outputs))
             if snapshot.objective is not None:
@@ -479,7 +484,8 @@ class Evaluation(Recorded):
             raise InvalidSolutionError(
                 f"the solver changed a tensor in place that the condition's function refers to "
                 f"({describe(tensor)}) and that requires grad; it must work on a copy: "
-                "tensor.detach().clone()"
+                "tensor.detach().clone()",
+                anchor="captured-changed",
             )
         for tensor in self.captured:
             if tensor.grad is not None and tensor not in self._lent:
@@ -487,7 +493,8 @@ class Evaluation(Recorded):
                     f"the condition's function captured a tensor ({describe(tensor)}) that could "
                     "not be found before the solver ran: if the solver calls backward(), what that "
                     "added to the tensor's .grad is still there. Pass it to the solver as an "
-                    "argument"
+                    "argument",
+                    anchor="found-too-late",
                 )
         self._lent = None
 
@@ -505,5 +512,6 @@ class Evaluation(Recorded):
             )
             raise InvalidArgumentError(
                 f"{name}: the function's value does not depend on phi, its first argument, so it "
-                f"does not define phi ({why})"
+                f"does not define phi ({why})",
+                anchor="phi-unread",
             )

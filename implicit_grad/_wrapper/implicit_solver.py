@@ -116,7 +116,7 @@ class ImplicitSolver:
             tell_unread(self.setup.condition, Call(*tree.rebuild(inputs)), unread)
         # a Function's forward does not see the tangents of what the user's function captured
         if in_forward_mode() and evaluation.captured_transformed():
-            raise GraphError(CAPTURED)
+            raise GraphError(CAPTURED, anchor="captured-under-transforms")
         if self.setup.linear_solver.keeps_start:
             starts = set()
         if evaluation.captured or starts:

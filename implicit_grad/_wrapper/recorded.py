@@ -64,7 +64,7 @@ class Recorded(abc.ABC):
         if refusal is None and (found := self.finding or self._third()) is not None:
             refusal = f"second derivatives are not available: {found.sentence}"
         if refusal is not None:
-            raise GraphError(refusal)
+            raise GraphError(refusal, anchor="second-derivatives")
         return reattached(self.recorded, self.method.curvature, phi, inputs)
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:

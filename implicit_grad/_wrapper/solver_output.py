@@ -40,7 +40,8 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
     if template is not None and pytree.structure(returned) != pytree.structure(template):
         raise InvalidSolutionError(
             f"the solver returned phi of the form {pytree.structure(returned)}; theta has the form "
-            f"{pytree.structure(template)}, and phi must have the same"
+            f"{pytree.structure(template)}, and phi must have the same",
+            anchor="another-form",
         )
     counts = template is None and not all(map(_is_count, parts))
     leaves, tree = pytree.flatten(returned, lambda leaf: not (counts and _is_count(leaf)))
@@ -63,7 +64,9 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
         places = ((n, s) for n, s in zip(names, tree.slots, strict=True) if s is not None)
         wrong = (name for name, slot in places if not pytree.finite([found[slot]]))
         raise InvalidSolutionError(
-            f"{next(wrong)} holds NaN or Inf: the solver diverged, and there is no gradient to take"
+            f"{next(wrong)} holds NaN or Inf: the solver diverged, and there is no gradient to "
+            "take",
+            anchor="solver-diverged",
         )
     # copies: a solver may return its own buffer and write to it again, or one of its arguments
     phi = tuple(found[slot].detach().clone() for slot in range(len(leaves)))

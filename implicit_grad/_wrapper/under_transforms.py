@@ -40,7 +40,7 @@ class Transformed:
         assert self._first is not None and self._phi_tree is not None
         # below, in the plain calls, what a transform looks at passes for a number without a history
         if self._first.captured_transformed():
-            raise GraphError(CAPTURED)
+            raise GraphError(CAPTURED, anchor="captured-under-transforms")
         if self._phi_tree.has_others and any(map(is_batched, inputs)):
             raise InvalidSolutionError(
                 "under torch.func.vmap, phi holds an integer, of which there is one for each "
@@ -100,7 +100,7 @@ class Transformed:
         # F is evaluated also where no gradient is taken: to find out what it captured
         phi: Tensors = ImplicitFunction.apply(evaluation.problem(), *xs)
         if evaluation.captured:
-            raise GraphError(CAPTURED)
+            raise GraphError(CAPTURED, anchor="captured-under-transforms")
         self._first = self._first or evaluation
         self._phi_tree = self._phi_tree or evaluation.phi_tree
         return phi

@@ -285,7 +285,8 @@ def step_on_tensor(
     if not loss.requires_grad:
         raise GraphError(
             f"{_NO_GRAPH}. Compute it with gradients on, or pass a function: "
-            "learner.adapt(lambda: loss(...))"
+            "learner.adapt(lambda: loss(...))",
+            anchor="no-graph",
         )
     method.told.of_loss(loss, method.reporting)
     slope = plain_gradient(loss, phi, keep_graph=not method.first_order)
@@ -325,7 +326,7 @@ def minimise_closure(
         loss = weights.total("adapt: the function's loss", closure())
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in phi)
         if wanted and not loss.requires_grad:
-            raise GraphError(_NO_GRAPH)
+            raise GraphError(_NO_GRAPH, anchor="no-graph")
         if not first:
             first.append(loss.detach())
         return loss

@@ -80,7 +80,8 @@ class FastWeights(torch.autograd.Function):
                 "their gradient needs is gone. It is kept for outer losses that come from a call "
                 "of their own, learner(x), before that adapt; for others (of the weights, of a "
                 "layer, of what was adapted to) pass keep_steps=True to imaml, or functions: "
-                "learner.adapt(lambda: loss(...))"
+                "learner.adapt(lambda: loss(...))",
+                anchor="replaced-weights",
             )
         return None, None, *v
 
@@ -267,12 +268,14 @@ class Weights:
                 "adapt: the loss does not depend on the learner's present weights; compute it "
                 "anew from this learner's output before each adapt. (A model that holds layers, "
                 "their methods or compiled functions otherwise than as submodules computes with "
-                "the weights of the model that was cloned.)"
+                "the weights of the model that was cloned.)",
+                anchor="loss-of-other-weights",
             )
         if unused and not allow_unused:
             raise InvalidArgumentError(
                 f"adapt: the loss does not depend on {', '.join(unused)}; pass allow_unused=True "
-                "to leave unused parameters as they are"
+                "to leave unused parameters as they are",
+                anchor="unused-weights",
             )
 
     def check_trainable(self, allow_nograd: bool) -> None:
@@ -306,7 +309,8 @@ class Weights:
             "call of this learner and of no weights besides; this loss is not (it adds a penalty "
             "on the weights, sums over several calls, comes from learner.module, or the output is "
             "an object that is no dataclass, and registered neither in optree nor in "
-            'torch.utils._pytree). Use curvature="hessian" for it'
+            'torch.utils._pytree). Use curvature="hessian" for it',
+            anchor="not-of-one-output",
         )
 
     def _goes_through(self, loss: Tensor, gates: set[Any]) -> bool:

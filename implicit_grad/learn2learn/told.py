@@ -44,6 +44,7 @@ class Told:
             f"than {100 / (lr * self.least):.2g} % of a single step without lam. Take a lam of at "
             f"most {_SENSIBLE / lr:.3g} (lr * lam = {_SENSIBLE:g}), or lam=None",
             reporting,
+            anchor="lam-freezes",
         )
 
     def of_losses(self, first: list[Tensor], last: Tensor, reporting: Reporting) -> None:
@@ -59,6 +60,7 @@ class Told:
             f"adapt: the loss went from {start:.3g} to {end:.3g}. The steps were too long for its "
             "curvature (lower lr, or lam), or the function took another batch in the end",
             reporting,
+            anchor="loss-grew",
         )
 
     def of_loss(self, loss: Tensor, reporting: Reporting) -> None:
@@ -72,11 +74,12 @@ class Told:
                 "earlier step was too long for the loss's curvature (lower lr, or lam), or the "
                 "loss is not defined where it led",
                 reporting,
+                anchor="loss-grew",
             )
 
-    def _say(self, kind: str, sentence: str, reporting: Reporting) -> None:
+    def _say(self, kind: str, sentence: str, reporting: Reporting, anchor: str) -> None:
         self.said.add(kind)
-        reporting.say(sentence)
+        reporting.say(sentence, anchor)
 
 
 def _least(pull: ProximalTerm) -> float:

@@ -131,7 +131,7 @@ class Descent(abc.ABC):
                 return seen.result(reached.phi)
             found = seen.result(phi)
             if self.has_tolerance and (missed := watch.missed(phi, self.more)):
-                warnings.warn(missed, ImplicitGradWarning, stacklevel=2)
+                warnings.warn(ImplicitGradWarning(missed, anchor="solver-missed"), stacklevel=2)
             return found
 
     def training(self, phi: Tensors) -> EarlyStopped | None:

@@ -155,7 +155,7 @@ class RootFinding(abc.ABC):
             x, missed = _Run(self, at).to_the_end()
             found = at.result(at.tensors(x))
             if missed is not None:
-                warnings.warn(missed, ImplicitGradWarning, stacklevel=2)
+                warnings.warn(ImplicitGradWarning(missed, anchor="solver-missed"), stacklevel=2)
             return found
 
     @abc.abstractmethod

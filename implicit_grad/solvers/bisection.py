@@ -58,7 +58,7 @@ class Bisection:
             _check_signs(at, ends, values)
             x, said = self._halved(at, ends, values)
             if said is not None:
-                warnings.warn(said, ImplicitGradWarning, stacklevel=2)
+                warnings.warn(ImplicitGradWarning(said, anchor="solver-missed"), stacklevel=2)
             return at.result(at.tensors(x))
 
     def _end(self, at: Residual, name: str, limits: Limits) -> Tensor:

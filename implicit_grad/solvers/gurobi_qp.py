@@ -117,12 +117,11 @@ def _check_status(model: Any, names: Any) -> None:
             f"GurobiQP: Gurobi stopped without a solution, with status {model.Status}"
         )
     if model.Status != names.OPTIMAL:
-        warnings.warn(
+        said = (
             f"GurobiQP: Gurobi is not sure of its solution and ended with status {model.Status}; "
-            "loosen or remove params",
-            ImplicitGradWarning,
-            stacklevel=4,
+            "loosen or remove params"
         )
+        warnings.warn(ImplicitGradWarning(said, anchor="solver-missed"), stacklevel=4)
 
 
 def _quadratic(seen: ObjectiveFunction, at: Coordinates) -> tuple[Vector, Vector]:

@@ -89,7 +89,7 @@ class ProximalGradient:
             phi, missed = _Run(self, seen, given).to_the_end()
             found = seen.result(phi)
             if missed is not None:
-                warnings.warn(missed, ImplicitGradWarning, stacklevel=2)
+                warnings.warn(ImplicitGradWarning(missed, anchor="solver-missed"), stacklevel=2)
             return found
 
 

@@ -111,12 +111,11 @@ class SciPyMinimize:
                     "not defined everywhere on the way. Start elsewhere"
                 )
             if not result.success and not _solved(seen, at, limits, rows, result.x, slope):
-                warnings.warn(
+                said = (
                     f"SciPyMinimize: {method} stopped after {result.nfev} evaluations without "
-                    f"success: {result.message}",
-                    ImplicitGradWarning,
-                    stacklevel=2,
+                    f"success: {result.message}"
                 )
+                warnings.warn(ImplicitGradWarning(said, anchor="solver-missed"), stacklevel=2)
             return phi
 
     def _limits(self, bounds: Any, seen: ObjectiveFunction, at: Coordinates) -> FlatBounds:

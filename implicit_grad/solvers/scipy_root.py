@@ -85,10 +85,9 @@ class SciPyRoot:
             phi = at.result(found.x)
             last = function(found.x)
             if not found.success and not at.negligible(last, first):
-                warnings.warn(
+                said = (
                     f"SciPyRoot: {method} stopped without success, at a residual of "
-                    f"{np.linalg.norm(last):.1e}: {found.message}",
-                    ImplicitGradWarning,
-                    stacklevel=2,
+                    f"{np.linalg.norm(last):.1e}: {found.message}"
                 )
+                warnings.warn(ImplicitGradWarning(said, anchor="solver-missed"), stacklevel=2)
             return phi

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import textwrap
 
+from implicit_grad._errors import PAGE, anchor_of
 from implicit_grad._theorem.report import Report
 
 
@@ -103,6 +104,11 @@ class Cause(enum.Enum):
         """What it means, and what to change."""
         return self.value
 
+    @property
+    def anchor(self) -> str:
+        """The place in docs/why.md that says more."""
+        return anchor_of(self.name)
+
 
 @dataclasses.dataclass(frozen=True)
 class ArgumentCheck:
@@ -176,6 +182,7 @@ class CheckReport:
         lines += [f"  {a}" for a in self.arguments]
         for cause in self.causes:
             lines += _wrapped(f"{cause.name}: {cause.sentence}", "  why  ")
+            lines += [f"  see  {PAGE}#{cause.anchor}"]
         for sentence in self.evidence:
             lines += _wrapped(sentence, "  seen ")
         return "\n".join(lines)
@@ -183,6 +190,8 @@ class CheckReport:
 
 class GradientCheckError(AssertionError):
     """A gradient is wrong; `report` holds what was measured."""
+
+    anchor = "gradient-check-error"
 
     def __init__(self, report: CheckReport) -> None:
         super().__init__(str(report))
