@@ -220,13 +220,13 @@ class argmin(Condition):
         return argmin(function, self.strong_convexity, model=model)
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
+        stationarity = functools.partial(Stationarity, starts=_starts(call.start, phi))
         if self.batches is not None:
             data = self._over_batches(call)
-            return data.snapshot(phi, variables, again, Stationarity, self._sample)
+            return data.snapshot(phi, variables, again, stationarity, self._sample)
         returned, outputs = composed(self._objective, self.model, call.args, call.kwargs)(phi)
         n_tasks = n_tasks_of(self, phi)
         value = total("argmin: objective", returned, n_tasks)
-        stationarity = functools.partial(Stationarity, starts=_starts(call.start, phi))
         objective = Objective(value, variables, stationarity, outputs, again, n_tasks=n_tasks)
         if not self.constraints:
             return Snapshot((value,), functools.partial(linearize, objective), objective)

@@ -683,9 +683,20 @@ def test_references_to_the_original_do_no_harm_where_the_copy_is_trained():
     assert torch.autograd.grad(outer(phi), log_wd)[0] != 0
 
 
-def test_the_start_of_a_training_that_was_stopped_has_its_gradient():
-    """Gradient steps on a quadratic: EarlyStopped's derivative is that of the steps themselves."""
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_the_start_of_a_training_that_was_stopped_has_its_gradient(in_batches):
+    """Gradient steps on a quadratic: EarlyStopped's derivative is that of the steps themselves.
+
+    So is that of several trainings in a row, each from where the last one ended.
+    """
     model, log_wd, steps, lr = nn.Linear(3, 1, bias=False).double(), log_of(0.2), 7, 0.1
+    whole = ig.argmin(objective)
+    if in_batches:
+        whole = ig.argmin(
+            lambda model, rows, log_wd: (model(X[rows])[:, 0] - Y[rows]).square().sum() / len(Y),
+            batches=[slice(4), slice(4, None)],
+            regularizer=lambda model, log_wd: log_wd.exp() * model.weight.square().sum(),
+        )
 
     def train(model, log_wd):
         sgd = torch.optim.SGD(model.parameters(), lr=lr)
@@ -696,10 +707,12 @@ def test_the_start_of_a_training_that_was_stopped_has_its_gradient():
         return model
 
     stopped = ig.EarlyStopped(steps=steps, lr=lr)
-    phi = ig.implicit(train, ig.argmin(objective), linear_solver=stopped)(model, log_wd)
+    solve, phi = ig.implicit(train, whole, linear_solver=stopped), model
+    for _ in range(3):
+        phi = solve(phi, log_wd)
     found = torch.autograd.grad(outer(phi), model.weight)
     w = model.weight
-    for _ in range(steps):
+    for _ in range(3 * steps):
         value = (X @ w[0] - Y).square().mean() + log_wd.exp() * w.square().sum()
         w = w - lr * torch.autograd.grad(value, w, create_graph=True)[0]
     torch.testing.assert_close(phi.weight, w)
