@@ -197,7 +197,10 @@ class _Points:
 def _value(outer: Callable[[Any], Tensor], evaluation: Evaluation, phi: Tensors) -> float:
     with torch.no_grad():
         container = evaluation.phi_tree.rebuild(phi, owned=True)
-        return float(scalar("influence: outer", outer(container)))
+        value = scalar("influence: outer", outer(container))
+        if evaluation.condition.processes is not None:
+            (value,) = evaluation.condition.processes.mean((value,))
+        return float(value)
 
 
 def _check(

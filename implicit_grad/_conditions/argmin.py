@@ -29,6 +29,7 @@ from implicit_grad._conditions.constraints import Constraints
 from implicit_grad._conditions.constraints_batched import ConstraintsOfTasks
 from implicit_grad._conditions.lagrangian import Multipliers
 from implicit_grad._conditions.loader import Batches, check_batches
+from implicit_grad._conditions.processes import Processes, check_group
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError
@@ -67,6 +68,8 @@ class argmin(Condition):
         regularizer: with `batches`, `regularizer(phi, *args)` is added to the sum, once.
         keep: with `batches`, keep the graphs of so many batches, the first: a product through one
             takes about a third less time. The others are evaluated again in each product.
+        group: with `batches`, a `torch.distributed` process group: the sum is over the batches of
+            all its processes, plus the regularizer once. See below.
         multipliers: whether a call returns `(phi, multipliers)`, the second as `Multipliers(lower,
             upper, equality, inequality)` with gradients like φ's.
         has_aux: `objective` returns (value, aux), of which aux, which may be anything, is ignored.
@@ -82,6 +85,14 @@ class argmin(Condition):
     `Report.batches` says how many there were. Data of the loader get no gradient: what needs one is
     an argument. Our minimisers, handed this condition, minimise the sum. A loader whose workers are
     slow to start needs `persistent_workers=True`: each product is a pass.
+
+    With `group` each process has its own batches, at least one, and any number of them. All make
+    the same calls with the same arguments, and have the same φ: that is checked, to the bit. What
+    arrives at φ in backward is averaged over the processes, as `DistributedDataParallel` averages
+    gradients, so an outer loss may be that of a process's own validation data, or the same in all.
+    Then all take the same steps, and get the same gradient. Each product takes one message of as
+    many numbers as φ has, and one of three. Where a process fails in its part of a sum, all raise;
+    where one is lost, the others do when the group's timeout is over.
 
     Constraints that hold with equality at φ enter the linear system with their multipliers, which
     are found from φ. They may depend on each other, as copies do or an equation written as two
@@ -114,6 +125,7 @@ class argmin(Condition):
     batches: Iterable[Any] | None = dataclasses.field(default=None, repr=False)
     regularizer: Callable[..., Tensor] | None = None
     keep: int = 0
+    group: Any = dataclasses.field(default=None, repr=False)
     multipliers: bool = False
     has_aux: bool = False
     symmetric = True
@@ -133,6 +145,7 @@ class argmin(Condition):
             raise InvalidArgumentError("argmin: tasks does not go with constraints")
         apart = {"constraints": self.constraints, "tasks": self.tasks}
         check_batches("argmin", self.batches, self.regularizer, self.keep, apart)
+        check_group("argmin", self.group, self.batches)
         if self.multipliers and not self.constraints:
             raise InvalidArgumentError(
                 "argmin: multipliers=True is for minima under bounds, equality or inequality"
@@ -181,8 +194,14 @@ class argmin(Condition):
 
         return objective, self.constraints.for_minimizer(call.args, call.kwargs)
 
+    @functools.cached_property
+    def processes(self) -> Processes | None:  # type: ignore[override]
+        return None if self.group is None else Processes(self.group)
+
     def check_call(self, call: Call) -> None:
         self.constraints.check(call.args, call.kwargs)
+        if self.processes is not None:
+            self.processes.check_arguments((call.args, call.kwargs, call.parameters))
 
     def held(self, call: Call) -> Any:
         return (call.args, call.kwargs) if self.constraints else ()  # bounds that are not active
@@ -214,7 +233,8 @@ class argmin(Condition):
     def _over_batches(self, call: Call) -> Batches:
         assert self.batches is not None
         where, function = "argmin: objective", self._objective
-        return Batches(where, self.batches, function, self.model, self.regularizer, self.keep, call)
+        options = self.model, self.regularizer, self.keep
+        return Batches(where, self.batches, function, *options, call, self.processes)
 
     def _sample(self, function: Callable[..., Tensor], model: Any) -> Condition:
         return argmin(function, self.strong_convexity, model=model)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from implicit_grad._conditions.processes import Processes
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._theorem.linearization import Curvature, Linearization
@@ -67,6 +68,7 @@ class Condition(abc.ABC):
     tasks = False  # φ is a batch of solutions of separate problems
     differentiable_twice = True  # derivatives of derivatives can be had
     returns_more = False  # a call returns a pair of φ and what follows from it
+    processes: Processes | None = None  # those over which F is a sum, if there are several
 
     @property
     def parameters(self) -> Any:

@@ -23,9 +23,10 @@ from implicit_grad._conditions.base import (
     seen,
 )
 from implicit_grad._conditions.dependence import scattered
+from implicit_grad._conditions.processes import Processes
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._curvature.summed import GaussNewtonSum, Term, Value
+from implicit_grad._curvature.summed import GaussNewtonSum, Share, Term, Value
 from implicit_grad._errors import GraphError, ImplicitGradError, InvalidArgumentError, describe
 from implicit_grad._options import check_value, is_integer
 from implicit_grad._theorem.linearization import Stationarity
@@ -112,6 +113,7 @@ class Batches:
         where: the condition and its function, for messages.
         function: `function(phi, batch, *args)`, behind `model(phi, batch, *args)` if there is one.
         call: the arguments after the batch.
+        processes: those that have batches of the sum, if there are several.
     """
 
     where: str
@@ -121,6 +123,7 @@ class Batches:
     regularizer: Callable[..., Any] | None
     keep: int
     call: Call
+    processes: Processes | None
 
     def value(self, phi: Any) -> Tensor:
         """The sum at φ, for a minimiser."""
@@ -136,7 +139,8 @@ class Batches:
     ) -> Snapshot:
         """The sum as evaluated at φ; `sample` makes a condition of a function and a model."""
         passes = Passes(self, phi, variables)
-        value = Value(passes, variables)
+        tensors = pytree.flatten((self.call.args, self.call.kwargs))[0]
+        value = Value(passes, variables, tuple(t for t in tensors if t.requires_grad))
         objective = Objective(
             value.tensor(),
             variables,
@@ -150,7 +154,7 @@ class Batches:
             functools.partial(linearize, objective),
             objective,
             sample=sample(*self._of_one(passes.first)),
-            batches=passes.count,
+            batches=value.batches,
         )
 
     def evaluated(self, batch: Any, at: str, phi: Any) -> tuple[Tensor, Tensors | None]:
@@ -222,8 +226,18 @@ class Passes:
         self.count = 0
         self.first: Any = None
 
-    def each(self, use: Callable[[Term], None]) -> None:
+    def together(self, add_up: Callable[[], Share]) -> tuple[Tensors, list[list[int]]]:
+        """The sums over all processes, if there are several, and the numbers of each."""
+        if self._data.processes is not None:
+            return self._data.processes.total(add_up)
+        share = add_up()
+        return share.sums, [list(share.numbers)]
+
+    def each(self, use: Callable[[Term], None]) -> int:
         """Call `use` with each batch's term, and then with the regularizer's.
+
+        Of several processes only the first is to add the regularizer. The others look at it too,
+        for they need to know what it depends on.
 
         Raises:
             GraphError: the loader gave another sum than the first time.
@@ -239,7 +253,9 @@ class Passes:
                 if self._elsewhere is not None:
                     others.append(self._value_elsewhere(count - 1, batch))
             if count and self._data.regularizer is not None:
-                values.append(self._with(Term(lambda: self._data.regularized(self._phi)), use))
+                own = self._data.processes is None or self._data.processes.rank == 0
+                term = Term(lambda: self._data.regularized(self._phi), own)
+                values.append(self._with(term, use))
         if not count:
             raise InvalidArgumentError(
                 f"{self._data.where}: batches gave no batch{' this time' * again}: is it an "
@@ -252,6 +268,7 @@ class Passes:
             tensors, tree = pytree.flatten(self._phi)
             moved = [t.detach() + scattered(t) * (t.detach().abs().amax() or 1.0) for t in tensors]
             self._elsewhere = tree.rebuild(moved, owned=True)
+        return count
 
     def _value_elsewhere(self, i: int, batch: Any) -> Tensor:
         """A batch's value at another φ; nothing is drawn from random generators."""

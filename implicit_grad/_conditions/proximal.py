@@ -26,6 +26,7 @@ from implicit_grad._conditions.base import (
 from implicit_grad._conditions.batching import aligned, batched, batched_model, n_tasks_of, total
 from implicit_grad._conditions.lam import LowRank, check_lam, evaluated, proximal_term
 from implicit_grad._conditions.loader import Batches, check_batches
+from implicit_grad._conditions.processes import Processes, check_group
 from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
 from implicit_grad._curvature.auto import linearize
 from implicit_grad._curvature.objective import Objective
@@ -57,8 +58,8 @@ class proximal(Condition):
         tasks: θ and φ are batches of separate problems, along the first dimension of each of their
             tensors; `loss` then returns one value for each, and CG solves for each. A `lam` for
             each task has as many dimensions as θ's tensors.
-        batches, regularizer, keep: the loss is the sum over batches of `loss(phi, batch, *args)`,
-            plus `regularizer(phi, *args)`: see `argmin`. `args` are without θ here too.
+        batches, regularizer, keep, group: the loss is the sum over batches of `loss(phi, batch,
+            *args)`, plus `regularizer(phi, *args)`: see `argmin`. `args` are without θ here too.
         has_aux: `loss` returns (value, aux), of which aux, which may be anything, is ignored.
     """
 
@@ -71,6 +72,7 @@ class proximal(Condition):
     batches: Iterable[Any] | None = dataclasses.field(default=None, repr=False)
     regularizer: Callable[..., Tensor] | None = None
     keep: int = 0
+    group: Any = dataclasses.field(default=None, repr=False)
     has_aux: bool = False
     symmetric = True
     must_depend_on_phi: ClassVar[bool] = False
@@ -83,6 +85,7 @@ class proximal(Condition):
         require_flag(self, "tasks")
         apart = {"tasks": self.tasks}
         check_batches("proximal", self.batches, self.regularizer, self.keep, apart)
+        check_group("proximal", self.group, self.batches)
         diagonal = self.lam.diagonal if isinstance(self.lam, LowRank) else self.lam
         for leaf in () if callable(diagonal) else pytree.leaves(diagonal):
             check_lam(leaf, "proximal")
@@ -103,6 +106,10 @@ class proximal(Condition):
         # a loss that is convex in φ need not be so in the model's outputs, as Gauss-Newton needs
         return 1.0 if self.convex and curvature != "gauss_newton" else None
 
+    @functools.cached_property
+    def processes(self) -> Processes | None:  # type: ignore[override]
+        return None if self.group is None else Processes(self.group)
+
     def apart(self, call: Call) -> Any:
         return call.args[0], call.parameters
 
@@ -119,6 +126,8 @@ class proximal(Condition):
                 "proximal: with tasks=True, lam must not be a LowRank matrix"
             )
         self._pull(call)
+        if self.processes is not None:
+            self.processes.check_arguments((call.args, call.kwargs, call.parameters))
 
     def for_tasks(self) -> Condition | None:
         if self.tasks or self.batches is not None or self.model is seen:
@@ -159,7 +168,8 @@ class proximal(Condition):
         assert self.batches is not None
         rest = Call(call.args[1:], call.kwargs)
         where, function = "proximal: loss", self._loss
-        return Batches(where, self.batches, function, self.model, self.regularizer, self.keep, rest)
+        options = self.model, self.regularizer, self.keep
+        return Batches(where, self.batches, function, *options, rest, self.processes)
 
     def _sample(self, function: Callable[..., Tensor], model: Any) -> Condition:
         return proximal(function, self.lam, self.convex, model=model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,20 @@ from implicit_grad._torch.products import gradient, variables, vjp, without_hook
 from implicit_grad._torch.pytree import Tensors
 
 T = TypeVar("T")
+Same = Sequence[tuple[str, Tensors]]  # what has to be the same in all processes, and what it is
 
 
 class Term:
-    """One batch's part of the sum: the value with its graph, and the model's outputs if any."""
+    """One batch's part of the sum: the value with its graph, and the model's outputs if any.
 
-    def __init__(self, evaluate: Callable[[], tuple[Tensor, Tensors | None]]) -> None:
+    A term that does not count is another process's to add.
+    """
+
+    def __init__(
+        self, evaluate: Callable[[], tuple[Tensor, Tensors | None]], counts: bool = True
+    ) -> None:
         self.value, self.outputs = evaluate()
+        self.counts = counts
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -39,13 +46,25 @@ class Term:
         return made
 
 
+class Share(NamedTuple):
+    """What one process adds, at what is the same in all; and what the others need to know."""
+
+    sums: Tensors
+    at: Same
+    numbers: Sequence[int] = ()
+
+
 class Terms(Protocol):
     """The terms of a sum, one after another, as often as they are asked for."""
 
-    count: int  # of the batches in a pass
+    def each(self, use: Callable[[Term], None]) -> int:
+        """Call `use` with each term; a term that is not kept has to go before the next comes.
 
-    def each(self, use: Callable[[Term], None]) -> None:
-        """Call `use` with each term; a term that is not kept has to go before the next comes."""
+        Returns how many batches there were.
+        """
+
+    def together(self, add_up: Callable[[], Share]) -> tuple[Tensors, list[list[int]]]:
+        """The sums of all processes that have terms, and the numbers of each process."""
 
 
 Part = Callable[[Term, Tensors], Tensors]
@@ -75,15 +94,20 @@ class Sum:
         """The sums, without a graph."""
         if self.known is not None:
             return tuple(t.detach() for t in self.known)
-        sums = Sums()
 
-        def add(term: Term) -> None:
-            with torch.no_grad():
-                sums.add(self._part(term, others))
+        def add_up() -> Share:
+            sums = Sums()
 
-        with without_hooks(self.inputs):
-            self.terms.each(add)
-        return sums.tensors
+            def add(term: Term) -> None:
+                if term.counts:
+                    with torch.no_grad():
+                        sums.add(self._part(term, others))
+
+            with without_hooks(self.inputs):
+                self.terms.each(add)
+            return Share(sums.tensors, [("a vector", others)])
+
+        return self.terms.together(add_up)[0]
 
     def pull(self, places: Sequence[int], others: Tensors, v: Tensors) -> Tensors:
         """(∂sums/∂x)ᵀv, for the x at these places among the inputs and the others."""
@@ -118,33 +142,52 @@ class Sum:
 class Value(Sum):
     """The sum itself, a scalar; `slope` is known for φ from the pass in which it was evaluated.
 
+    `arguments` are those tensors of which other processes may have a term that depends on them.
+
     Attributes:
         once: whether a term has no second derivative, by what its graph says.
+        batches: how many there are, in all processes.
     """
 
-    def __init__(self, terms: Terms, phi: Tensors) -> None:
-        value, slope, behind = Sums(), Sums(), dict[int, Tensor]()
-        graded = torch.is_grad_enabled()
-        self.once, self._depends = False, False
+    def __init__(self, terms: Terms, phi: Tensors, arguments: Tensors = ()) -> None:
         self.phi = tuple(p for p in phi if p.requires_grad)
-        own = {p.grad_fn for p in self.phi} - {None}
+        graded = torch.is_grad_enabled()
+        own, behind = {p.grad_fn for p in self.phi} - {None}, dict[int, Tensor]()
+        named = {id(t) for t in (*self.phi, *arguments)}
 
-        def first(term: Term) -> None:
-            value.add((term.value,))
-            if not graded or not term.value.requires_grad:
-                return
-            self._depends = True
-            leaves = leaves_behind([term.value], lambda node: node in own)
-            behind.update((id(t), t) for t in leaves)
-            self.once = self.once or once_differentiable([term.value], self.phi)
-            with torch.no_grad(), without_hooks(leaves):
-                slope.add(gradient(term.value, self.phi))
+        def captured() -> Tensors:
+            return tuple(t for i, t in behind.items() if i not in named)
 
-        terms.each(first)
-        ids = {id(p) for p in self.phi}
-        leaves = tuple(t for i, t in behind.items() if i not in ids)
-        super().__init__(terms, (*self.phi, *leaves), lambda term, _: (term.value,))
-        self.known, self._slope = value.tensors, slope.tensors
+        def add_up() -> Share:
+            value, slope = Sums(), Sums()
+            once = depends = False
+
+            def first(term: Term) -> None:
+                nonlocal once, depends
+                if term.counts:
+                    value.add((term.value,))
+                if not graded or not term.value.requires_grad:
+                    return
+                depends = True
+                leaves = leaves_behind([term.value], lambda node: node in own)
+                behind.update((id(t), t) for t in leaves)
+                once = once or once_differentiable([term.value], self.phi)
+                if term.counts:
+                    with torch.no_grad(), without_hooks(leaves):
+                        slope.add(gradient(term.value, self.phi))
+
+            count = terms.each(first)
+            slopes = slope.tensors or tuple(map(torch.zeros_like, self.phi if graded else ()))
+            same = [("phi", self.phi), ("what the function refers to", captured())]
+            numbers = [count, once, depends, *(id(t) in behind for t in arguments)]
+            return Share((*value.tensors, *slopes), same, numbers)
+
+        (value, *slope), rows = terms.together(add_up)
+        counts, once, depends, *read = zip(*rows, strict=True)
+        self.batches, self.once, self._depends = sum(counts), any(once), any(depends)
+        leaves = [t for t, by in zip(arguments, read, strict=True) if any(by)]
+        super().__init__(terms, (*self.phi, *leaves, *captured()), lambda term, _: (term.value,))
+        self.known, self._slope = (value,), tuple(slope)
 
     def tensor(self) -> Tensor:
         """The value, whose graph is one node."""

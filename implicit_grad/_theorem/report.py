@@ -121,7 +121,8 @@ class Reporting:
     """Where news of a backward solve goes, and what is known beforehand.
 
     `strong_convexity` is μ relative to the operator's scale; `inner_solved` says whether φ was
-    meant to solve the inner problem (a few adaptation steps do not mean to).
+    meant to solve the inner problem (a few adaptation steps do not mean to). What nobody here will
+    read is `measured_anyway` where other processes do, which need this one to take part.
     """
 
     monitor: Monitor | None = None
@@ -129,6 +130,7 @@ class Reporting:
     strong_convexity: float | None = None
     rtol_gradient: float | None = None
     inner_solved: bool = True
+    measured_anyway: bool = False
 
     def __post_init__(self) -> None:
         if self.monitor is not None and not isinstance(self.monitor, Monitor):
@@ -143,7 +145,7 @@ class Reporting:
     @property
     def wants_residual(self) -> bool:
         """Whether someone will read a residual that costs a product to recompute."""
-        return self.monitor is not None
+        return self.monitor is not None or self.measured_anyway
 
     def accuracy(self, around: Linearization) -> Accuracy:
         """What is known of, and asked from, a solve around φ."""
@@ -159,7 +161,7 @@ class Reporting:
     def record(self, solved: Solved, around: Linearization) -> None:
         """Keep a report of each solve for the monitor, and warn or raise if one failed."""
         fine = all(judged(s, around).ok for s in solved.solutions)
-        if self.monitor is None and (
+        if not self.wants_residual and (
             (fine and not self.inner_solved) or self.on_failure == "ignore"
         ):
             return  # nobody would read a report: measure nothing

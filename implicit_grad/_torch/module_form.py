@@ -29,6 +29,11 @@ def can_be_opened(kind: type) -> bool:
     return issubclass(kind, nn.Module) and not issubclass(kind, _WHOLE)
 
 
+def unwrapped(module: Any) -> Any:
+    """The module within DistributedDataParallel, which trained it."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
 def trained(module: nn.Module) -> dict[str, Tensor]:
     """The distinct parameters that require grad, in the order of `named_parameters`."""
     found: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}

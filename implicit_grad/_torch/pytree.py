@@ -15,7 +15,7 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils import _pytree as trees_of_torch
 
 from implicit_grad._torch import module_form
@@ -106,6 +106,16 @@ def _with_modules_whole(container: Any) -> tuple[list[Any], Any]:
 
 def _is_module(value: Any) -> bool:
     return isinstance(value, nn.Module)
+
+
+def unwrapped(container: Any) -> Any:
+    """The container with modules in the place of what trained them in parallel."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return container  # then there are none
+    leaves, structure = _with_modules_whole(container)
+    if not any(module_form.unwrapped(leaf) is not leaf for leaf in leaves):
+        return container
+    return optree.tree_unflatten(structure, map(module_form.unwrapped, leaves))
 
 
 def are_alike(one: Any, other: Any) -> bool:

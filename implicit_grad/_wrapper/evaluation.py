@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import Again, Call, Condition, Snapshot
 from implicit_grad._conditions.batching import why_one_by_one
+from implicit_grad._conditions.processes import Processes
 from implicit_grad._curvature import check
 from implicit_grad._errors import (
     GraphError,
@@ -26,7 +27,7 @@ from implicit_grad._linear_solvers.warm_start import Slot, WarmStart
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.implicit_function import Problem
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
-from implicit_grad._theorem.report import Reporting
+from implicit_grad._theorem.report import OnFailure, Reporting, solve_and_report
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.graph import leaves_among, once_differentiable, walk
@@ -71,6 +72,20 @@ def is_better(there: Linearization, here: Linearization) -> bool:
     """Whether ‖F‖ is smaller there."""
     with torch.no_grad():
         return length(there.residual) < length(here.residual)
+
+
+def among(processes: Processes, reporting: Reporting) -> Reporting:
+    """Reporting that measures whatever one of the processes will read: that takes sums of all."""
+    ways = get_args(OnFailure)
+    mine = [reporting.monitor is not None, ways.index(reporting.on_failure)]
+    rows = processes.numbers(mine, "a backward pass")
+    listening, on_failure = ({row[i] for row in rows} for i in (0, 1))
+    if len(on_failure) > 1 and ways.index("raise") in on_failure:
+        raise InvalidArgumentError(
+            'implicit: on_failure="raise" is for all processes of a group, or for none'
+        )
+    anyway = True in listening or len(on_failure) > 1
+    return dataclasses.replace(reporting, measured_anyway=anyway)
 
 
 def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
@@ -233,7 +248,7 @@ class Evaluation(Recorded):
     def _run(self, call: Call, reachable: list[tuple[str, Tensor]]) -> Any:
         """What the solver returns; it may not backpropagate through what functions captured."""
         try:
-            return self.run(call)
+            return pytree.unwrapped(self.run(call))
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
@@ -315,6 +330,13 @@ class Evaluation(Recorded):
         training = None if known is None else known(self._at_phi)
         return None if training is None else training.weigh
 
+    def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
+        """u with Aᵀu = v, by all processes if there are several; what came of it is reported."""
+        if self.condition.processes is None:
+            return super().solve_adjoint(around, v)
+        reporting = among(self.condition.processes, self.method.reporting)
+        return solve_and_report(self.method.linear_solver, around, v, reporting)
+
     def _refusal(self) -> str | None:
         if self.condition.differentiable_twice:
             return None
@@ -345,9 +367,12 @@ class Evaluation(Recorded):
 
             snapshot, nodes = self._evaluate(self._at_phi, a, value, condition), None
         probe = functools.partial(self._to_check, condition, snapshot)
-        return self.method.checks.finding(
+        found = self.method.checks.finding(
             snapshot.outputs, self._at_phi, lambda: look(snapshot, probe()), order, nodes
         )
+        if self.condition.processes is None:
+            return found
+        return self.condition.processes.first(found, "a check of products")
 
     def _checked(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:
         """What is wrong with products around φ and with how F changes with the arguments."""

@@ -126,6 +126,8 @@ class ImplicitSolver:
                 t.new_zeros(()).expand(t.shape) if i in starts else t for i, t in enumerate(inputs)
             ]
             phi = ImplicitFunction.apply(problem, *known, *evaluation.captured)
+        if self.setup.condition.processes is not None:
+            phi = self.setup.condition.processes.shared(phi)
         return evaluation.phi_tree.rebuild(phi, owned=True)
 
     def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
@@ -147,6 +149,10 @@ class ImplicitSolver:
 
     def _under_transforms(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Any:
         """A call with tensors that torch.func or forward mode look at."""
+        if self.setup.condition.processes is not None:
+            raise InvalidArgumentError(
+                "implicit: group does not go with torch.func or forward mode: use backward()"
+            )
         if self.setup.has_aux:
             check_not_batched(inputs)
         condition, at_once, setup = self.setup.condition.for_tasks(), None, self.setup

@@ -34,7 +34,11 @@ class Outer:
             value = scalar(where, outer_loss(evaluation.phi_tree.rebuild(at)))
         with torch.no_grad():
             grads = gradient(value, (*at, *tensors))
-        self.value = value.detach()
+        processes = evaluation.condition.processes
+        found = (value.detach(), *grads)
+        if processes is not None:  # as in a backward pass, and in what follows it
+            found = processes.mean(found)
+        self.value, grads = found[0], found[1:]
         self.v, self.direct = grads[: len(at)], grads[len(at) :]
 
     def with_implicit(self, around: Linearization, u: Tensors, targets: Tensors) -> Tensors:
