@@ -126,7 +126,7 @@ def influence(
     if chosen:
         points = _Points(evaluation, phi, inputs, place)
         if not points.are_terms_of_a_sum():
-            evaluation.method.reporting.say(_NOT_LINEAR)
+            evaluation.method.reporting.say(_NOT_LINEAR, anchor="not-linear-in-weights")
             chosen = ()
         for i in chosen:
             s, g, status = points.solved(around, i)
