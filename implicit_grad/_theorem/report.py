@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -116,6 +116,15 @@ class Monitor:
         self.reports.clear()
 
 
+class _Judgement(NamedTuple):
+    """How one solve ended, ‖F(φ)‖, −uᵀF, and whether φ is certainly no solution."""
+
+    status: Status
+    inner: float
+    outer_error: float
+    unsolved: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Reporting:
     """Where news of a backward solve goes, and what is known beforehand.
@@ -166,27 +175,29 @@ class Reporting:
         ):
             return  # nobody would read a report: measure nothing
         judged_all = self._judged(solved, around)
-        if self.monitor is None and all(status.ok for status, *_ in judged_all):
+        if self.monitor is None and all(judgement.status.ok for judgement in judged_all):
             return  # and whatever else a report tells need not be found out
         reports = [
-            self._report(solution, solved, around, *judgement)
+            self._report(solution, solved, around, judgement)
             for solution, judgement in zip(solved.solutions, judged_all, strict=True)
         ]
         if self.monitor is not None:
             self.monitor.reports.extend(reports)
         if self.on_failure == "ignore":
             return
-        for report, solution in zip(reports, solved.solutions, strict=True):
+        for report, solution, judgement in zip(reports, solved.solutions, judged_all, strict=True):
             if report.status.ok:
                 continue
             sentence, anchor = _sentence(report, solution, solved, around), report.status.anchor
+            if judgement.unsolved and report.status is Status.NEGATIVE_CURVATURE:
+                sentence = _BOTH.format(sentence)
             if self.on_failure == "raise":
                 raise LinearSolveError(f"{sentence} ({_figures(report)})", report, anchor)
             # no figures here: Python shows a warning once only if its text does not change
             warnings.warn(ImplicitGradWarning(sentence, anchor), stacklevel=2)
 
-    def _judged(self, solved: Solved, around: Linearization) -> list[tuple[Status, float, float]]:
-        """For each task, or the only one, its status, ‖F(φ)‖ and −uᵀF."""
+    def _judged(self, solved: Solved, around: Linearization) -> list[_Judgement]:
+        """What each task's solve, or the only one, came to."""
         flat, count = Flat(around.phi, around.n_tasks), len(solved.solutions)
         with torch.no_grad():
             F, phi, u = (
@@ -199,52 +210,65 @@ class Reporting:
                     [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
                 ).tolist()
         return [
-            (self._status(solution, around, inner, size), inner, outer_error)
-            for solution, (inner, size, outer_error) in zip(solved.solutions, rows, strict=True)
+            self._judgement(solution, around, *row)
+            for solution, row in zip(solved.solutions, rows, strict=True)
         ]
 
-    def _status(
-        self, solution: LinearSolution, around: Linearization, inner: float, size: float
-    ) -> Status:
+    def _judgement(
+        self,
+        solution: LinearSolution,
+        around: Linearization,
+        inner: float,
+        size: float,
+        outer_error: float,
+    ) -> _Judgement:
         """How the solve ended, and whether φ solves what it was meant to."""
-        status = judged(solution, around)
+        status, unsolved = judged(solution, around), False
+        if status.ok or status is Status.NEGATIVE_CURVATURE:
+            unsolved = self._is_unsolved(solution, around, inner, size)
+            if unsolved and status.ok:
+                status = Status.INNER_NOT_STATIONARY
+        return _Judgement(status, inner, outer_error, unsolved)
+
+    def _is_unsolved(
+        self, solution: LinearSolution, around: Linearization, inner: float, size: float
+    ) -> bool:
+        """Whether φ is farther from a solution than was meant."""
         least, greatest = solution.extremes or (None, None)
         size_of_A = solution.norm
         if size_of_A is None and least is not None and greatest is not None:
             size_of_A = max(abs(least), abs(greatest))
-        promised = self.inner_solved and solution.filter_error is None
-        if status.ok and promised and size_of_A is not None and not around.is_adjoint:
-            # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
-            if around.curvature == "lagrangian":  # a corner at 0 need not depend on arguments
-                size = max(size, _CORNER)
-            solves = inner <= INNER_TOLERANCE * size_of_A * size
-            if not solves and not inner <= _NEAR_ZERO * _at_stake(around):
-                return Status.INNER_NOT_STATIONARY
-        return status
+        stopped = solution.filter_error is not None and not solution.substitute
+        promised = self.inner_solved and not stopped
+        if not promised or size_of_A is None or around.is_adjoint:
+            return False
+        # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
+        if around.curvature == "lagrangian":  # a corner at 0 need not depend on arguments
+            size = max(size, _CORNER)
+        solves = inner <= INNER_TOLERANCE * size_of_A * size
+        return not solves and not inner <= _NEAR_ZERO * _at_stake(around)
 
     def _report(
         self,
         solution: LinearSolution,
         solved: Solved,
         around: Linearization,
-        status: Status,
-        inner: float,
-        outer_error: float,
+        judgement: _Judgement,
     ) -> Report:
         least, _ = solution.extremes or (None, None)
         ritz = ritz_values(solution.coefficients)
         return Report(
-            status=status,
+            status=judgement.status,
             iterations=solution.iterations,
             products=solved.products,
             linear_residual=solution.residual,
-            inner_residual=inner,
+            inner_residual=judgement.inner,
             min_curvature=least,
             ritz_min=ritz[0] if ritz else None,
             ritz_max=ritz[-1] if ritz else None,
             solve_error_bound=self._error_bound(solution, solved, around),
             error_is_bound=solution.error_is_bound,
-            outer_loss_error=outer_error,
+            outer_loss_error=judgement.outer_error,
             curvature=around.curvature,
             substitute=solution.substitute,
             damping=solved.damping,
@@ -295,6 +319,12 @@ def solve_and_report(
     return solved.x
 
 
+_BOTH = (
+    "two things are wrong, of which the first may make the second. First: phi does not solve the "
+    "inner problem (its residual is not small). See that the condition describes what the solver "
+    "solves, and run the solver longer (testing.check_implicit tells which it is). Then, if it is "
+    "still so: {}"
+)
 _FLAT = (
     "the inner objective has zero curvature, to rounding, along a direction that the outer loss "
     "sees (non-positive curvature at phi): phi is not unique along it. Regularise the inner "

@@ -56,8 +56,7 @@ class Diagnosis:
             elif self._is_random(i in vague):
                 causes[i] = Cause.NON_DETERMINISTIC
             elif i in vague:
-                singular = self._local is not None and self._is_singular(self._local)
-                causes[i] = Cause.NOT_ISOLATED if singular else Cause.REFERENCE_TOO_NOISY
+                causes[i] = self._blur()
             elif self.is_right(i, plain[i]):
                 self._see(
                     f"{self._name(i)}: the gradient is right if no other call comes between "
@@ -67,6 +66,12 @@ class Diagnosis:
             else:
                 causes[i] = self._shallow(i) if self._local is None else self._deep(i, self._local)
         return causes
+
+    def _blur(self) -> Cause:
+        """Why the reference is too uncertain to compare with."""
+        if self._local is None or not self._is_singular(self._local):
+            return Cause.REFERENCE_TOO_NOISY
+        return Cause.NOT_ISOLATED if self._inner.solved else self._inner.cause
 
     # ------------------------------------------------------------------ without a condition
 
@@ -138,13 +143,15 @@ class Diagnosis:
         if local.jacobian_defect > self._resolution(local):
             self._see(f"A differs from differences of F by {local.jacobian_defect:.2g}, relative")
             return Cause.WRONG_JACOBIAN
-        if self._is_singular(local):
+        singular = self._is_singular(local)
+        if singular:
             self._see(
                 f"A's least singular value over its greatest: {local.least_singular_value:.1g}"
             )
-            return Cause.NOT_ISOLATED
-        if not self._inner.solved:
+        if not self._inner.solved:  # what A is at another place says nothing of φ
             return self._inner.cause
+        if singular:
+            return Cause.NOT_ISOLATED
         drift = self._drift(i, local)
         if drift > 10 * self.rtol:
             self._see(
@@ -251,7 +258,8 @@ class Diagnosis:
 
     def _is_singular(self, local: Local) -> bool:
         least = local.least_singular_value
-        return least is not None and least <= SINGULAR * local.size * local.flat.eps
+        eps = local.flat.eps
+        return least is not None and least <= min(SINGULAR * local.size * eps, eps ** (2 / 3))
 
     def _is_random(self, vague: bool) -> bool:
         """Whether equal calls differ, by enough to matter."""

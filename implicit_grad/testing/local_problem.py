@@ -149,7 +149,7 @@ class Local:
             return 0.0  # multipliers follow φ
         random = torch.Generator().manual_seed(1)
         p = self._unit(random)
-        size = float(torch.cat([t.double().flatten() for t in self.phi]).norm()) or 1.0
+        size = float(torch.cat([t.detach().double().flatten() for t in self.phi]).norm()) or 1.0
         step = self.flat.eps ** (1 / 3) * size
         there = [self.at(self.moved(sign * step * p)).residual for sign in (1, -1)]
         measured = (there[0] - there[1]) / (2 * step)

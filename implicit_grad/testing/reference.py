@@ -118,15 +118,19 @@ class Differences:
         """
         for along in self._along(index):
             direction, first = along.direction, along.found
-            greater, *smaller = (
-                self._derivative(index, direction, factor * _FIRST_STEP) for factor in _OTHER_STEPS
-            )
-            results = [greater, first, *smaller]
-            pairs = [(a, b) for a, b in pairwise(results) if b.value or not first.value]
-            apart = [max(abs(a.value - b.value), a.error, b.error) for a, b in pairs]
-            k = min(range(len(pairs)), key=apart.__getitem__)
-            better = min(pairs[k], key=lambda derivative: derivative.error)
-            along.found = Derivative(better.value, apart[k])
+            results = [first]
+            for factor in _OTHER_STEPS:
+                other = self._derivative(index, direction, factor * _FIRST_STEP)
+                results = [other, *results] if factor > 1 else [*results, other]
+                pairs = [(a, b) for a, b in pairwise(results) if b.value or not first.value]
+                if not pairs:
+                    continue
+                apart = [max(abs(a.value - b.value), a.error, b.error) for a, b in pairs]
+                k = min(range(len(pairs)), key=apart.__getitem__)
+                better = min(pairs[k], key=lambda derivative: derivative.error)
+                along.found = Derivative(better.value, apart[k])
+                if apart[k] <= 0.1 * self._rtol * abs(better.value):
+                    break  # nothing that other steps could add
 
     def _along(self, index: int) -> list[_Along]:
         if index not in self._known:

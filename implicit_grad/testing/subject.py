@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.base import Condition
+from implicit_grad._conditions.base import Call, Condition
 from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.report import Monitor, Report
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import captured_tensors
 from implicit_grad._torch.pytree import Tensors
+from implicit_grad._wrapper.evaluation import phi_replaces_first
 from implicit_grad._wrapper.implicit_solver import ImplicitSolver
 
 FAILURES = (ArithmeticError, ValueError, RuntimeError)  # what a solver may do far from its point
@@ -45,7 +46,8 @@ class Subject:
     """A solver with its arguments, and all tensors that its φ may have a gradient for.
 
     Of the arguments these are the floating-point tensors that require grad, or all of them if none
-    does; further the condition's own parameters, and what the functions involved capture.
+    does, but for those of a module that training starts from; further the condition's own
+    parameters, and what the functions involved capture.
     """
 
     def __init__(
@@ -72,11 +74,14 @@ class Subject:
         self.solve, self.condition, self._outer = solve, condition, outer
         self._weights: list[Tensor] | None = None
         leaves, self._tree = pytree.flatten(tuple(args))
-        wanted = [t.requires_grad and t.is_floating_point() for t in leaves]
+        start = self._start(leaves, args)
+        floating = [t.is_floating_point() and id(t) not in start for t in leaves]
+        wanted = [f and t.requires_grad for f, t in zip(floating, leaves, strict=True)]
         if not any(wanted):
-            wanted = [t.is_floating_point() for t in leaves]
+            wanted = floating
         self._leaves = tuple(
-            _leaf(t) if w else t.detach() for t, w in zip(leaves, wanted, strict=True)
+            _leaf(t) if w else t if id(t) in start else t.detach()
+            for t, w in zip(leaves, wanted, strict=True)
         )
         names = self._names(args)
         self.variables = [
@@ -90,6 +95,24 @@ class Subject:
                 "check_implicit: there is no floating-point tensor among the arguments to "
                 "differentiate by"
             )
+
+    def _start(self, leaves: Sequence[Tensor], args: Sequence[Any]) -> set[int]:
+        """The identities of tensors where training starts: those of a module that φ replaces.
+
+        φ does not depend on them by the condition, which is not handed them; and what an unfinished
+        training keeps of them is small and noisy. That it is unfinished, other gradients show.
+        """
+        modules = pytree.modules(args[:1])
+        if not modules or self.condition is None or not isinstance(self.solve, ImplicitSolver):
+            return set()
+        if self.linear_solver is not None and self.linear_solver.keeps_start:
+            return set()
+        start = {id(t) for t in pytree.leaves(modules)}
+        self._leaves = tuple(leaves)
+        if all(id(t) in start or not t.is_floating_point() for t in leaves):
+            return set()
+        phi = self.phi()
+        return start if phi_replaces_first(self.condition, phi, Call(tuple(args), {})) else set()
 
     def _names(self, args: Sequence[Any]) -> list[str]:
         """What to call the distinct tensors: by the solver's parameters, where it tells."""

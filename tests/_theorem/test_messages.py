@@ -35,6 +35,21 @@ def test_negative_curvature_names_the_solver_that_met_it():
     assert "CG" not in message and "MINRES" not in message
 
 
+@pytest.mark.parametrize("linear_solver", [ig.CG(), ig.MINRES(), ig.Exact()])
+def test_an_unsolved_problem_is_named_before_its_curvature(linear_solver):
+    """Between two minima, on the way to one."""
+    a = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([0.3, 0.4], dtype=torch.float64)
+    condition = ig.argmin(lambda w, a: (w**4 / 4 - w**2 / 2 - a * w).sum())
+    solve = ig.implicit(lambda a: start.clone(), condition, linear_solver=linear_solver)
+    with pytest.warns(ig.ImplicitGradWarning) as said:
+        solve(a).sum().backward()
+    (message,) = (str(w.message) for w in said)
+    first, second = "First: phi does not solve the inner problem", "non-positive curvature"
+    assert 0 <= message.find(first) < message.find(second)
+    assert "First" not in saddle(linear_solver)[0]  # of which only the second is true
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_curvature_of_zero_is_told_for_what_it_is(dtype):
     """x₀ alone is determined; a gradient along x₁ meets a curvature of exactly 0."""

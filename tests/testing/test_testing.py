@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -658,3 +659,66 @@ assert ig.testing.strategies.problems and "hypothesis" in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'strategy'"):
         _ = ig.testing.strategy
+
+
+def line_trained(steps, calls):
+    """A loop that trains a copy of the module that it is given, and counts its runs."""
+    X = torch.linspace(-1, 1, 12, dtype=F64)[:, None]
+    y = X[:, 0].sin() + 0.3
+
+    def loss(line, lam):
+        return (line(X.to(lam))[:, 0] - y.to(lam)).square().mean() + lam * sum(
+            p.square().sum() for p in line.parameters()
+        )
+
+    def train(start, lam):
+        calls.append(None)
+        line = copy.deepcopy(start)
+        for _ in range(steps):
+            slopes = torch.autograd.grad(loss(line, lam), tuple(line.parameters()))
+            with torch.no_grad():
+                for p, slope in zip(line.parameters(), slopes, strict=True):
+                    p -= 0.3 * slope
+        return line
+
+    return ig.implicit(train, ig.argmin(loss), on_failure="ignore")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("steps", "most"), [(4, 90), (60, 40)])
+def test_a_module_that_training_starts_from_is_no_variable(steps, most, dtype):
+    calls = []
+    torch.manual_seed(0)
+    line, lam = torch.nn.Linear(1, 1).to(dtype), torch.tensor(0.5, dtype=dtype, requires_grad=True)
+    report = check_implicit(
+        line_trained(steps, calls),
+        (line, lam),
+        outer=lambda line: (line(torch.ones(1, 1, dtype=dtype)) - 1).square().sum(),
+        raise_on_failure=False,
+    )
+    assert [a.name for a in report.arguments] == ["lam"]
+    assert report.cause is (Cause.INNER_NOT_SOLVED if steps == 4 else None)
+    assert len(calls) <= most
+    assert line.weight.requires_grad and line.weight.grad is None
+
+
+@pytest.mark.parametrize("regularised", [False, True])
+def test_an_unfinished_loop_is_named_before_a_singular_matrix(regularised):
+    """In float32 a condition number of 10⁴ is no singular matrix, either."""
+    scales = torch.tensor([1.0, 1.5, 2.0, 2.5, 1e-4 if regularised else 0.0])
+
+    def objective(w, b):
+        return (scales * (w - b[0]) ** 2).sum() / 2 + (w[0] - b[0, 0]) ** 4
+
+    def fit(b):
+        w = torch.zeros(5)
+        for _ in range(9):
+            w = w - 0.1 * torch.func.grad(objective)(w, b)
+        return w
+
+    report = check_implicit(
+        ig.implicit(fit, ig.argmin(objective), on_failure="ignore"),
+        (torch.tensor([[1.0, 2.0, -1.0, 0.5, 1.0]]),),
+        raise_on_failure=False,
+    )
+    assert report.cause is Cause.INNER_NOT_SOLVED
