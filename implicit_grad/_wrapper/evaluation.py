@@ -29,9 +29,10 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.report import Reporting
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
-from implicit_grad._torch.graph import leaves_among, once_differentiable, walk
+from implicit_grad._torch.clone import kept_tensors
+from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
 from implicit_grad._torch.isolation import Ambient, isolated
-from implicit_grad._torch.module_form import frozen
+from implicit_grad._torch.module_form import frozen, stays
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
 from implicit_grad._torch.transforms import (
@@ -82,6 +83,10 @@ def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
     if not call.args or condition.template(call) is not None:
         return False
     return pytree.are_alike(phi, call.args[0])
+
+
+# Tensors that φ's modules keep as the solver was lent them, and the places of these arguments.
+Given = list[tuple[Tensor, int]]
 
 
 def _same(phi: Tensors, others: Sequence[Tensor]) -> bool:
@@ -146,6 +151,7 @@ class Evaluation(Recorded):
         self.replaces_first = False  # whether phi is a module that training made of args[0]
         self._lent: Lent | None = None  # while the solver runs, and F is not recorded
         self.phi_tree: Tree
+        self.given: Given = []
         self._phi: Tensors | None = None
         self._at_phi: Tensors = ()
         self._record: tuple[Snapshot, Tensors] | None = None
@@ -164,7 +170,7 @@ class Evaluation(Recorded):
     def solve(self, inputs: Tensors) -> Tensors:
         """Run the solver on tensors of its own with gradients on, as any training loop expects."""
         lent = tuple(
-            t.detach().clone() if wanted else t.detach()
+            stays(t.detach().clone() if wanted else t.detach())
             for t, wanted in zip(inputs, self.wanted, strict=True)
         )
         before = versions(lent)
@@ -192,11 +198,44 @@ class Evaluation(Recorded):
                     "that: let it require grad, or pass a copy of the module"
                 )
         self.replaces_first = phi_replaces_first(self.condition, returned, call)
+        self._check_kept(returned)
+        self.given = self._given(returned, lent, before) or self.given
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
         self._tell_of_frozen(returned, trains)
         self._check_trained(phi, inputs, [t for _, t in reachable])
         self.devices |= {t.device for t in phi}
         return phi
+
+    def _check_kept(self, returned: Any) -> None:
+        """Raise if a module among what was returned keeps what goes back to captured tensors."""
+        assert self._lent is not None
+        for module in pytree.modules(returned):
+            own = {id(p) for p in module.parameters()}
+            for name, tensor in kept_tensors(module):
+                if tensor.grad_fn is None:
+                    continue
+                for leaf in leaves_behind([tensor]):
+                    if leaf in self._lent and id(leaf) not in own:
+                        raise InvalidSolutionError(
+                            f"the solver returned a module that keeps {describe(tensor)} as "
+                            f"{name}, with a history that goes back to a tensor which it captured "
+                            f"({describe(leaf)}): no gradient would arrive there. Pass the module "
+                            "to the solver as an argument, with all that it keeps, or the tensor"
+                        )
+
+    def _given(self, returned: Any, lent: Tensors, before: list[int]) -> Given:
+        """The arguments, unchanged, that modules among what was returned keep."""
+        modules = pytree.modules(returned)
+        if not modules:
+            return []
+        kept = {id(t) for module in modules for _, t in kept_tensors(module)}
+        now = enumerate(zip(lent, before, versions(lent), strict=True))
+        return [(t, place) for place, (t, old, new) in now if old == new and id(t) in kept]
+
+    def container(self, phi: Tensors, inputs: Tensors, owned: bool = False) -> Any:
+        """φ as the solver returned it; what its modules keep of the arguments is of `inputs`."""
+        given = {id(kept): inputs[place] for kept, place in self.given}
+        return self.phi_tree.rebuild(phi, owned, given)
 
     def _tell_of_frozen(self, returned: Any, trains: dict[int, str]) -> None:
         """Warn of parameters that the solver froze: φ depends on them, and they get no gradient.
@@ -401,7 +440,7 @@ class Evaluation(Recorded):
         phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
         with isolated(self._ambient):
             before = torch.get_rng_state()
-            at_phi, condition = self.phi_tree.rebuild(phi), self._record[0].sample or self.condition
+            at_phi, condition = self.container(phi, a), self._record[0].sample or self.condition
             outputs = condition.at(at_phi, phi, self._seen(a), None).outputs
             random = not torch.equal(before, torch.get_rng_state())
         return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
@@ -446,7 +485,7 @@ class Evaluation(Recorded):
         condition, call = condition or self.condition, self._seen(inputs)
         with isolated(self._ambient):
             try:
-                return condition.at(self.phi_tree.rebuild(phi), phi, call, again)
+                return condition.at(self.container(phi, inputs), phi, call, again)
             except TypeError as error:
                 if call.start is None or "positional argument" not in str(error):
                     raise
@@ -466,11 +505,14 @@ class Evaluation(Recorded):
         return call.without_first() if self.replaces_first else call
 
     def starts(self, inputs: Tensors) -> set[int]:
-        """Places of inputs that are only where φ started: F does not know of them."""
-        if not self.replaces_first:
+        """Places of inputs that are only where φ started, or kept: F does not know of them."""
+        if not self.unread:
             return set()
-        first = {id(t) for t in pytree.leaves(self._call(inputs).args[0])}
-        return {i for i in self.unread if id(inputs[i]) in first}
+        call = self._call(inputs)
+        known = {id(t) for t in pytree.leaves((call.args, call.kwargs, call.parameters))}
+        if self.replaces_first:
+            known -= {id(t) for t in pytree.leaves(call.args[0])}
+        return {i for i in self.unread if id(inputs[i]) not in known}
 
     def _check_captured(self) -> None:
         """Raise if the solver changed what the function captured; warn if that is not known."""

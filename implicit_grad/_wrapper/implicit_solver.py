@@ -107,7 +107,7 @@ class ImplicitSolver:
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             with torch.inference_mode(False):
                 phi = evaluation.values(inputs)
-                return evaluation.phi_tree.rebuild(phi, owned=True)
+                return evaluation.container(phi, inputs, owned=True)
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
         starts = evaluation.starts(inputs)
@@ -126,7 +126,7 @@ class ImplicitSolver:
                 t.new_zeros(()).expand(t.shape) if i in starts else t for i, t in enumerate(inputs)
             ]
             phi = ImplicitFunction.apply(problem, *known, *evaluation.captured)
-        return evaluation.phi_tree.rebuild(phi, owned=True)
+        return evaluation.container(phi, inputs, owned=True)
 
     def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
         """One call, checked but not yet run, and the tensors that it depends on."""
@@ -136,8 +136,10 @@ class ImplicitSolver:
 
     def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
         """The tensors of a call, none of which autograd refuses to save."""
-        inputs, tree = pytree.flatten((args, kwargs, self.setup.condition.parameters))
-        check_objects(tree.others, pytree.leaves(pytree.modules((args, kwargs))))
+        opened, modules = pytree.as_arguments((args, kwargs))
+        inputs, tree = pytree.flatten((*opened, self.setup.condition.parameters))
+        if tree.has_others:
+            check_objects(tree.others, [p for m in modules for p in m.parameters()])
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
