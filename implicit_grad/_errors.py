@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 
+import numpy as np
 from torch import Tensor
 
 
@@ -180,4 +181,6 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         kind = f"{dtype} tensor of shape {tuple(value.shape)}"
+    elif isinstance(value, np.ndarray):
+        kind = f"{value.dtype} array of shape {value.shape}"
     return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"

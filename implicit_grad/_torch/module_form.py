@@ -128,14 +128,20 @@ def _normalise(part: nn.Module) -> None:
             setattr(part, hook._tensor_name, hook.apply_mask(part))  # type: ignore[no-untyped-call]
 
 
-def stays(tensor: Tensor) -> Tensor:
-    """The tensor, marked: as a buffer, copies of a module go on to hold it and no copy of it."""
-    tensor._stays_in_copies = True  # type: ignore[attr-defined]
+def marked(tensor: Tensor, mark: tuple[int, int]) -> Tensor:
+    """The tensor with a mark, by which it is known in copies of modules, `copy.deepcopy`'s too."""
+    tensor._implicit_grad_mark = mark  # type: ignore[attr-defined]
     return tensor
 
 
+def mark_of(tensor: Tensor) -> tuple[int, int] | None:
+    """The mark of a tensor, or of the one that it is a deep copy of."""
+    mark: tuple[int, int] | None = getattr(tensor, "_implicit_grad_mark", None)
+    return mark
+
+
 def _is_left(buffer: Tensor) -> bool:
-    return buffer.requires_grad or hasattr(buffer, "_stays_in_copies")
+    return buffer.requires_grad or mark_of(buffer) is not None
 
 
 def own(modules: Sequence[nn.Module]) -> None:
@@ -143,7 +149,7 @@ def own(modules: Sequence[nn.Module]) -> None:
 
     Tensors without a gradient to pass on become parameters that train. The values of frozen ones
     stay shared: they may be large (what a LoRA adapts). Buffers
-    through which a gradient flows are left, and such as `stays` marked.
+    through which a gradient flows are left, and marked ones.
     """
     made: dict[int, Tensor] = {}
     for part in itertools.chain(*(module.modules() for module in modules)):

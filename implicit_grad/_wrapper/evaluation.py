@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,7 +34,7 @@ from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.clone import kept_tensors
 from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
 from implicit_grad._torch.isolation import Ambient, isolated
-from implicit_grad._torch.module_form import frozen, stays
+from implicit_grad._torch.module_form import frozen, mark_of, marked
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
 from implicit_grad._torch.transforms import (
@@ -41,10 +43,12 @@ from implicit_grad._torch.transforms import (
     is_transformed,
     outside_forward_mode,
 )
+from implicit_grad._wrapper.arguments import tell_of_arguments
 from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import check_determined, checked, naming_phi
 from implicit_grad._wrapper.warm import WarmCall
 
+_numbers = itertools.count()  # of runs of solvers, which tell their arguments apart
 _LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
@@ -87,6 +91,10 @@ def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
 
 # Tensors that φ's modules keep as the solver was lent them, and the places of these arguments.
 Given = list[tuple[Tensor, int]]
+
+
+def _is_copy(tensor: Tensor, of: Tensor) -> bool:
+    return tensor is of or (tensor.device == of.device and torch.equal(tensor, of))
 
 
 def _same(phi: Tensors, others: Sequence[Tensor]) -> bool:
@@ -169,9 +177,10 @@ class Evaluation(Recorded):
 
     def solve(self, inputs: Tensors) -> Tensors:
         """Run the solver on tensors of its own with gradients on, as any training loop expects."""
+        number = next(_numbers)
         lent = tuple(
-            stays(t.detach().clone() if wanted else t.detach())
-            for t, wanted in zip(inputs, self.wanted, strict=True)
+            marked(t.detach().clone() if wanted else t.detach(), (number, place))
+            for place, (t, wanted) in enumerate(zip(inputs, self.wanted, strict=True))
         )
         before = versions(lent)
         call = dataclasses.replace(Call(*self.tree.rebuild(lent, owned=True)), warm=self.warm)
@@ -224,13 +233,16 @@ class Evaluation(Recorded):
                         )
 
     def _given(self, returned: Any, lent: Tensors, before: list[int]) -> Given:
-        """The arguments, unchanged, that modules among what was returned keep."""
-        modules = pytree.modules(returned)
-        if not modules:
-            return []
-        kept = {id(t) for module in modules for _, t in kept_tensors(module)}
+        """The arguments, unchanged, that returned modules keep, be it as deep copies."""
         now = enumerate(zip(lent, before, versions(lent), strict=True))
-        return [(t, place) for place, (t, old, new) in now if old == new and id(t) in kept]
+        places = {mark_of(t): (t, place) for place, (t, old, new) in now if old == new}
+        found = []
+        for module in pytree.modules(returned):
+            for _, tensor in kept_tensors(module):
+                argument, place = places.get(mark_of(tensor), (None, 0))
+                if argument is not None and _is_copy(tensor, argument):
+                    found.append((tensor, place))
+        return found
 
     def container(self, phi: Tensors, inputs: Tensors, owned: bool = False) -> Any:
         """φ as the solver returned it; what its modules keep of the arguments is of `inputs`."""
@@ -270,7 +282,8 @@ class Evaluation(Recorded):
         """What the solver returns; it may not backpropagate through what functions captured."""
         try:
             return self.run(call)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
+            tell_of_arguments(error, call)
             if "backward through the graph a second time" not in str(error):
                 raise
             for name, tensor in reachable:
@@ -281,6 +294,14 @@ class Evaluation(Recorded):
                         "as an argument, which arrives there detached"
                     ) from error
             raise
+
+    def _telling(self, phi: Tensors, inputs: Tensors) -> contextlib.AbstractContextManager[None]:
+        """Errors of the condition's function tell what it was handed, but in trials of batches."""
+        if self._solver is None:
+            return contextlib.nullcontext()
+        call = self._call(inputs)
+        handed = call.without_first() if self.replaces_first else call
+        return naming_phi(self.phi_tree.rebuild(phi), handed.args, call.args)
 
     def values(self, inputs: Tensors) -> Tensors:
         """φ for a caller who wants no gradient; polished, F is evaluated as well."""
@@ -305,7 +326,7 @@ class Evaluation(Recorded):
             phi = self.solve(inputs)
             self._ambient = Ambient(self.devices, phi)
             a = stand_ins(inputs, self.wanted)
-            with naming_phi(self.phi_tree, phi):
+            with self._telling(phi, inputs):
                 snapshot, at_phi = self._snapshot(phi, a)
             for _ in range(self.method.polish):
                 with own_precision(self.devices):

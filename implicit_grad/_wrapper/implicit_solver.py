@@ -31,7 +31,7 @@ from implicit_grad._wrapper.arguments import tell_unread
 from implicit_grad._wrapper.auxiliary import WithAux, check_not_batched
 from implicit_grad._wrapper.completed import completed
 from implicit_grad._wrapper.evaluation import Evaluation, Setup, phi_replaces_first
-from implicit_grad._wrapper.solver_output import checked
+from implicit_grad._wrapper.solver_output import checked, speaks_of_form
 from implicit_grad._wrapper.under_transforms import CAPTURED, Transformed
 from implicit_grad._wrapper.warm import asks_for_start
 
@@ -182,7 +182,24 @@ class ImplicitSolver:
 
     def run(self, call: Call) -> Any:
         """The solver's own output."""
-        return self._run(self.setup.condition, call)
+        try:
+            return self._run(self.setup.condition, call)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            self._tell_of_start(error, call)
+            raise
+
+    def _tell_of_start(self, error: Exception, call: Call) -> None:
+        """Raise with advice if a minimiser started at an argument that cannot be φ."""
+        if callable(self.solver) or self.init is not None or isinstance(error, ImplicitGradError):
+            return
+        if isinstance(error, RuntimeError) and not speaks_of_form(error):
+            return
+        raise InvalidArgumentError(
+            f"implicit: {type(self.solver).__name__} starts at the first argument, "
+            f"{describe(call.args[0])}, as there is no init=, and the condition's function raised "
+            f"{type(error).__name__} ({error}). If phi is not like that argument, give init=, a "
+            "function of the arguments that returns where to start"
+        ) from error
 
     def _run(self, condition: Condition, call: Call) -> Any:
         method = _method(self.solver, condition)
@@ -241,6 +258,12 @@ def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> No
     """
     parameters = {id(t) for t in in_modules}
     for thing in objects:
+        code = getattr(thing, "gi_code", None)
+        if code is not None and code in _OF_PARAMETERS:
+            raise InvalidArgumentError(
+                f"implicit: an argument is the generator {code.co_name}(), which can be read once "
+                "only, and in which no one finds the tensors: pass the module itself"
+            )
         if isinstance(thing, torch.nn.Module) or callable(thing):
             continue  # like functions that captured tensors
         for name, tensor in captured_tensors(thing):
@@ -258,6 +281,11 @@ def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> No
                     "tensor itself, make the class a dataclass, or register it in "
                     "torch.utils._pytree or optree"
                 )
+
+
+_OF_PARAMETERS = [
+    function.__code__ for function in (torch.nn.Module.parameters, torch.nn.Module.named_parameters)
+]
 
 
 def default_linear_solver(condition: Condition) -> LinearSolver:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import gc
 import weakref
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.optim import swa_utils
 
 import implicit_grad as ig
 
@@ -157,6 +159,17 @@ def test_an_argument_that_the_solver_keeps_on_its_module_is_that_argument():
 
     theta = new_theta()
     outer(ig.implicit(fit, ig.argmin(value))(theta * 2, X)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+@pytest.mark.parametrize("kept", ["attribute", "list", "buffer"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: swa_utils.AveragedModel(m).module])
+def test_a_solver_may_train_a_copy(copied, kept):
+    theta, model = new_theta(), Scaled(kept)
+    model.keep(model, theta * 2)
+    solve = ig.implicit(lambda model, X, y: train(copied(model), X, y), ig.argmin(objective))
+    outer(solve(model, X, Y)).backward()
     there = new_theta()
     torch.testing.assert_close(theta.grad, expected(there, there * 2))
 
