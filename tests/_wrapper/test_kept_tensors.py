@@ -274,3 +274,18 @@ def test_a_captured_module_that_keeps_one_is_refused():
     solve = ig.implicit(lambda X: train(model, X, Y), ig.argmin(lambda m, X: objective(m, X, Y)))
     with pytest.raises(ig.InvalidSolutionError, match=r"keeps .* as scale.*Pass the module"):
         solve(X.clone().requires_grad_())
+
+
+def test_a_warm_start_keeps_what_is_kept_now():
+    def fit(model, X, y, start=None):
+        return train(model if start is None else start, X, y)
+
+    solve = ig.implicit(fit, ig.argmin(objective), warm_start=True)
+    theta = new_theta()
+    for factor in (1, 2):
+        model = Scaled("list")
+        model.keep(model, theta * factor)
+        solved = solve(model, X, Y)
+    outer(solved).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
