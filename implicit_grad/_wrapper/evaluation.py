@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_grad._conditions.base import Again, Call, Condition, Snapshot
 from implicit_grad._conditions.batching import why_one_by_one
@@ -45,7 +44,7 @@ from implicit_grad._torch.transforms import (
 )
 from implicit_grad._wrapper.arguments import tell_of_arguments
 from implicit_grad._wrapper.recorded import Method, Recorded
-from implicit_grad._wrapper.solver_output import check_determined, checked, naming_phi
+from implicit_grad._wrapper.solver_output import check_determined, checked, tell_of_phi
 from implicit_grad._wrapper.warm import WarmCall
 
 _numbers = itertools.count()  # of runs of solvers, which tell their arguments apart
@@ -207,24 +206,28 @@ class Evaluation(Recorded):
                     "that: let it require grad, or pass a copy of the module"
                 )
         self.replaces_first = phi_replaces_first(self.condition, returned, call)
-        self._check_kept(returned)
-        self.given = self._given(returned, lent, before) or self.given
+        modules = pytree.modules(returned)
+        self._check_kept(modules)
+        self.given = self._given(modules, lent, before) or self.given
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
-        self._tell_of_frozen(returned, trains)
+        self._tell_of_frozen(modules, trains)
         self._check_trained(phi, inputs, [t for _, t in reachable])
         self.devices |= {t.device for t in phi}
         return phi
 
-    def _check_kept(self, returned: Any) -> None:
+    def _check_kept(self, modules: list[nn.Module]) -> None:
         """Raise if a module among what was returned keeps what goes back to captured tensors."""
         assert self._lent is not None
-        for module in pytree.modules(returned):
+        for module in modules:
             own = {id(p) for p in module.parameters()}
             for name, tensor in kept_tensors(module):
                 if tensor.grad_fn is None:
                     continue
-                for leaf in leaves_behind([tensor]):
-                    if leaf in self._lent and id(leaf) not in own:
+                leaves = leaves_behind([tensor])
+                if any(id(leaf) in own for leaf in leaves):
+                    continue  # made by a forward pass
+                for leaf in leaves:
+                    if leaf in self._lent:
                         raise InvalidSolutionError(
                             f"the solver returned a module that keeps {describe(tensor)} as "
                             f"{name}, with a history that goes back to a tensor which it captured "
@@ -232,12 +235,14 @@ class Evaluation(Recorded):
                             "to the solver as an argument, with all that it keeps, or the tensor"
                         )
 
-    def _given(self, returned: Any, lent: Tensors, before: list[int]) -> Given:
+    def _given(self, modules: list[nn.Module], lent: Tensors, before: list[int]) -> Given:
         """The arguments, unchanged, that returned modules keep, be it as deep copies."""
+        if not modules:
+            return []
         now = enumerate(zip(lent, before, versions(lent), strict=True))
         places = {mark_of(t): (t, place) for place, (t, old, new) in now if old == new}
         found = []
-        for module in pytree.modules(returned):
+        for module in modules:
             for _, tensor in kept_tensors(module):
                 argument, place = places.get(mark_of(tensor), (None, 0))
                 if argument is not None and _is_copy(tensor, argument):
@@ -249,14 +254,14 @@ class Evaluation(Recorded):
         given = {id(kept): inputs[place] for kept, place in self.given}
         return self.phi_tree.rebuild(phi, owned, given)
 
-    def _tell_of_frozen(self, returned: Any, trains: dict[int, str]) -> None:
+    def _tell_of_frozen(self, modules: list[nn.Module], trains: dict[int, str]) -> None:
         """Warn of parameters that the solver froze: φ depends on them, and they get no gradient.
 
         `trains` names those that did train, by identity.
         """
         if not trains or not any(self.wanted):
             return
-        names = [trains[id(p)] for p in frozen(pytree.modules(returned)) if id(p) in trains]
+        names = [trains[id(p)] for p in frozen(modules) if id(p) in trains]
         if names and self.method.reporting.on_failure != "ignore":
             self.method.reporting.say(
                 f"the solver froze {', '.join(names)} of a module that it was handed: they belong "
@@ -295,13 +300,13 @@ class Evaluation(Recorded):
                     ) from error
             raise
 
-    def _telling(self, phi: Tensors, inputs: Tensors) -> contextlib.AbstractContextManager[None]:
-        """Errors of the condition's function tell what it was handed, but in trials of batches."""
+    def _tell_of_phi(self, error: Exception, phi: Tensors, inputs: Tensors) -> None:
+        """Raise with what the condition's function was handed, if it cannot take φ."""
         if self._solver is None:
-            return contextlib.nullcontext()
+            return  # a trial of a batch
         call = self._call(inputs)
         handed = call.without_first() if self.replaces_first else call
-        return naming_phi(self.phi_tree.rebuild(phi), handed.args, call.args)
+        tell_of_phi(error, self.phi_tree.rebuild(phi), handed.args, call.args)
 
     def values(self, inputs: Tensors) -> Tensors:
         """φ for a caller who wants no gradient; polished, F is evaluated as well."""
@@ -326,8 +331,11 @@ class Evaluation(Recorded):
             phi = self.solve(inputs)
             self._ambient = Ambient(self.devices, phi)
             a = stand_ins(inputs, self.wanted)
-            with self._telling(phi, inputs):
+            try:
                 snapshot, at_phi = self._snapshot(phi, a)
+            except (TypeError, AttributeError, RuntimeError) as error:
+                self._tell_of_phi(error, phi, inputs)
+                raise
             for _ in range(self.method.polish):
                 with own_precision(self.devices):
                     phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)

@@ -194,6 +194,8 @@ class ImplicitSolver:
             return
         if isinstance(error, RuntimeError) and not speaks_of_form(error):
             return
+        if self.setup.condition.template(call) is not None:
+            return  # phi is like the first argument in any case
         raise InvalidArgumentError(
             f"implicit: {type(self.solver).__name__} starts at the first argument, "
             f"{describe(call.args[0])}, as there is no init=, and the condition's function raised "

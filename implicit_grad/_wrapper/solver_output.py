@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -157,24 +156,20 @@ def _is_of_module(leaf: Any, returned: Any) -> bool:
     return torch.is_tensor(leaf) and named
 
 
-@contextlib.contextmanager
-def naming_phi(phi: Any, handed: Sequence[Any], args: Sequence[Any]) -> Iterator[None]:
-    """Where the condition's function cannot take φ, say what it was, and what to return.
+def tell_of_phi(error: Exception, phi: Any, handed: Sequence[Any], args: Sequence[Any]) -> None:
+    """Where the condition's function cannot take φ, raise with what it was and what to return.
 
-    It is handed φ and what is `handed`; the solver was called with `args`.
+    It was handed φ and what is `handed`; the solver was called with `args`.
     """
-    try:
-        yield
-    except (TypeError, AttributeError, RuntimeError) as error:
-        advice = _advice(error, phi, args)
-        if advice is None:
-            raise
-        others = "".join(f", {describe(arg)}" for arg in handed)
-        raise InvalidSolutionError(
-            f"the condition's function raised {type(error).__name__} ({error}) when it was called "
-            f"as f(phi, *arguments), with phi as the solver returned it, {_in_full(phi)}{others}. "
-            f"{advice}"
-        ) from error
+    advice = _advice(error, phi, args)
+    if advice is None:
+        return
+    others = "".join(f", {describe(arg)}" for arg in handed)
+    raise InvalidSolutionError(
+        f"the condition's function raised {type(error).__name__} ({error}) when it was called "
+        f"as f(phi, *arguments), with phi as the solver returned it, {_in_full(phi)}{others}. "
+        f"{advice}"
+    ) from error
 
 
 def _in_full(phi: Any) -> str:

@@ -289,3 +289,30 @@ def test_a_warm_start_keeps_what_is_kept_now():
     outer(solved).backward()
     there = new_theta()
     torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+def test_what_a_forward_pass_made_of_a_captured_tensor_is_no_obstacle():
+    class Noting(Scaled):
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    data = X.clone().requires_grad_()  # learned, as in distillation
+    model = Noting("attribute")
+    model.scale = torch.ones(3, dtype=torch.float64)
+
+    def fit(X_now):
+        fitted = train(copy.deepcopy(model), data, Y)
+        fitted(data)
+        return fitted
+
+    def value(model, X_now):
+        return objective(model, data, Y) + 0 * X_now.sum()
+
+    with torch.no_grad():
+        model.weight.zero_()
+    solved = ig.implicit(fit, ig.argmin(value))(X)
+    outer(solved).backward()
+    there = X.clone().requires_grad_()
+    loss = (X_VAL @ minimum(torch.ones(3, dtype=X.dtype), there) - Y_VAL).square().sum()
+    torch.testing.assert_close(data.grad, torch.autograd.grad(loss, there)[0])
