@@ -10,6 +10,7 @@ import enum
 import sys
 from collections.abc import Iterable
 
+import numpy as np
 from torch import Tensor
 
 PAGE = "docs/why.md"  # from what is seen to cause and cure; anchors are places there
@@ -229,4 +230,6 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         kind = f"{dtype} tensor of shape {tuple(value.shape)}"
+    elif isinstance(value, np.ndarray):
+        kind = f"{value.dtype} array of shape {value.shape}"
     return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"

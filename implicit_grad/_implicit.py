@@ -29,6 +29,8 @@ from implicit_grad._wrapper.implicit_solver import (
 from implicit_grad._wrapper.warm import asks_for_start
 from implicit_grad.solvers._descent import Descent
 
+_LINEAR_SOLVERS = "CG(), EarlyStopped(...), MINRES(), GMRES(), NormalCG(), Neumann(), Exact()"
+
 
 @overload
 def implicit(
@@ -191,9 +193,7 @@ def implicit(
         )
     if linear_solver is None:
         linear_solver = default_linear_solver(condition)
-    linear_solver = as_linear_solver(
-        linear_solver, "implicit", "CG(), MINRES(), GMRES(), NormalCG(), Neumann(), Exact()"
-    )
+    linear_solver = as_linear_solver(linear_solver, "implicit", _LINEAR_SOLVERS)
     if curvature == "gauss_newton" or linear_solver.needs_convex:
         condition = condition.seeing_outputs()
     if linear_solver.symmetric_only and not condition.symmetric:

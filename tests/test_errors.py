@@ -145,7 +145,7 @@ BAD = {
         r"lam of shape \(2,\) does not fit theta of shape \(3,\)",
     ),
     "lam of too many dimensions": (with_lam(torch.ones(1, 3)), ARGUMENT, r"\(1, 3\) does not fit"),
-    "lam a string": (with_lam("0.5"), ARGUMENT, "greater than 0, got a str$"),
+    "lam a string": (with_lam("0.5"), ARGUMENT, "greater than 0, got '0.5'$"),
     "lam a bool": (with_lam(True), ARGUMENT, "greater than 0, got a bool$"),
     "lam of integers": (
         with_lam(torch.tensor(1)),

@@ -133,6 +133,11 @@ def check_callable(condition: str, name: str, value: object) -> None:
         raise InvalidArgumentError(
             f"{condition}: {name} must be a function of (phi, ...), got {describe(value)}"
         )
+    if isinstance(value, type):
+        raise InvalidArgumentError(
+            f"{condition}: {name} must be a function of (phi, ...), got {describe(value)}: give "
+            f"what it makes, {value.__name__}(...)"
+        )
 
 
 def without_aux(name: str, function: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

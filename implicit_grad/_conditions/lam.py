@@ -133,7 +133,7 @@ def check_lam(lam: Any, where: str) -> None:
     elif is_number(lam):
         good, shown = 0 < lam < math.inf, f"{lam:g}"
     else:
-        good, shown = False, describe(lam)
+        good, shown = False, repr(lam) if isinstance(lam, str) else describe(lam)
     if not good:
         raise InvalidArgumentError(
             f"{where}: lam must be a number or a floating-point tensor, finite and greater than 0, "

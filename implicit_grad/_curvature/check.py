@@ -23,8 +23,9 @@ from implicit_grad._options import check_one_of
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.graph import (
     custom_functions,
-    kind_of_graph,
+    edges_of_graph,
     once_differentiable,
+    walk,
     wrong_third,
 )
 from implicit_grad._torch.kinks import take_pieces
@@ -74,8 +75,8 @@ class Checks:
         """
         if self.when == "never":
             return None
-        names = kind_of_graph(outputs) if nodes is None else frozenset(n.name() for n in nodes)
-        return self.of_kind((order, names, tuple(p.dtype for p in phi)), look)
+        edges = edges_of_graph(walk(outputs) if nodes is None else nodes, phi)
+        return self.of_kind((order, edges, tuple(p.dtype for p in phi)), look)
 
     def of_kind(self, kind: Hashable, look: Callable[[], Finding | None]) -> Finding | None:
         """What `look` finds for the kind, or found the last time."""

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 import types
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+# What stands in the place of something, or it itself; and whether that is a parameter.
+Put = Callable[[Any, bool], Any]
+# Torch's own part of a module, in which a copy finds what is its own already.
+_OF_TORCH = frozenset((*vars(nn.Module()), "_flat_weights"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """Stands in the place of a tensor."""
+
+    index: int
 
 
 def cloned(module: nn.Module) -> nn.Module:
@@ -30,40 +45,83 @@ def cloned(module: nn.Module) -> nn.Module:
     return copied(module, put)
 
 
-def copied(module: nn.Module, put: Callable[[Any, bool], Any], rebind: bool = False) -> nn.Module:
+def copied(module: nn.Module, put: Put, rebind: bool = False) -> nn.Module:
     """A copy of a module whose parts are copies, with put(x, is_parameter) in the place of each x.
 
     The xs are its parameters and buffers, or what another copy was given in their places. With
-    `rebind`, what it holds of its own parts otherwise (a plain list of layers, a bound method) is
-    of the copies too, as `copy.deepcopy` would have it.
+    `rebind`, what it holds otherwise is put and copied too, in plain lists and dicts as well: parts
+    (a list of layers, a bound method), as `copy.deepcopy` would have it, and tensors.
     """
     modules: dict[int, nn.Module] = {}
     copy = _copy_of(module, modules, put)
     for part in modules.values() if rebind else ():
-        held = vars(part)
-        held.update({k: _rebound(v, modules) for k, v in held.items() if not k.startswith("_")})
+        _rebind(part, modules, put)
     return copy
 
 
-def _rebound(value: Any, modules: dict[int, nn.Module]) -> Any:
-    """A value with copies in the place of modules in it; the same object if there is none."""
+def replace_kept(module: nn.Module, put: Put) -> None:
+    """put(x, False) in the place of each tensor x that a module keeps besides its parameters."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = put(buffer, False)
+        _rebind(part, {}, put)
+
+
+def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What it keeps besides parameters: buffers and attributes, in plain lists and dicts too."""
+    for prefix, part in module.named_modules():
+        held = ((k, v) for k, v in vars(part).items() if k not in _OF_TORCH)
+        for name, value in (*part._buffers.items(), *held):
+            if isinstance(value, (Tensor, list, tuple, dict)):
+                for tensor in _tensors_in(value):
+                    yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in _DICTS or _is_list(value):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
+
+
+_DICTS = (dict, OrderedDict)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it is a plain list, a tuple or a named tuple."""
+    return type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_make"))
+
+
+def _rebind(part: nn.Module, modules: dict[int, nn.Module], put: Put) -> None:
+    held = vars(part)
+    for name, value in list(held.items()):
+        if name not in _OF_TORCH:
+            held[name] = _rebound(value, modules, put)
+
+
+def _rebound(value: Any, modules: dict[int, nn.Module], put: Put) -> Any:
+    """A value with others in the place of modules and tensors in it; itself if there is none."""
+    if isinstance(value, (Tensor, Hole)):
+        return put(value, False)
     if isinstance(value, nn.Module):
         return modules.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in modules:
         return types.MethodType(value.__func__, modules[id(value.__self__)])
-    if type(value) in (list, tuple):
-        parts = [_rebound(v, modules) for v in value]
-        changed = any(a is not b for a, b in zip(parts, value, strict=True))
-        return type(value)(parts) if changed else value
-    if type(value) is dict:
-        named = {k: _rebound(v, modules) for k, v in value.items()}
-        return named if any(named[k] is not v for k, v in value.items()) else value
+    if _is_list(value):
+        parts = [_rebound(v, modules, put) for v in value]
+        if all(map(operator.is_, parts, value)):
+            return value
+        return type(value)(parts) if type(value) in (list, tuple) else value._make(parts)
+    if type(value) in _DICTS:
+        named = {k: _rebound(v, modules, put) for k, v in value.items()}
+        same = all(map(operator.is_, named.values(), value.values()))
+        return value if same else type(value)(named)
     return value
 
 
-def _copy_of(
-    module: nn.Module, modules: dict[int, nn.Module], put: Callable[[Any, bool], Any]
-) -> nn.Module:
+def _copy_of(module: nn.Module, modules: dict[int, nn.Module], put: Put) -> nn.Module:
     """The one copy of a module; `modules` are those that are copied already."""
     if id(module) in modules:
         return modules[id(module)]

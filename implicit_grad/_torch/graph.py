@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ _COMPILED = "torch._functorch._aot_autograd"
 _CHUNKED = "GeneratedBackwardFor_torch_nn__linear_cross_entropy"
 # As benchmarks/census.py found; layer norm has a graph of our own.
 _WRONG_THIRD = {"LogcumsumexpBackward0", "PdistBackward0"}
+_LEAF = "torch::autograd::AccumulateGrad"
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
@@ -80,6 +81,22 @@ def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
 def kind_of_graph(values: Sequence[Tensor]) -> frozenset[str]:
     """Which operations are behind the values."""
     return frozenset(node.name() for node in walk(values))
+
+
+def edges_of_graph(nodes: Iterable[Any], phi: Sequence[Tensor]) -> frozenset[Hashable]:
+    """Which operations use results of which others, or which tensors of φ, and which do not.
+
+    A place where a result was detached shows; how often the same is done, as in a loop, does not.
+    """
+    place = {id(p): i for i, p in enumerate(phi)}
+    names: dict[Any, Hashable] = {}
+    for node in nodes:
+        name = node.name()
+        names[node] = place.get(id(node.variable), name) if name == _LEAF else name
+    return frozenset(
+        (name, *dict.fromkeys([names.get(parent) for parent, _ in node.next_functions]))
+        for node, name in names.items()
+    )
 
 
 def name_of(node: Any) -> str:

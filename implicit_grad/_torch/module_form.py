@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._torch.clone import copied, refresh_recurrent
+from implicit_grad._torch.clone import Hole, copied, kept_tensors, refresh_recurrent, replace_kept
 
 # What these hold besides Python's modules cannot be copied.
 _WHOLE = (torch.jit.ScriptModule, DistributedDataParallel)
@@ -46,32 +47,57 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Hole:
-    """Stands in the place of a tensor that trains."""
+def kept(module: nn.Module) -> dict[str, Tensor]:
+    """The distinct other tensors in it through which a gradient flows, each by its first name.
 
-    index: int
+    What a hypernetwork wrote there, an input, or what the last forward pass left.
+    """
+    known = {id(p) for p in module.parameters()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in kept_tensors(module):
+        if id(tensor) not in known and (tensor.requires_grad or _is_looked_at(tensor)):
+            known.add(id(tensor))
+            found[f"{name}[{len(found)}]" if name in found else name] = tensor
+    return found
+
+
+def _is_looked_at(tensor: Tensor) -> bool:
+    """Whether transforms of torch.func, or forward mode, look at it."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """A module among the arguments of a call, whose other tensors are arguments as well."""
+
+    module: nn.Module
+    kept: dict[str, Tensor]
 
 
 class Form:
     """A module without its parameters that train; two are equal if these have the same names.
 
-    It keeps no graph alive: a module may have come from another call of a wrapped solver.
+    It keeps no graph alive: a module may have come from another call of a wrapped solver. What has
+    one is detached, unless it is taken out like the parameters.
     """
 
-    def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
-        """`weights` are those of the module that train."""
-        self.kind, self.names = type(module), tuple(weights)
-        index = {id(t): _Hole(i) for i, t in enumerate(weights.values())}
-        self._skeleton = copied(module, lambda x, _: index.get(id(x), x), rebind=True)
-        self._normed: list[str] = []
-        for name, part in self._skeleton.named_modules():
-            held = vars(part)
-            for key, value in held.items():
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    held[key] = value.detach()
-            if any(isinstance(h, _NORMS) for h in part._forward_pre_hooks.values()):
-                self._normed.append(name)
+    def __init__(self, module: nn.Module, taken: dict[str, Tensor]) -> None:
+        """`taken` are those of its tensors that are not to be in the form."""
+        self.kind, self.names = type(module), tuple(taken)
+        holes = {id(t): Hole(i) for i, t in enumerate(taken.values())}
+
+        def put(x: Any, is_parameter: bool) -> Any:
+            has_graph = not is_parameter and isinstance(x, Tensor) and x.grad_fn is not None
+            return holes.get(id(x)) or (x.detach() if has_graph else x)
+
+        self._skeleton = copied(module, put, rebind=True)
+        self._normed = [
+            name
+            for name, part in self._skeleton.named_modules()
+            if any(isinstance(h, _NORMS) for h in part._forward_pre_hooks.values())
+        ]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Form) and (self.kind, self.names) == (other.kind, other.names)
@@ -86,14 +112,14 @@ class Form:
         """A module of this form with these tensors, as they are, in the place of its parameters."""
         found = list(tensors)
         module = copied(
-            self._skeleton, lambda x, _: found[x.index] if type(x) is _Hole else x, rebind=True
+            self._skeleton, lambda x, _: found[x.index] if type(x) is Hole else x, rebind=True
         )
         for name in self._normed:
             _normalise(module.get_submodule(name))
         return module
 
 
-_NORMS = (WeightNorm, SpectralNorm)
+_NORMS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def _normalise(part: nn.Module) -> None:
@@ -103,18 +129,37 @@ def _normalise(part: nn.Module) -> None:
             setattr(part, hook.name, hook.compute_weight(part))
         elif isinstance(hook, SpectralNorm):
             setattr(part, hook.name, hook.compute_weight(part, do_power_iteration=False))
+        elif isinstance(hook, BasePruningMethod):
+            setattr(part, hook._tensor_name, hook.apply_mask(part))  # type: ignore[no-untyped-call]
+
+
+def marked(tensor: Tensor, mark: tuple[int, int]) -> Tensor:
+    """The tensor with a mark, by which it is known in copies of modules, `copy.deepcopy`'s too."""
+    tensor._implicit_grad_mark = mark  # type: ignore[attr-defined]
+    return tensor
+
+
+def mark_of(tensor: Tensor) -> tuple[int, int] | None:
+    """The mark of a tensor, or of the one that it is a deep copy of."""
+    mark: tuple[int, int] | None = getattr(tensor, "_implicit_grad_mark", None)
+    return mark
+
+
+def _is_left(buffer: Tensor) -> bool:
+    return buffer.requires_grad or mark_of(buffer) is not None
 
 
 def own(modules: Sequence[nn.Module]) -> None:
     """Give what `Form.filled` made parameters, buffers and lists of hooks of its own.
 
     Tensors without a gradient to pass on become parameters that train. The values of frozen ones
-    stay shared: they may be large (what a LoRA adapts).
+    stay shared: they may be large (what a LoRA adapts). Buffers
+    through which a gradient flows are left, and marked ones.
     """
     made: dict[int, Tensor] = {}
     for part in itertools.chain(*(module.modules() for module in modules)):
         for name, buffer in part._buffers.items():
-            if buffer is not None:
+            if buffer is not None and not _is_left(buffer):
                 part._buffers[name] = made.setdefault(id(buffer), buffer.detach().clone())
         for name, p in part._parameters.items():
             if p is not None and id(p) not in made:
@@ -126,6 +171,8 @@ def own(modules: Sequence[nn.Module]) -> None:
         held.update({name: registered.copy() for name, registered in hooks.items()})
         if isinstance(part, nn.RNNBase):
             refresh_recurrent(part)
+    for module in modules:
+        replace_kept(module, lambda x, _: made.get(id(x), x))
 
 
 def _own_parameter(p: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,8 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as trees_of_torch
 
 from implicit_grad._torch import module_form
-from implicit_grad._torch.module_form import Form, can_be_opened, own, trained
+from implicit_grad._torch.clone import replace_kept
+from implicit_grad._torch.module_form import Argument, Form, can_be_opened, own, trained
 
 Tensors = tuple[Tensor, ...]
 NAMESPACE = "implicit_grad"
@@ -88,6 +90,32 @@ def _register_module(kind: type) -> None:
         path_entry_type=optree.GetAttrEntry,
         namespace=NAMESPACE,
     )
+
+
+def _of_argument(argument: Any) -> tuple[list[Tensor], Form, tuple[str, ...]]:
+    taken = trained(argument.module) | argument.kept
+    form = Form(argument.module, taken)
+    return list(taken.values()), form, form.names
+
+
+optree.register_pytree_node(
+    Argument,  # type: ignore[arg-type]
+    _of_argument,
+    Form.filled,  # type: ignore[arg-type]  # as above: what comes back is the module
+    path_entry_type=optree.GetAttrEntry,
+    namespace=NAMESPACE,
+)
+
+
+def as_arguments(container: Any) -> tuple[Any, list[nn.Module]]:
+    """The container with an `Argument` for each module that keeps tensors, and its modules."""
+    leaves, structure = _with_modules_whole(container)
+    found = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
+    kept = {id(m): k for m in found if can_be_opened(type(m)) and (k := module_form.kept(m))}
+    if not kept:
+        return container, found
+    leaves = [Argument(x, kept[id(x)]) if id(x) in kept else x for x in leaves]
+    return optree.tree_unflatten(structure, leaves), found
 
 
 def modules(container: Any) -> list[nn.Module]:
@@ -187,18 +215,25 @@ class Tree:
         places = zip(self._leaves, self.slots, strict=True)
         return [leaf for leaf, slot in places if slot is None]
 
-    def rebuild(self, tensors: Sequence[Any], owned: bool = False) -> Any:
+    def rebuild(
+        self, tensors: Sequence[Any], owned: bool = False, swap: dict[int, Tensor] | None = None
+    ) -> Any:
         """The container again, with `tensors` in the places of the distinct tensors.
 
         Where it is `owned` by someone who may write to it, its modules share no state with others.
+        `swap` has others, by identity, for what its modules keep besides parameters.
         """
         leaves = [
             leaf if slot is None else tensors[slot]
             for leaf, slot in zip(self._leaves, self.slots, strict=True)
         ]
         container = optree.tree_unflatten(self.structure, leaves)
+        found = modules(container) if owned or swap else []
+        if swap:
+            for module in found:
+                replace_kept(module, lambda x, _: swap.get(id(x), x))
         if owned:
-            own(modules(container))
+            own(found)
         return container
 
 
@@ -229,8 +264,10 @@ def flatten(
 
 
 def leaves(container: Any) -> list[Any]:
-    """All leaves of a container, repeated ones included."""
-    return _flattened(container)[0]
+    """All leaves of a container, repeated ones included; of its modules nothing is copied."""
+    found, _ = _with_modules_whole(container)
+    parts = (trained(x).values() if can_be_opened(type(x)) else (x,) for x in found)
+    return list(itertools.chain.from_iterable(parts))
 
 
 def structure(container: Any) -> Any:

@@ -9,7 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from implicit_grad._conditions.base import Call, Condition
-from implicit_grad._errors import ImplicitGradWarning, describe
+from implicit_grad._errors import (
+    ImplicitGradError,
+    ImplicitGradWarning,
+    InvalidArgumentError,
+    describe,
+)
 from implicit_grad._torch import pytree
 
 
@@ -31,6 +36,27 @@ def tell_unread(condition: Condition, call: Call, unread: Sequence[Tensor]) -> N
             "or a starting point, has no implicit gradient: pass it detached"
         )
         warnings.warn(ImplicitGradWarning(said, anchor="unread"), stacklevel=2)
+
+
+def tell_of_arguments(error: Exception, call: Call) -> None:
+    """Raise with advice if the solver stumbled over what all solvers are handed: detached tensors.
+
+    `call` is the solver's.
+    """
+    if isinstance(error, ImplicitGradError):
+        return
+    said = f"the solver raised {type(error).__name__} ({error})"
+    lists = [a for a in call.args if isinstance(a, (list, tuple)) and a]
+    if isinstance(error, AttributeError) and any(type(a).__name__ in str(error) for a in lists):
+        raise InvalidArgumentError(
+            f"{said}, and was handed {describe(lists[0])} of {describe(lists[0][0])}: parameters "
+            "arrive as detached tensors. If it trains a module, pass the module itself"
+        ) from error
+    if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+        raise InvalidArgumentError(
+            f"{said}: tensors arrive in it detached. What it trains has to be "
+            "argument.clone().requires_grad_(), or a module that is passed itself"
+        ) from error
 
 
 def _named(call: Call) -> list[tuple[str, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_grad._conditions.base import Again, Call, Condition, Snapshot
 from implicit_grad._conditions.batching import why_one_by_one
@@ -30,9 +31,10 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.report import OnFailure, Reporting, solve_and_report
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
-from implicit_grad._torch.graph import leaves_among, once_differentiable, walk
+from implicit_grad._torch.clone import kept_tensors
+from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
 from implicit_grad._torch.isolation import Ambient, isolated
-from implicit_grad._torch.module_form import frozen
+from implicit_grad._torch.module_form import frozen, mark_of, marked
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
 from implicit_grad._torch.transforms import (
@@ -41,10 +43,12 @@ from implicit_grad._torch.transforms import (
     is_transformed,
     outside_forward_mode,
 )
+from implicit_grad._wrapper.arguments import tell_of_arguments
 from implicit_grad._wrapper.recorded import Method, Recorded
-from implicit_grad._wrapper.solver_output import check_determined, checked, naming_phi
+from implicit_grad._wrapper.solver_output import check_determined, checked, tell_of_phi
 from implicit_grad._wrapper.warm import WarmCall
 
+_numbers = itertools.count()  # of runs of solvers, which tell their arguments apart
 _LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
@@ -97,6 +101,14 @@ def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
     if not call.args or condition.template(call) is not None:
         return False
     return pytree.are_alike(phi, call.args[0])
+
+
+# Tensors that φ's modules keep as the solver was lent them, and the places of these arguments.
+Given = list[tuple[Tensor, int]]
+
+
+def _is_copy(tensor: Tensor, of: Tensor) -> bool:
+    return tensor is of or (tensor.device == of.device and torch.equal(tensor, of))
 
 
 def _same(phi: Tensors, others: Sequence[Tensor]) -> bool:
@@ -161,6 +173,7 @@ class Evaluation(Recorded):
         self.replaces_first = False  # whether phi is a module that training made of args[0]
         self._lent: Lent | None = None  # while the solver runs, and F is not recorded
         self.phi_tree: Tree
+        self.given: Given = []
         self._phi: Tensors | None = None
         self._at_phi: Tensors = ()
         self._record: tuple[Snapshot, Tensors] | None = None
@@ -178,9 +191,10 @@ class Evaluation(Recorded):
 
     def solve(self, inputs: Tensors) -> Tensors:
         """Run the solver on tensors of its own with gradients on, as any training loop expects."""
+        number = next(_numbers)
         lent = tuple(
-            t.detach().clone() if wanted else t.detach()
-            for t, wanted in zip(inputs, self.wanted, strict=True)
+            marked(t.detach().clone() if wanted else t.detach(), (number, place))
+            for place, (t, wanted) in enumerate(zip(inputs, self.wanted, strict=True))
         )
         before = versions(lent)
         call = dataclasses.replace(Call(*self.tree.rebuild(lent, owned=True)), warm=self.warm)
@@ -208,20 +222,62 @@ class Evaluation(Recorded):
                     "that: let it require grad, or pass a copy of the module"
                 )
         self.replaces_first = phi_replaces_first(self.condition, returned, call)
+        modules = pytree.modules(returned)
+        self._check_kept(modules)
+        self.given = self._given(modules, lent, before) or self.given
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
-        self._tell_of_frozen(returned, trains)
+        self._tell_of_frozen(modules, trains)
         self._check_trained(phi, inputs, [t for _, t in reachable])
         self.devices |= {t.device for t in phi}
         return phi
 
-    def _tell_of_frozen(self, returned: Any, trains: dict[int, str]) -> None:
+    def _check_kept(self, modules: list[nn.Module]) -> None:
+        """Raise if a module among what was returned keeps what goes back to captured tensors."""
+        assert self._lent is not None
+        for module in modules:
+            own = {id(p) for p in module.parameters()}
+            for name, tensor in kept_tensors(module):
+                if tensor.grad_fn is None:
+                    continue
+                leaves = leaves_behind([tensor])
+                if any(id(leaf) in own for leaf in leaves):
+                    continue  # made by a forward pass
+                for leaf in leaves:
+                    if leaf in self._lent:
+                        raise InvalidSolutionError(
+                            f"the solver returned a module that keeps {describe(tensor)} as "
+                            f"{name}, with a history that goes back to a tensor which it captured "
+                            f"({describe(leaf)}): no gradient would arrive there. Pass the module "
+                            "to the solver as an argument, with all that it keeps, or the tensor"
+                        )
+
+    def _given(self, modules: list[nn.Module], lent: Tensors, before: list[int]) -> Given:
+        """The arguments, unchanged, that returned modules keep, be it as deep copies."""
+        if not modules:
+            return []
+        now = enumerate(zip(lent, before, versions(lent), strict=True))
+        places = {mark_of(t): (t, place) for place, (t, old, new) in now if old == new}
+        found = []
+        for module in modules:
+            for _, tensor in kept_tensors(module):
+                argument, place = places.get(mark_of(tensor), (None, 0))
+                if argument is not None and _is_copy(tensor, argument):
+                    found.append((tensor, place))
+        return found
+
+    def container(self, phi: Tensors, inputs: Tensors, owned: bool = False) -> Any:
+        """φ as the solver returned it; what its modules keep of the arguments is of `inputs`."""
+        given = {id(kept): inputs[place] for kept, place in self.given}
+        return self.phi_tree.rebuild(phi, owned, given)
+
+    def _tell_of_frozen(self, modules: list[nn.Module], trains: dict[int, str]) -> None:
         """Warn of parameters that the solver froze: φ depends on them, and they get no gradient.
 
         `trains` names those that did train, by identity.
         """
         if not trains or not any(self.wanted):
             return
-        names = [trains[id(p)] for p in frozen(pytree.modules(returned)) if id(p) in trains]
+        names = [trains[id(p)] for p in frozen(modules) if id(p) in trains]
         if names and self.method.reporting.on_failure != "ignore":
             self.method.reporting.say(
                 f"the solver froze {', '.join(names)} of a module that it was handed: they belong "
@@ -249,7 +305,8 @@ class Evaluation(Recorded):
         """What the solver returns; it may not backpropagate through what functions captured."""
         try:
             return pytree.unwrapped(self.run(call))
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
+            tell_of_arguments(error, call)
             if "backward through the graph a second time" not in str(error):
                 raise
             for name, tensor in reachable:
@@ -261,6 +318,14 @@ class Evaluation(Recorded):
                         anchor="captured-history",
                     ) from error
             raise
+
+    def _tell_of_phi(self, error: Exception, phi: Tensors, inputs: Tensors) -> None:
+        """Raise with what the condition's function was handed, if it cannot take φ."""
+        if self._solver is None:
+            return  # a trial of a batch
+        call = self._call(inputs)
+        handed = call.without_first() if self.replaces_first else call
+        tell_of_phi(error, self.phi_tree.rebuild(phi), handed.args, call.args)
 
     def values(self, inputs: Tensors) -> Tensors:
         """φ for a caller who wants no gradient; polished, F is evaluated as well."""
@@ -285,8 +350,11 @@ class Evaluation(Recorded):
             phi = self.solve(inputs)
             self._ambient = Ambient(self.devices, phi)
             a = stand_ins(inputs, self.wanted)
-            with naming_phi(self.phi_tree, phi):
+            try:
                 snapshot, at_phi = self._snapshot(phi, a)
+            except (TypeError, AttributeError, RuntimeError) as error:
+                self._tell_of_phi(error, phi, inputs)
+                raise
             for _ in range(self.method.polish):
                 with own_precision(self.devices):
                     phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)
@@ -431,7 +499,7 @@ class Evaluation(Recorded):
         phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
         with isolated(self._ambient):
             before = torch.get_rng_state()
-            at_phi, condition = self.phi_tree.rebuild(phi), self._record[0].sample or self.condition
+            at_phi, condition = self.container(phi, a), self._record[0].sample or self.condition
             outputs = condition.at(at_phi, phi, self._seen(a), None).outputs
             random = not torch.equal(before, torch.get_rng_state())
         return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
@@ -476,7 +544,7 @@ class Evaluation(Recorded):
         condition, call = condition or self.condition, self._seen(inputs)
         with isolated(self._ambient):
             try:
-                return condition.at(self.phi_tree.rebuild(phi), phi, call, again)
+                return condition.at(self.container(phi, inputs), phi, call, again)
             except TypeError as error:
                 if call.start is None or "positional argument" not in str(error):
                     raise
@@ -496,11 +564,14 @@ class Evaluation(Recorded):
         return call.without_first() if self.replaces_first else call
 
     def starts(self, inputs: Tensors) -> set[int]:
-        """Places of inputs that are only where φ started: F does not know of them."""
-        if not self.replaces_first:
+        """Places of inputs that are only where φ started, or kept: F does not know of them."""
+        if not self.unread:
             return set()
-        first = {id(t) for t in pytree.leaves(self._call(inputs).args[0])}
-        return {i for i in self.unread if id(inputs[i]) in first}
+        call = self._call(inputs)
+        known = {id(t) for t in pytree.leaves((call.args, call.kwargs, call.parameters))}
+        if self.replaces_first:
+            known -= {id(t) for t in pytree.leaves(call.args[0])}
+        return {i for i in self.unread if id(inputs[i]) not in known}
 
     def _check_captured(self) -> None:
         """Raise if the solver changed what the function captured; warn if that is not known."""

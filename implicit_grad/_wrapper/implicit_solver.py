@@ -31,7 +31,7 @@ from implicit_grad._wrapper.arguments import tell_unread
 from implicit_grad._wrapper.auxiliary import WithAux, check_not_batched
 from implicit_grad._wrapper.completed import completed
 from implicit_grad._wrapper.evaluation import Evaluation, Setup, phi_replaces_first
-from implicit_grad._wrapper.solver_output import checked
+from implicit_grad._wrapper.solver_output import checked, speaks_of_form
 from implicit_grad._wrapper.under_transforms import CAPTURED, Transformed
 from implicit_grad._wrapper.warm import asks_for_start
 
@@ -107,7 +107,7 @@ class ImplicitSolver:
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             with torch.inference_mode(False):
                 phi = evaluation.values(inputs)
-                return evaluation.phi_tree.rebuild(phi, owned=True)
+                return evaluation.container(phi, inputs, owned=True)
         problem = evaluation.problem()
         phi = ImplicitFunction.apply(problem, *inputs)
         starts = evaluation.starts(inputs)
@@ -128,7 +128,7 @@ class ImplicitSolver:
             phi = ImplicitFunction.apply(problem, *known, *evaluation.captured)
         if self.setup.condition.processes is not None:
             phi = self.setup.condition.processes.shared(phi)
-        return evaluation.phi_tree.rebuild(phi, owned=True)
+        return evaluation.container(phi, inputs, owned=True)
 
     def evaluation(self, args: Any, kwargs: Any) -> tuple[Evaluation, Tensors]:
         """One call, checked but not yet run, and the tensors that it depends on."""
@@ -138,8 +138,10 @@ class ImplicitSolver:
 
     def _inputs(self, args: Any, kwargs: Any) -> tuple[Tensors, Tree]:
         """The tensors of a call, none of which autograd refuses to save."""
-        inputs, tree = pytree.flatten((args, kwargs, self.setup.condition.parameters))
-        check_objects(tree.others, pytree.leaves(pytree.modules((args, kwargs))))
+        opened, modules = pytree.as_arguments((args, kwargs))
+        inputs, tree = pytree.flatten((*opened, self.setup.condition.parameters))
+        if tree.has_others:
+            check_objects(tree.others, [p for m in modules for p in m.parameters()])
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
@@ -186,7 +188,26 @@ class ImplicitSolver:
 
     def run(self, call: Call) -> Any:
         """The solver's own output."""
-        return self._run(self.setup.condition, call)
+        try:
+            return self._run(self.setup.condition, call)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            self._tell_of_start(error, call)
+            raise
+
+    def _tell_of_start(self, error: Exception, call: Call) -> None:
+        """Raise with advice if a minimiser started at an argument that cannot be φ."""
+        if callable(self.solver) or self.init is not None or isinstance(error, ImplicitGradError):
+            return
+        if isinstance(error, RuntimeError) and not speaks_of_form(error):
+            return
+        if self.setup.condition.template(call) is not None:
+            return  # phi is like the first argument in any case
+        raise InvalidArgumentError(
+            f"implicit: {type(self.solver).__name__} starts at the first argument, "
+            f"{describe(call.args[0])}, as there is no init=, and the condition's function raised "
+            f"{type(error).__name__} ({error}). If phi is not like that argument, give init=, a "
+            "function of the arguments that returns where to start"
+        ) from error
 
     def _run(self, condition: Condition, call: Call) -> Any:
         method = _method(self.solver, condition)
@@ -245,6 +266,12 @@ def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> No
     """
     parameters = {id(t) for t in in_modules}
     for thing in objects:
+        code = getattr(thing, "gi_code", None)
+        if code is not None and code in _OF_PARAMETERS:
+            raise InvalidArgumentError(
+                f"implicit: an argument is the generator {code.co_name}(), which can be read once "
+                "only, and in which no one finds the tensors: pass the module itself"
+            )
         if isinstance(thing, torch.nn.Module) or callable(thing):
             continue  # like functions that captured tensors
         for name, tensor in captured_tensors(thing):
@@ -262,6 +289,11 @@ def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> No
                     "tensor itself, make the class a dataclass, or register it in "
                     "torch.utils._pytree or optree"
                 )
+
+
+_OF_PARAMETERS = [
+    function.__code__ for function in (torch.nn.Module.parameters, torch.nn.Module.named_parameters)
+]
 
 
 def default_linear_solver(condition: Condition) -> LinearSolver:

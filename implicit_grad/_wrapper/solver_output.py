@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._errors import InvalidSolutionError, describe
+from implicit_grad._errors import ImplicitGradError, InvalidSolutionError, describe
 from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors, Tree
 
@@ -160,20 +159,64 @@ def _is_of_module(leaf: Any, returned: Any) -> bool:
     return torch.is_tensor(leaf) and named
 
 
-@contextlib.contextmanager
-def naming_phi(tree: Tree, phi: Tensors) -> Iterator[None]:
-    """Where the condition's function cannot take a tuple, say that all of it is taken for φ."""
-    try:
-        yield
-    except (TypeError, AttributeError) as error:
-        container = tree.rebuild(phi)
-        if not isinstance(container, (tuple, list)):
-            raise
-        parts = ", ".join(map(describe, pytree.leaves(container)))
-        raise InvalidSolutionError(
-            f"the condition's function raised {type(error).__name__} ({error}) when it was handed "
-            f"phi as the solver returned it, {describe(container)} of {parts}. {_AUX}"
-        ) from error
+def tell_of_phi(error: Exception, phi: Any, handed: Sequence[Any], args: Sequence[Any]) -> None:
+    """Where the condition's function cannot take φ, raise with what it was and what to return.
+
+    It was handed φ and what is `handed`; the solver was called with `args`.
+    """
+    advice = _advice(error, phi, args)
+    if advice is None:
+        return
+    others = "".join(f", {describe(arg)}" for arg in handed)
+    raise InvalidSolutionError(
+        f"the condition's function raised {type(error).__name__} ({error}) when it was called "
+        f"as f(phi, *arguments), with phi as the solver returned it, {_in_full(phi)}{others}. "
+        f"{advice}"
+    ) from error
+
+
+def _in_full(phi: Any) -> str:
+    if torch.is_tensor(phi) or isinstance(phi, nn.Module):
+        return describe(phi)
+    return f"{describe(phi)} of {', '.join(map(describe, pytree.leaves(phi)))}"
+
+
+def _advice(error: Exception, phi: Any, args: Sequence[Any]) -> str | None:
+    """What to return in the place of φ; None if nothing says that φ is to blame."""
+    if isinstance(error, ImplicitGradError):
+        return None
+    if isinstance(error, RuntimeError) and not speaks_of_form(error):
+        return None
+    modules = pytree.modules(args)
+    if isinstance(phi, nn.Module):
+        alike = any(type(phi) is type(module) for module in modules)
+        return _FIRST if alike and "positional argument" in str(error) else None
+    if modules and not pytree.modules(phi):
+        return _TRAINED.format(describe(modules[0]))
+    if isinstance(phi, list) and all(torch.is_tensor(p) and not p.dim() for p in phi):
+        return "A list of numbers is no vector: return torch.tensor(phi), or a NumPy array"
+    if isinstance(phi, (tuple, list)):
+        return _AUX
+    if isinstance(error, RuntimeError):
+        return "If that is not the shape or dtype that it computes with, return phi in another"
+    return None
+
+
+def speaks_of_form(error: RuntimeError) -> bool:
+    """Whether it is one of torch's about tensors that do not fit together."""
+    words = ("size", "shape", "dimension", "dtype", "1D", "2D")
+    return type(error) is RuntimeError and any(word in str(error) for word in words)
+
+
+_FIRST = (
+    "phi is a module like one among the arguments. Only a module that is the first argument is "
+    "left out of the call, as what phi was trained from: pass the module first, or by keyword"
+)
+_TRAINED = (
+    "The solver was handed {}: if that is what it trains, return the module itself (not its "
+    "parameters, its state_dict() or a loss). The function is then handed it with phi in it, in "
+    "the place of the one that was passed"
+)
 
 
 def check_determined(phi: Any, behind: Tensors) -> None:

@@ -46,7 +46,8 @@ class Transformed:
                 "under torch.func.vmap, phi holds an integer, of which there is one for each "
                 "sample: let the solver return the solution alone"
             )
-        return self._phi_tree.rebuild(phi, owned=True)
+        given = {id(kept): inputs[place] for kept, place in self._first.given}
+        return self._phi_tree.rebuild(phi, True, given)
 
     def _single(self, xs: Tensors, known: Tensors) -> Tensors:
         """One problem, which is solved if its φ is not known."""
@@ -94,7 +95,10 @@ class Transformed:
     def _known(self, setup: Setup, xs: Tensors, known: Tensors) -> Evaluation:
         assert self._phi_tree is not None
         phi = self._phi_tree.rebuild(known, owned=True)
-        return Evaluation(lambda _: phi, setup, self.tree, xs)
+        evaluation = Evaluation(lambda _: phi, setup, self.tree, xs)
+        if self._first is not None:
+            evaluation.given = self._first.given
+        return evaluation
 
     def _attached(self, evaluation: Evaluation, xs: Tensors) -> Tensors:
         # F is evaluated also where no gradient is taken: to find out what it captured

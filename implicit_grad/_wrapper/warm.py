@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from implicit_grad._conditions.base import Call
 from implicit_grad._conditions.proximal_term import ProximalObjective
 from implicit_grad._linear_solvers.warm_start import Slot
 from implicit_grad._torch import pytree
+from implicit_grad._torch.clone import kept_tensors, replace_kept
+from implicit_grad._torch.module_form import mark_of
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.transforms import is_transformed
 from implicit_grad._wrapper.solver_output import common
@@ -88,6 +91,7 @@ class WarmCall:
         found = None
         if end is not None and end.tree is not None and end.place == _place(call):
             found = end.again() if like is None or end.in_form_of(like) is not None else None
+            _put_arguments(call, pytree.modules(found))
         self.started = found is not None
         return found
 
@@ -114,6 +118,23 @@ class WarmCall:
         names = pytree.names(tree.rebuild(kept, owned=True), "phi")
         whole = tree if self._returns_container else None
         self._slot.put_end(Ended(kept, names, tree.slots, _place(call), whole))
+
+
+def _put_arguments(call: Call, modules: Sequence[nn.Module]) -> None:
+    """Let modules that kept arguments of the last call keep those of this one."""
+    if not modules:
+        return
+    kept = (t for m in pytree.modules((call.args, call.kwargs)) for _, t in kept_tensors(m))
+    plain = (t for t in pytree.leaves((call.args, call.kwargs)) if torch.is_tensor(t))
+    now = {mark[1]: t for t in (*kept, *plain) if (mark := mark_of(t)) is not None}
+
+    def put(x: Any, is_parameter: bool) -> Any:
+        mark = mark_of(x)
+        new = x if mark is None else now.get(mark[1], x)
+        return new if new.shape == x.shape else x
+
+    for module in modules:
+        replace_kept(module, put)
 
 
 def _place(call: Call) -> tuple[torch.dtype, torch.device]:

@@ -157,7 +157,9 @@ def imaml(
     if linear_solver is None:
         linear_solver = MINRES(maxiter=5) if lam is None else CG(maxiter=5)
     check_option(check, "imaml")
-    linear_solver = as_linear_solver(linear_solver, "imaml", "CG(), MINRES(), Neumann(), Exact()")
+    linear_solver = as_linear_solver(
+        linear_solver, "imaml", "CG(), EarlyStopped(), MINRES(), Neumann(), Exact()"
+    )
     _check(module_or_maml, lam, solver, curvature, linear_solver)
     held = held_maml(module_or_maml)
     given = accepted(module_or_maml if held is None else getattr(module_or_maml, held), lr)

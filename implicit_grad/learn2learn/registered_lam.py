@@ -46,7 +46,7 @@ def _by_parameter(lam: Any, names: Sequence[str]) -> Any:
                 f"imaml: lam must have one entry for each parameter, {list(names)}; got {list(lam)}"
             )
         return tuple(lam[name] for name in names)
-    if not isinstance(lam, (Sequence, nn.ParameterList)):
+    if isinstance(lam, str) or not isinstance(lam, (Sequence, nn.ParameterList)):
         return lam
     if len(lam) != len(names):
         raise InvalidArgumentError(

@@ -249,6 +249,59 @@ def test_another_kind_of_graph_is_checked_too():
     assert [r.curvature for r in monitor.reports] == ["hessian", "finite_difference"]
 
 
+@pytest.mark.parametrize("part", ["factor", "term", "between", "whole"])
+def test_a_part_that_only_a_later_call_holds_constant_is_found(part):
+    """The operations are the same, and what they are applied to is not."""
+
+    def objective(w, theta, holds):
+        held = w.detach() if holds else w
+        here = {name: held if name == part else w for name in ("factor", "term", "whole")}
+        between = (w * w).sin()
+        between = between.detach() if holds and part == "between" else between
+        coupled = (w * here["factor"]).sum() + (here["term"] * here["term"]).sum()
+        coupled = coupled + (between * w).sum() + (w * w).sin().sum()
+        value = coupled + 3 * (here["whole"] - theta).square().sum()
+        return value + (w - theta).square().sum()
+
+    def counting(w, theta, holds):
+        counting.calls += 1
+        return objective(w, theta, holds)
+
+    theta, monitor = normal(4, seed=3), ig.Monitor()
+    solver = ig.solvers.NewtonCG()
+
+    def minimised(theta, holds):
+        return solver.minimize(lambda w: objective(w, theta, False), theta)
+
+    condition = ig.argmin(counting)
+    solve = ig.implicit(minimised, condition, monitor=monitor, on_failure="ignore")
+    counting.calls = 0
+    for holds in (False, False, True):
+        counting.calls = 0
+        wavy(solve(theta, holds)).backward()
+        assert (counting.calls == 1) == (len(monitor.reports) == 2)
+    assert [r.status is ig.Status.WRONG_PRODUCT for r in monitor.reports] == [False, False, True]
+
+
+def test_a_longer_loop_is_no_other_kind_of_graph():
+    calls = []
+
+    def objective(w, theta, steps):
+        calls.append(steps)
+        x = w
+        for _ in range(steps):
+            x = 0.5 * torch.tanh(x) + theta
+        return (w - theta).square().sum() + x.square().sum() / 100
+
+    theta, newton = normal(4, seed=3), ig.solvers.NewtonCG()
+    known = {n: newton.minimize(lambda w, n=n: objective(w, theta, n), theta) for n in (3, 4, 9)}
+    solve = ig.implicit(lambda theta, steps: known[steps], ig.argmin(objective))
+    for steps in known:
+        calls.clear()
+        solve(theta, steps)
+        assert (len(calls) > 1) == (steps == 3)
+
+
 @pytest.mark.parametrize("function", [Weighted, WeightedByData])
 def test_cross_derivatives(function):
     a, monitor = torch.tensor([1.0, 2.0, 3.0], requires_grad=True), ig.Monitor()

@@ -1,0 +1,318 @@
+"""Tensors that a module keeps besides its parameters, as what a hypernetwork wrote: arguments."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim import swa_utils
+
+import implicit_grad as ig
+
+X, X_VAL = torch.randn(2, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+Y, Y_VAL = X.sum(1).sin(), X_VAL.sum(1)
+RIDGE = 0.3
+Pair = collections.namedtuple("Pair", "first second")
+
+# how a module keeps the scale, and where it finds it
+KEPT = {
+    "attribute": (lambda m, s: setattr(m, "scale", s), lambda m: m.scale),
+    "private": (lambda m, s: setattr(m, "_scale", s), lambda m: m._scale),
+    "list": (lambda m, s: setattr(m, "made", [1, s]), lambda m: m.made[1]),
+    "dict": (lambda m, s: setattr(m, "made", {"s": (s,)}), lambda m: m.made["s"][0]),
+    "ordered": (
+        lambda m, s: setattr(m, "made", collections.OrderedDict(s=s)),
+        lambda m: m.made["s"],
+    ),
+    "named": (lambda m, s: setattr(m, "made", Pair(0, s)), lambda m: m.made.second),
+    "part": (lambda m, s: setattr(m.part, "scale", s), lambda m: m.part.scale),
+    "buffer": (lambda m, s: m.register_buffer("scale", s), lambda m: m.scale),
+}
+
+
+class Scaled(nn.Module):
+    """x ↦ xᵀ(w·scale)."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        self.keep, self.find = KEPT[kept]
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.part = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight * self.find(self))
+
+
+def objective(model: Scaled, X: Tensor, y: Tensor) -> Tensor:
+    return (model(X) - y).square().sum() / 2 + RIDGE * model.weight.square().sum() / 2
+
+
+def minimum(scale: Tensor, X: Tensor) -> Tensor:
+    """The weights that minimise the objective, in closed form."""
+    made = X * scale
+    return torch.linalg.solve(made.T @ made + RIDGE * torch.eye(3, dtype=X.dtype), made.T @ Y)
+
+
+def train(model: Scaled, X: Tensor, y: Tensor) -> Scaled:
+    """As a loop does, through the graph of each loss; then the last step, in closed form."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(model, X, y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.weight.copy_(minimum(model.find(model), X))
+    return model
+
+
+def outer(model: Scaled) -> Tensor:
+    return (model(X_VAL) - Y_VAL).square().sum()
+
+
+def expected(theta: Tensor, scale: Tensor) -> Tensor:
+    """The derivative of the outer loss by theta, through the scale and through the weights."""
+    value = (X_VAL @ (minimum(scale, X) * scale) - Y_VAL).square().sum()
+    return torch.autograd.grad(value, theta)[0]
+
+
+def new_theta() -> Tensor:
+    return torch.tensor([0.5, 1.0, -0.7], dtype=torch.float64, requires_grad=True)
+
+
+SOLVES = {
+    "argmin": lambda: ig.implicit(train, ig.argmin(objective)),
+    "minimiser": lambda: ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.argmin(objective)),
+    "gauss_newton": lambda: ig.implicit(train, ig.argmin(objective), curvature="gauss_newton"),
+}
+
+
+@pytest.mark.parametrize("solve", SOLVES)
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_tensor_with_a_history_has_its_gradient(kept, solve):
+    theta = new_theta()
+    model = Scaled(kept)
+    scale = theta.square() * 2
+    model.keep(model, scale)
+    solved = SOLVES[solve]()(model, X, Y)
+    outer(solved).backward()
+    assert KEPT[kept][1](model) is scale  # and the module is left alone
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there.square() * 2))
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_leaf_has_its_gradient_and_none_of_the_solvers(kept):
+    theta, model = new_theta(), Scaled(kept)
+    model.keep(model, theta)
+    solved = ig.implicit(train, ig.argmin(objective))(model, X, Y)
+    assert theta.grad is None
+    outer(solved).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there))
+
+
+def test_theta_of_a_proximal_term_keeps_it_too():
+    def loss(model, X, y):
+        return (model(X) - y).square().sum() / 2
+
+    theta, model = new_theta(), Scaled("attribute")
+    model.scale = theta * 2
+    solved = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.proximal(loss, RIDGE))(model, X, Y)
+    outer(solved).backward()  # the weights start at zero: the ridge is the proximal term
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+def test_beside_a_phi_of_another_form():
+    def by_hand(model, X):
+        with torch.no_grad():
+            return minimum(model.scale, X)
+
+    def value(w, model, X):
+        return (X @ (w * model.scale) - Y).square().sum() / 2 + RIDGE * w.square().sum() / 2
+
+    theta, model = new_theta(), Scaled("attribute")
+    model.scale = theta.exp()
+    w = ig.implicit(by_hand, ig.argmin(value))(model, X)
+    w.square().sum().backward()
+    there = new_theta()
+    (by_theta,) = torch.autograd.grad(minimum(there.exp(), X).square().sum(), there)
+    torch.testing.assert_close(theta.grad, by_theta)
+
+
+def test_an_argument_that_the_solver_keeps_on_its_module_is_that_argument():
+    """As Gaussian processes keep the inputs that they were fitted to."""
+
+    def fit(scale, X):
+        model = Scaled("attribute")
+        model.scale = scale
+        return train(model, X, Y)
+
+    def value(model, scale, X):
+        return objective(model, X, Y)  # which knows the scale by the module alone
+
+    theta = new_theta()
+    outer(ig.implicit(fit, ig.argmin(value))(theta * 2, X)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+@pytest.mark.parametrize("kept", ["attribute", "list", "buffer"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: swa_utils.AveragedModel(m).module])
+def test_a_solver_may_train_a_copy(copied, kept):
+    theta, model = new_theta(), Scaled(kept)
+    model.keep(model, theta * 2)
+    solve = ig.implicit(lambda model, X, y: train(copied(model), X, y), ig.argmin(objective))
+    outer(solve(model, X, Y)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+def test_what_the_solver_changed_is_a_number():
+    def fit(model, X, y):
+        model.scale.fill_(2.0)
+        return train(model, X, y)
+
+    theta, model = new_theta(), Scaled("attribute")
+    model.scale = theta * 2
+    solved = ig.implicit(fit, ig.argmin(objective))(model, X, Y)
+    assert not solved.scale.requires_grad and (solved.scale == 2).all()
+
+
+def test_under_torch_func():
+    def value(theta, model):
+        model.keep(model, theta * 2)
+        return outer(ig.implicit(train, ig.argmin(objective))(model, X, Y))
+
+    for model in (Scaled("attribute"), Scaled("buffer")):
+        there = new_theta()
+        found = torch.func.grad(value)(there.detach(), model)
+        torch.testing.assert_close(found, expected(there, there * 2))
+        rows = torch.func.vmap(torch.func.grad(value), (0, None))(
+            torch.stack([there.detach(), there.detach() + 1]), model
+        )
+        torch.testing.assert_close(rows[0], found)
+        torch.testing.assert_close(rows[1], expected(there, (there + 1) * 2))
+
+
+def test_what_a_forward_pass_left_keeps_no_graph_of_another_call():
+    class Noting(Scaled):
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    def fit(model, X, y):
+        with torch.no_grad():
+            model.weight.copy_(minimum(torch.ones(3, dtype=torch.float64), X))
+        return model
+
+    solve, model = ig.implicit(fit, ig.argmin(objective)), Noting("attribute")
+    model.scale = torch.ones(3, dtype=torch.float64)
+    first = None
+    for _ in range(3):
+        model = solve(model, X, Y)
+        model(X_VAL)  # notes a tensor with the history of this call
+        first = first or weakref.ref(model.seen)
+    model.seen = None
+    gc.collect()
+    assert first() is None
+
+
+def test_a_list_of_the_modules_own_weights_is_of_the_copys():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+            self.all = [self.weight]
+
+        def forward(self, x):
+            return x @ self.all[0]
+
+    model = Listed()
+    solved = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.argmin(objective))(model, X, Y)
+    torch.testing.assert_close(solved.all[0].detach(), minimum(X.new_ones(3), X))
+    assert solved.all[0] is solved.weight and model.all[0] is model.weight
+
+
+def test_pruned_weights_are_computed_from_what_trains():
+    def value(layer, log_ridge):
+        penalty = layer.weight.square().sum()  # as it is kept since the last forward pass
+        return (layer(X)[:, 0] - Y).square().sum() / 2 + log_ridge.exp() * penalty / 2
+
+    def fit(layer, log_ridge):
+        left = X[:, 1:]
+        with torch.no_grad():
+            matrix = left.T @ left + log_ridge.exp() * torch.eye(2, dtype=X.dtype)
+            layer.weight_orig[0, 1:] = torch.linalg.solve(matrix, left.T @ Y)
+        return layer
+
+    layer = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    prune.custom_from_mask(layer, "weight", torch.tensor([[0, 1, 1]]))
+    log_ridge = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+    def weighed(layer):
+        return (layer(X_VAL)[:, 0] - Y_VAL).square().sum()
+
+    condition = ig.argmin(lambda m, r: value(m, r) + 1e-3 * m.weight_orig[0, 0] ** 2)
+    weighed(ig.implicit(fit, condition)(layer, log_ridge)).backward()
+    there, left = log_ridge.detach().requires_grad_(), X[:, 1:]
+    matrix = left.T @ left + there.exp() * torch.eye(2, dtype=X.dtype)
+    w = torch.linalg.solve(matrix, left.T @ Y)
+    (by_ridge,) = torch.autograd.grad((X_VAL[:, 1:] @ w - Y_VAL).square().sum(), there)
+    torch.testing.assert_close(log_ridge.grad, by_ridge)
+
+
+def test_a_captured_module_that_keeps_one_is_refused():
+    theta, model = new_theta(), Scaled("attribute")
+    model.scale = theta + 2
+    solve = ig.implicit(lambda X: train(model, X, Y), ig.argmin(lambda m, X: objective(m, X, Y)))
+    with pytest.raises(ig.InvalidSolutionError, match=r"keeps .* as scale.*Pass the module"):
+        solve(X.clone().requires_grad_())
+
+
+def test_a_warm_start_keeps_what_is_kept_now():
+    def fit(model, X, y, start=None):
+        return train(model if start is None else start, X, y)
+
+    solve = ig.implicit(fit, ig.argmin(objective), warm_start=True)
+    theta = new_theta()
+    for factor in (1, 2):
+        model = Scaled("list")
+        model.keep(model, theta * factor)
+        solved = solve(model, X, Y)
+    outer(solved).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+def test_what_a_forward_pass_made_of_a_captured_tensor_is_no_obstacle():
+    class Noting(Scaled):
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    data = X.clone().requires_grad_()  # learned, as in distillation
+    model = Noting("attribute")
+    model.scale = torch.ones(3, dtype=torch.float64)
+
+    def fit(X_now):
+        fitted = train(copy.deepcopy(model), data, Y)
+        fitted(data)
+        return fitted
+
+    def value(model, X_now):
+        return objective(model, data, Y) + 0 * X_now.sum()
+
+    with torch.no_grad():
+        model.weight.zero_()
+    solved = ig.implicit(fit, ig.argmin(value))(X)
+    outer(solved).backward()
+    there = X.clone().requires_grad_()
+    loss = (X_VAL @ minimum(torch.ones(3, dtype=X.dtype), there) - Y_VAL).square().sum()
+    torch.testing.assert_close(data.grad, torch.autograd.grad(loss, there)[0])
