@@ -26,6 +26,7 @@ from implicit_grad._errors import (
     describe,
 )
 from implicit_grad._torch import pytree
+from implicit_grad._torch.module_form import unwrapped
 from implicit_grad._torch.products import dense
 from implicit_grad._torch.pytree import Tensors
 
@@ -130,6 +131,11 @@ class Processes:
     def check_arguments(self, arguments: Any) -> None:
         """Raise unless all processes have the same arguments, in a container."""
         leaves, names = pytree.leaves(arguments), pytree.names(arguments, "")
+        if any(unwrapped(leaf) is not leaf for leaf in leaves):
+            raise InvalidArgumentError(
+                "implicit: an argument is a module in DistributedDataParallel: pass its .module. "
+                "The solver is handed a copy of that, and may train it in one of its own"
+            )
         others = [repr(x) for x in leaves if isinstance(x, (int, float, complex, str))]
         tensors = [t for t in leaves if torch.is_tensor(t)]
         self._check_same(
