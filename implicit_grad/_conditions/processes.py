@@ -26,6 +26,7 @@ from implicit_grad._errors import (
     describe,
 )
 from implicit_grad._torch import pytree
+from implicit_grad._torch.module_form import unwrapped
 from implicit_grad._torch.products import dense
 from implicit_grad._torch.pytree import Tensors
 
@@ -60,7 +61,6 @@ _WHY = {
         "warm starts, on processors of one kind with the same number of threads"
     ),
 }
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_group(condition: str, group: object, batches: object) -> None:
@@ -131,6 +131,11 @@ class Processes:
     def check_arguments(self, arguments: Any) -> None:
         """Raise unless all processes have the same arguments, in a container."""
         leaves, names = pytree.leaves(arguments), pytree.names(arguments, "")
+        if any(unwrapped(leaf) is not leaf for leaf in leaves):
+            raise InvalidArgumentError(
+                "implicit: an argument is a module in DistributedDataParallel: pass its .module. "
+                "The solver is handed a copy of that, and may train it in one of its own"
+            )
         others = [repr(x) for x in leaves if isinstance(x, (int, float, complex, str))]
         tensors = [t for t in leaves if torch.is_tensor(t)]
         self._check_same(
@@ -272,11 +277,22 @@ def _kinds(tensors: Iterable[Tensor]) -> list[str]:
 
 def _bits(tensors: Iterable[Tensor]) -> int:
     """A number that hardly stays the same where one bit of the tensors changes."""
-    found = 0
-    for i, tensor in enumerate(tensors):
-        own = tensor.detach()
-        own = torch.view_as_real(own) if own.is_complex() else own
-        if own.layout is torch.strided:
-            bits = own.contiguous().view(_INTEGERS[own.element_size()])
-            found += (2 * i + 1) * int(bits.sum(dtype=torch.int64))
-    return (found + 2**63) % 2**64 - 2**63
+    sums = [_sum_of_bits(t.detach()) for t in tensors if t.numel()]
+    if not sums:
+        return 0
+    together = torch.stack([s.to(sums[0].device) for s in sums])
+    return int((together * torch.arange(1, 2 * len(sums), 2).to(together)).sum())
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes as integers of eight, and what is left of them, added up modulo 2⁶⁴."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    left = len(flat) % 8
+    if not left:
+        return flat.view(torch.int64).sum()
+    whole = len(flat) - left
+    return flat[:whole].view(torch.int64).sum() + flat[whole:].sum()

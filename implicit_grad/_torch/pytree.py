@@ -290,7 +290,7 @@ def finite(tensors: Sequence[Tensor]) -> bool:
         if math.isfinite(norm_of_one):
             return True
     norms = torch._foreach_norm(list(tensors))
-    if all(math.isfinite(n) for n in torch.stack([n.to(norms[0].device) for n in norms]).tolist()):
+    if bool(torch.isfinite(torch.stack([n.to(norms[0].device) for n in norms])).all()):
         return True
     # a norm may overflow where no element does
     return all(bool(torch.isfinite(t).all()) for t in tensors)
