@@ -80,16 +80,27 @@ class Loop:
 
     def train(self) -> Weights:
         """The weights that torch's optimizer leaves."""
+        return self.path(1)[-1][0]
+
+    def path(self, pieces: int) -> list[tuple[Weights, float]]:
+        """What it leaves after each of so many pieces, and the time Σ lr/(1 − momentum) of each."""
         phi = {k: p.detach().clone().requires_grad_() for k, p in self.start(self.argument).items()}
         optimizer = self.optimizer(phi.values())
         scheduler = self.schedule(optimizer)
+        ends = [round(self.steps * (k + 1) / pieces) for k in range(pieces)]
+        found: list[tuple[Weights, float]] = []
+        step, time = 0, 0.0
         for epoch in range(self.epochs):
             for rows in self.batches(epoch):
                 optimizer.zero_grad()
                 self.whole(phi, self.argument, rows).backward()
                 optimizer.step()
+                step, time = step + 1, time + optimizer.param_groups[0]["lr"] / (1 - self.momentum)
+                if step in ends:
+                    found.append(({k: p.detach().clone() for k, p in phi.items()}, time))
+                    time = 0.0
             scheduler.step()
-        return {k: p.detach() for k, p in phi.items()}
+        return found
 
     def unrolled(self, argument: Tensor) -> Weights:
         """The same steps, all of them in the graph."""
@@ -308,13 +319,206 @@ def regression(seed: int) -> Loop:
     )
 
 
+def weight_net(seed: int) -> Loop:
+    """Meta-Weight-Net (Shu et al., 2019): a small net w gives each point a weight by its loss l.
+
+    Training goes along Σ w(l) ∇l, with w held fixed in each step. That is the gradient of Σ W(l),
+    W' = w; here w is a mean of sigmoids, and W one of softplus.
+    """
+    net, start = perceptron(seed, 20, 16, 5)
+    (X, y), (Z, z) = classes(seed, 200, 1.0), classes(seed + 50, 200, 1.0)
+    y = torch.where(torch.arange(200) % 10 < 3, (y + 1) % 5, y)
+
+    def objective(phi: Weights, a: Tensor, rows: Rows) -> Tensor:
+        losses = cross_entropy(net(phi, X[rows]), y[rows], reduction="none")
+        shift, slope = a.view(2, -1)
+        total = softplus(losses[:, None] * slope + shift) / slope
+        return total.mean() + 5e-4 * sum(p.square().sum() for p in phi.values())
+
+    slopes = torch.tensor([-2.0, -1.0, 0.5, 1.0], dtype=F64)
+    return Loop(
+        argument=torch.cat([torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=F64), slopes]),
+        start=lambda _: start,
+        objective=objective,
+        outer=lambda phi: cross_entropy(net(phi, Z), z),
+        lr=0.1,
+        momentum=0.9,
+        epochs=15,
+        data=200,
+        batch=20,
+    )
+
+
+def augmentation(seed: int) -> Loop:
+    """How strong the noise on each input is to be in training; the draws are kept."""
+    net, start = perceptron(seed, 20, 16, 5)
+    (X, y), (Z, z) = classes(seed, 100, 1.5), classes(seed + 50, 300, 1.5)
+    noise = normal(100, 20, seed=seed + 100)
+
+    def objective(phi: Weights, a: Tensor, rows: Rows) -> Tensor:
+        return cross_entropy(net(phi, X[rows] + a.exp() * noise[rows]), y[rows])
+
+    return Loop(
+        argument=torch.full((20,), -1.0, dtype=F64),
+        start=lambda _: start,
+        objective=objective,
+        outer=lambda phi: cross_entropy(net(phi, Z), z),
+        lr=0.05,
+        momentum=0.9,
+        epochs=20,
+        data=100,
+        batch=20,
+    )
+
+
+def mixed_operations(seed: int) -> Loop:
+    """DARTS (Liu et al., 2019): four operations on each of two edges, mixed by a softmax of a."""
+    _, start = perceptron(seed, 20, 12, 5)
+    _, more = perceptron(seed + 10, 12, 12, 5)
+    start = {**start, "1.weight": more["0.weight"], "1.bias": more["0.bias"]}
+    (X, y), (Z, z) = classes(seed, 200, 1.5), classes(seed + 50, 200, 1.5)
+
+    def mixed(x: Tensor, a: Tensor) -> Tensor:
+        operations = x, x.tanh(), softplus(x), torch.zeros_like(x)
+        return sum(w * op for w, op in zip(a.softmax(0), operations, strict=True))  # type: ignore
+
+    def logits(phi: Weights, a: Tensor, x: Tensor) -> Tensor:
+        x = mixed(x @ phi["0.weight"].T + phi["0.bias"], a[:4])
+        x = mixed(x @ phi["1.weight"].T + phi["1.bias"], a[4:])
+        return x @ phi["2.weight"].T + phi["2.bias"]
+
+    def objective(phi: Weights, a: Tensor, rows: Rows) -> Tensor:
+        penalty = 1.5e-4 * sum(p.square().sum() for p in phi.values())
+        return cross_entropy(logits(phi, a, X[rows]), y[rows]) + penalty
+
+    argument = 0.1 * normal(8, seed=seed + 100)
+    return Loop(
+        argument=argument,
+        start=lambda _: start,
+        objective=objective,
+        # the outer loss's own part of the gradient is known: only that through φ is looked at
+        outer=lambda phi: cross_entropy(logits(phi, argument, Z), z),
+        lr=0.025,
+        momentum=0.9,
+        epochs=20,
+        data=200,
+        batch=25,
+    )
+
+
+def virtual_step(seed: int) -> Loop:
+    """DARTS as its code has it, second order: one plain step from where the weights are."""
+    loop = mixed_operations(seed)
+    there = dataclasses.replace(loop, epochs=5).train()
+    return dataclasses.replace(
+        loop, start=lambda _: there, epochs=1, momentum=0.0, data=0, batch=0, lr=0.025
+    )
+
+
+def adapters(seed: int) -> Loop:
+    """LoRA: a frozen network and pairs of rank 2 for two layers; by one log-decay for each."""
+    net, base = perceptron(seed, 20, 32, 5)
+    (X, y), (Z, z) = classes(seed, 60, 1.5), classes(seed + 50, 300, 1.5)
+    start = {
+        "0.A": 0.3 * normal(2, 20, seed=seed + 100),
+        "0.B": torch.zeros(32, 2, dtype=F64),
+        "2.A": 0.3 * normal(2, 32, seed=seed + 150),
+        "2.B": torch.zeros(5, 2, dtype=F64),
+    }
+
+    def logits(phi: Weights, x: Tensor) -> Tensor:
+        moved = {f"{i}.weight": base[f"{i}.weight"] + phi[f"{i}.B"] @ phi[f"{i}.A"] for i in (0, 2)}
+        return net({**base, **moved}, x)
+
+    return Loop(
+        argument=torch.full((4,), -5.0, dtype=F64),
+        start=lambda _: start,
+        objective=lambda phi, a, rows: cross_entropy(logits(phi, X[rows]), y[rows]) + decay(phi, a),
+        outer=lambda phi: cross_entropy(logits(phi, Z), z),
+        lr=0.02,
+        momentum=0.9,
+        epochs=40,
+        data=60,
+        batch=20,
+    )
+
+
+def influence(seed: int) -> Loop:
+    """What each training point of a logistic regression owes to the outer loss."""
+    loop = logistic(seed)
+    X = normal(150, 15, seed=seed)
+    truth, noise = normal(15, seed=seed + 100), normal(150, seed=seed + 150)
+    y = (X @ truth + 2 * noise > 0).to(F64)
+
+    def objective(phi: Weights, a: Tensor, rows: Rows) -> Tensor:
+        losses = softplus(X @ phi["w"]) - y * (X @ phi["w"])
+        return (a * losses).mean() + 0.01 * phi["w"].square().sum() / 2
+
+    return dataclasses.replace(loop, argument=torch.ones(150, dtype=F64), objective=objective)
+
+
+def conductivity(seed: int) -> Loop:
+    """-(k u')' = f, u by descent on its energy; by log k of each cell, from what was measured."""
+    n, k = 15, (0.5 * normal(16, seed=seed)).exp()
+    f, h = 1 + normal(n, seed=seed + 50).abs(), 1 / 16
+
+    def energy(phi: Weights, a: Tensor, rows: Rows) -> Tensor:
+        edges = torch.zeros(1, dtype=F64)
+        slopes = torch.cat([edges, phi["u"], edges]).diff() / h
+        return h * ((a.exp() * slopes.square()).sum() / 2 - (f * phi["u"]).sum())
+
+    stiffness = torch.autograd.functional.hessian(
+        lambda u: energy({"u": u}, k.log(), ALL), torch.zeros(n, dtype=F64)
+    )
+    measured = torch.linalg.solve(stiffness, h * f) * (1 + 0.05 * normal(n, seed=seed + 100))
+    return Loop(
+        argument=torch.zeros(16, dtype=F64),
+        start=lambda _: {"u": torch.zeros(n, dtype=F64)},
+        objective=energy,
+        outer=lambda phi: (phi["u"] - measured).square().sum() / measured.square().sum(),
+        lr=0.012,
+        momentum=0.9,
+        epochs=200,
+    )
+
+
+def reweighting(seed: int) -> Loop:
+    """Learning to reweight (Ren et al., 2018): one step along Σ ε l(φ), at ε = 0; by ε."""
+    loop = data_weights(seed)
+    there = dataclasses.replace(loop, epochs=10).train()
+    net, _ = perceptron(seed, 20, 16, 5)
+    X, y = classes(seed, 200, 1.0)
+    y = torch.where(torch.arange(200) % 10 < 3, (y + 1) % 5, y)
+
+    def objective(phi: Weights, a: Tensor, rows: Rows) -> Tensor:
+        return (a * cross_entropy(net(phi, X), y, reduction="none")).sum()
+
+    return dataclasses.replace(
+        loop,
+        argument=torch.zeros(200, dtype=F64),
+        start=lambda _: there,
+        objective=objective,
+        lr=0.1,
+        momentum=0.0,
+        epochs=1,
+    )
+
+
 LOOPS: dict[str, Callable[[int], Loop]] = {
     "MLP, decay per tensor": mlp,
     "CNN, decay per tensor": cnn,
-    "data weights": data_weights,
+    "weight net": weight_net,
     "distillation": distillation,
+    "augmentation": augmentation,
+    "DARTS": mixed_operations,
+    "LoRA, decay per tensor": adapters,
+    "influence": influence,
+    "PDE": conductivity,
+    "data weights": data_weights,
     "logistic regression": logistic,
     "factorisation": factorisation,
     "fine-tuning": fine_tuning,
     "tanh regression": regression,
+    "DARTS, one step": virtual_step,
+    "reweighting, one step": reweighting,
 }

@@ -2,19 +2,28 @@
 
     python benchmarks/stopped_training.py --out benchmarks/results
 
-Eight small loops (`stopped_loops.py`), and the gradient of an outer loss by what they depend on.
+Sixteen small loops (`stopped_loops.py`), and the gradient of an outer loss by what they depend on.
 The reference is exact: autograd through all steps. `error` is the distance relative to it, `length`
 the ratio of the norms. `unsettled` tells how far a training is from its end: by how much the
 reference changes where the loop goes on for twice as long. `ms` is the CPU time of a hypergradient:
 of the backward pass alone, where the weights are there; of training and backward pass, unrolled.
-Medians over seeds, and the worst.
+`KiB` is the most memory alive at once in it, for some methods, the first seed and each loop's own
+length. Medians over seeds, and the worst.
+
+φ is a module, trained from the one that is handed in (with `lam`, a dict that is trained from θ).
+"Pieces" are as many calls that make one training, each from the module that the last one returned.
+"TorchOpt" is its `custom_root` with 20 iterations of CG, where it is installed and does not fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import statistics
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +33,21 @@ from rich.progress import track
 from stopped_loops import ALL, LOOPS, Loop, Weights
 from tables import Row, write
 from timing import cpu_seconds
-from torch import Tensor
+from torch import Tensor, nn
 
 import implicit_grad as ig
+from implicit_grad.testing import peak_memory
 
+DEFAULT = "default"
+PIECES = 4, 16
+WEIGHED = DEFAULT, "EarlyStopped, time", "EarlyStopped, 16 pieces", "TorchOpt"
 SETTLED = 0.05
 LEAST_DRAWN = 0.01
 Found = dict[str, Any]
 
 
-def methods(loop: Loop) -> dict[str, dict[str, Any]]:
-    """Those that fit this loop: steps are known where they are equal, and plain for Neumann."""
+def filters(loop: Loop) -> dict[str, Any]:
+    """The linear solvers that fit this loop: steps are known where equal, plain for Neumann."""
     sgd = loop.optimizer([torch.zeros(1)])
     time = ig.training_time(sgd, loop.schedule, steps=loop.steps, every=loop.every)
     solvers = {"EarlyStopped, time": ig.EarlyStopped(time=time), "CG 20": ig.CG(maxiter=20)}
@@ -43,19 +56,88 @@ def methods(loop: Loop) -> dict[str, dict[str, Any]]:
         solvers["EarlyStopped, steps"] = steps
     if not loop.cosine and not loop.momentum:
         solvers["Neumann"] = ig.Neumann(terms=loop.steps, scale=loop.lr)
-    return {"default": {}} | {name: {"linear_solver": solver} for name, solver in solvers.items()}
+    return {DEFAULT: DEFAULT, **solvers}
 
 
-def implicit(loop: Loop, weights: Weights, **options: Any) -> Tensor:
-    """The hypergradient by one method, where the loop has found these weights."""
+class Held(nn.Module):
+    """Weights as a module."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.names = list(weights)
+        self.tensors = nn.ParameterList(p.detach().clone() for p in weights.values())
+
+    def weights(self) -> Weights:
+        """By their names."""
+        return dict(zip(self.names, self.tensors, strict=True))
+
+
+def from_module(
+    loop: Loop, solver: Any, path: Sequence[tuple[Weights, float]], monitor: ig.Monitor
+) -> Tensor:
+    """The hypergradient of trainings in a row, each of the module that the last one returned."""
+    argument = loop.argument.clone().requires_grad_()
+    start = loop.start(argument)
+    first = held = Held(start)
+    condition = ig.argmin(lambda held, a: loop.whole(held.weights(), a, ALL))
+    for weights, time in path:
+        solve = ig.implicit(
+            lambda *_, weights=weights: Held(weights),
+            condition,
+            on_failure="ignore",
+            monitor=monitor,
+            **options(solver or ig.EarlyStopped(time=time)),
+        )
+        held = solve(held, argument)
+    outer = loop.outer(held.weights())
+    gradient, *rest = torch.autograd.grad(outer, [argument, *first.parameters()], allow_unused=True)
+    if rest[0] is None or not next(iter(start.values())).requires_grad:
+        return gradient
+    return gradient + torch.autograd.grad(list(start.values()), argument, rest)[0]
+
+
+def from_dict(loop: Loop, solver: Any, weights: Weights, monitor: ig.Monitor) -> Tensor:
+    """The same where nothing is known of the start; with `lam`, of a proximal minimum near θ."""
     argument = loop.argument.clone().requires_grad_()
     if loop.lam:
         condition = ig.proximal(lambda phi: loop.objective(phi, loop.argument, ALL), loop.lam)
     else:
         condition = ig.argmin(lambda phi, a: loop.objective(phi, a, ALL))
-    solve = ig.implicit(lambda _: weights, condition, on_failure="ignore", **options)
+    solve = ig.implicit(
+        lambda _: weights, condition, on_failure="ignore", monitor=monitor, **options(solver)
+    )
     phi = solve(loop.start(argument) if loop.lam else argument)
     return torch.autograd.grad(loop.outer(phi), argument)[0]
+
+
+def options(solver: Any) -> dict[str, Any]:
+    """Of `implicit`."""
+    return {} if solver == DEFAULT else {"linear_solver": solver}
+
+
+def by_torchopt(loop: Loop, weights: Weights) -> Tensor | None:
+    """TorchOpt's implicit gradient, by 20 iterations of CG."""
+    from torchopt.diff.implicit import custom_root
+    from torchopt.linear_solve import solve_cg
+
+    names = list(weights)
+
+    def value(phi: tuple[Tensor, ...], argument: Tensor) -> Tensor:
+        return loop.whole(dict(zip(names, phi, strict=True)), argument, ALL)
+
+    solver = solve_cg(maxiter=20, rtol=0.0, atol=0.0)
+
+    @custom_root(torch.func.grad(value), argnums=1, solve=solver)
+    def solve(start: tuple[Tensor, ...], argument: Tensor) -> tuple[Tensor, ...]:
+        return tuple(p.clone().requires_grad_() for p in weights.values())
+
+    argument = loop.argument.clone().requires_grad_()
+    phi = solve(tuple(weights.values()), argument)
+    outer = loop.outer(dict(zip(names, phi, strict=True)))
+    try:
+        return torch.autograd.grad(outer, argument)[0]
+    except ZeroDivisionError:  # its CG where the curvature along a direction is 0
+        return None
 
 
 def unrolled(loop: Loop) -> Tensor:
@@ -64,22 +146,49 @@ def unrolled(loop: Loop) -> Tensor:
     return torch.autograd.grad(loop.outer(loop.unrolled(argument)), argument)[0]
 
 
-def timed(loop: Loop, weights: Weights, options: dict[str, Any]) -> tuple[Tensor, float, ig.Report]:
-    """The gradient of one method, its time (the second call's), and its report."""
+Method = Callable[[ig.Monitor], Tensor | None]
+
+
+def methods(loop: Loop) -> dict[str, Method]:
+    """All that fit, each a hypergradient at the weights that the loop leaves."""
+    (whole,) = loop.path(1)
+    found: dict[str, Method] = {}
+    for name, solver in filters(loop).items():
+        if loop.lam:
+            found[name] = functools.partial(from_dict, loop, solver, whole[0])
+        else:
+            found[name] = functools.partial(from_module, loop, solver, [whole])
+    if not loop.lam:
+        found["default, of a dict"] = functools.partial(from_dict, loop, DEFAULT, whole[0])
+    for pieces in PIECES:
+        path = loop.path(min(pieces, loop.steps))
+        found[f"EarlyStopped, {pieces} pieces"] = functools.partial(from_module, loop, None, path)
+    if find_spec("torchopt"):
+        found["TorchOpt"] = lambda _: by_torchopt(loop, whole[0])
+    return found
+
+
+def timed(method: Method, memory: bool) -> tuple[Tensor | None, Found]:
+    """The gradient of one method, its time (the second call's), and what its report says."""
     monitor, gradients = ig.Monitor(), []
 
     def call() -> None:
-        gradients.append(implicit(loop, weights, monitor=monitor, **options))
+        gradients.append(method(monitor))
 
     call()
-    seconds = cpu_seconds(call)
-    assert monitor.last is not None
-    return gradients[-1], seconds, monitor.last
+    monitor.reports.clear()
+    seconds, reports = cpu_seconds(call), monitor.reports.copy()
+    return gradients[-1], {
+        "ms": 1e3 * seconds,
+        "KiB": peak_memory(call) / 2**10 if memory else math.nan,
+        "status": " ".join(sorted({report.status.name for report in reports})),
+        "products": sum(report.products for report in reports),
+    }
 
 
-def compare(loop: Loop) -> dict[str, Found]:
+def compare(loop: Loop, memory: bool) -> dict[str, Found]:
     """What each method finds and takes, on one seed."""
-    weights, references = loop.train(), []
+    references: list[Tensor] = []
     seconds = cpu_seconds(lambda: references.append(unrolled(loop)))
     size = float(references[0].norm())
 
@@ -87,19 +196,16 @@ def compare(loop: Loop) -> dict[str, Found]:
         return float((gradient - references[0]).norm()) / size
 
     unsettled = distance(unrolled(loop.times(2)))
-    exact = {"error": 0.0, "length": 1.0, "ms": 1e3 * seconds, "status": "", "products": 0}
-    found: dict[str, Found] = {"unrolled": {"unsettled": unsettled, **exact}}
-    for name, options in methods(loop).items():
-        gradient, seconds, report = timed(loop, weights, options)
-        found[name] = {
-            "unsettled": unsettled,
-            "error": distance(gradient),
-            "length": float(gradient.norm()) / size,
-            "ms": 1e3 * seconds,
-            "status": report.status.name,
-            "products": report.products,
-        }
-    return found
+    peak = peak_memory(lambda: unrolled(loop)) / 2**10 if memory else math.nan
+    exact = {"ms": 1e3 * seconds, "KiB": peak, "status": "", "products": 0}
+    found: dict[str, Found] = {"unrolled": {"error": 0.0, "length": 1.0, **exact}}
+    for name, method in methods(loop).items():
+        gradient, told = timed(method, memory and name in WEIGHED)
+        if gradient is None:
+            continue
+        lengths = {"error": distance(gradient), "length": float(gradient.norm()) / size}
+        found[name] = {**lengths, **told}
+    return {name: {"unsettled": unsettled, **told} for name, told in found.items()}
 
 
 def summary(loop: str, length: int, method: str, runs: list[Found]) -> Row:
@@ -116,6 +222,7 @@ def summary(loop: str, length: int, method: str, runs: list[Found]) -> Row:
         "least_length": min(lengths),
         "greatest_length": max(lengths),
         "ms": statistics.median(run["ms"] for run in runs),
+        "KiB": runs[0]["KiB"],
         "products": statistics.median(run["products"] for run in runs),
         "status": " ".join(sorted({run["status"] for run in runs})),
     }
@@ -127,9 +234,13 @@ def measure(loops: Sequence[str], lengths: Sequence[int], seeds: int) -> list[Ro
     for name in loops:
         for length in lengths:
             label = f"{name}, {length} x its epochs"
-            runs = [compare(LOOPS[name](seed).times(length)) for seed in track(range(seeds), label)]
+            runs = [
+                compare(LOOPS[name](seed).times(length), memory=seed == 0 and length == 1)
+                for seed in track(range(seeds), label)
+            ]
             rows += [
-                summary(name, length, method, [run[method] for run in runs]) for method in runs[0]
+                summary(name, length, method, [run[method] for run in runs if method in run])
+                for method in runs[0]
             ]
     return rows
 
@@ -161,11 +272,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 7), sharey=True, layout="constrained")
     order = sorted(rows, key=lambda row: row["unsettled"])
     places = list(dict.fromkeys(f"{row['loop']}, × {row['length_of_training']}" for row in order))
     names = [m for m in dict.fromkeys(str(row["method"]) for row in rows) if m != "unrolled"]
-    for method, marker in zip(names, "oDs^v", strict=False):
+    for method, marker in zip(names, "oDs^vP*X", strict=False):
         mine = [row for row in rows if row["method"] == method]
         at = [places.index(f"{row['loop']}, × {row['length_of_training']}") for row in mine]
         for panel, value in zip(panels, ("error", "length"), strict=True):
@@ -198,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "We've integrated functorch", FutureWarning)  # torchopt's
     console = Console(width=160)
     rows = measure(options.loops, options.lengths, options.seeds)
     write(rows, options.out / "stopped_training.csv", console)

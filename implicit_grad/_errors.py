@@ -233,3 +233,13 @@ def describe(value: object) -> str:
     elif isinstance(value, np.ndarray):
         kind = f"{value.dtype} array of shape {value.shape}"
     return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def in_pairs(value: object) -> str:
+    """What to do about a complex tensor where reals are expected; nothing for other values."""
+    if not (isinstance(value, Tensor) and value.is_complex()):
+        return ""
+    return (
+        ". Give it as pairs of real numbers: torch.view_as_real outside, and "
+        "torch.view_as_complex(phi) in the condition's function"
+    )

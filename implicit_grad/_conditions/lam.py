@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.proximal_term import ProximalTerm
-from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._errors import InvalidArgumentError, describe, in_pairs
 from implicit_grad._options import is_number
 from implicit_grad._torch import pytree
 from implicit_grad._torch.transforms import is_wrapped
@@ -53,7 +53,7 @@ def check_theta(theta: Any, where: str) -> None:
         if not (torch.is_tensor(leaf) and leaf.is_floating_point()):
             raise InvalidArgumentError(
                 f"{where}: theta, the solver's first argument, must hold floating-point tensors "
-                f"only; it holds {describe(leaf)}"
+                f"only; it holds {describe(leaf)}{in_pairs(leaf)}"
             )
 
 

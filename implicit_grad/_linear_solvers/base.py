@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,19 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
     return products.double()
 
 
+class Times(NamedTuple):
+    """Between which times an unknown training lies.
+
+    Attributes:
+        longest: way over ‖F‖, the way from φ₀ to φ, or ‖φ‖ if φ₀ is not known: a training that was
+            longer would have taken φ farther.
+        least: in units of 1 over the greatest curvature.
+    """
+
+    longest: float = math.inf
+    least: float = 1.0
+
+
 T = TypeVar("T", float, Tensor)
 # A function of a symmetric matrix, by its values at eigenvalues.
 Filter = Callable[[Tensor], Tensor]
@@ -64,8 +77,8 @@ class Operator:
         is_hessian: whether M is an objective's second derivative, or stands for it.
         training: makes the filter g of a training that was stopped, g(M) rhs for M⁻¹rhs, where it
             is known how φ was trained; None, or one that makes None, where it is not.
-        longest: ‖φ‖/‖F‖ for each row of a batch of this size, where φ are kept and F is their
-            slope: a training that was longer would have taken φ farther. None where not known.
+        spans: what φ and its slope F tell of how long it was trained, for each row of a batch of
+            this size. None where not known.
         either_sign: whether M is symmetric but no objective's Hessian: it may be negative definite
             as well as positive definite.
         matrix: makes M of each task of a batch, or None, at less than a product for each unknown.
@@ -80,7 +93,7 @@ class Operator:
     rtol_error: float | None = None
     is_hessian: bool = False
     training: Callable[[], Filter | None] | None = None
-    longest: Callable[[int], list[float]] | None = None
+    spans: Callable[[int], list[Times]] | None = None
     either_sign: bool = False
     matrix: Callable[[], Tensor | None] | None = None
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, Status
-from implicit_grad._linear_solvers.base import Filter, LinearSolution, LinearSolver, Operator
+from implicit_grad._linear_solvers.base import Filter, LinearSolution, LinearSolver, Operator, Times
 from implicit_grad._linear_solvers.lanczos import apply_filter
 from implicit_grad._options import (
     is_number,
@@ -163,9 +162,9 @@ class _AmongSteps(EarlyStopped):
 def instead_of_minimum(operator: Operator, rhs: Tensor, most: int | None) -> list[LinearSolution]:
     """g(|M|) rhs for each row of rhs, where M is not definite, by the g that is known best.
 
-    That of φ's own training; else that of a time of ‖φ‖/‖F‖, for a longer one would have taken φ
-    farther, but of 1 to 200 over the greatest curvature met: 200 is 1/h for curvatures h above 1 %
-    of that one. At most 20 products, or `most`.
+    That of φ's own training; else that of the longest time that φ and F allow (`Times`), but of at
+    most 200 over the greatest curvature met: 200 is 1/h for curvatures h above 1 % of that one. At
+    most 20 products, or `most`.
     """
     known = None if operator.training is None else operator.training()
     filters = [known] * len(rhs) if known else _unknown_trainings(operator, len(rhs))
@@ -181,16 +180,17 @@ def of_one(operator: Operator) -> Operator:
 
 
 def _unknown_trainings(operator: Operator, rows: int) -> list[Filter]:
-    longest = [math.inf] * rows if operator.longest is None else operator.longest(rows)
-    return [functools.partial(_unknown_training, limit) for limit in longest]
+    known = [Times()] * rows if operator.spans is None else operator.spans(rows)
+    return [functools.partial(_unknown_training, times) for times in known]
 
 
-def _unknown_training(longest: float, curvatures: Tensor) -> Tensor:
+def _unknown_training(times: Times, curvatures: Tensor) -> Tensor:
     sizes = curvatures.abs()
     greatest = float(sizes.max())
     if not greatest:
         return torch.ones_like(sizes)
-    return exponential(min(max(1.0, longest * greatest), UNKNOWN_TIME) / greatest, sizes)
+    time = min(max(times.least, times.longest * greatest), UNKNOWN_TIME)
+    return exponential(time / greatest, sizes)
 
 
 def exponential(time: float, sizes: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class _System:
             rtol_error=accuracy.rtol_error,
             is_hessian=self._around.is_hessian,
             training=self._around.training,
-            longest=self._around.longest_training,
+            spans=self._around.training_times,
             either_sign=self._around.said_symmetric,
             matrix=self._around.matrix,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import GraphError, Status
-from implicit_grad._linear_solvers.base import Filter
+from implicit_grad._linear_solvers.base import Filter, Times
 from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.products import vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors, length
@@ -126,17 +125,24 @@ class Linearization:
         with torch.enable_grad():
             return self.make_residual()
 
-    def longest_training(self, n_tasks: int) -> list[float]:
-        """‖φ‖/‖F‖ for each task: the time in which a slope as at the end makes φ's whole length.
+    def training_times(self, n_tasks: int) -> list[Times]:
+        """What each task's way and slope tell of the time of its training.
 
-        Where the slope has fallen on the way, φ went at least ‖F‖ times the time of its training.
+        Where the slope has fallen on the way, φ went at least ‖F‖ times that time. The way is known
+        if its start is, and φ has left it; then its time may be as short as a step's.
         """
-        rows = [
-            [[t.detach().reshape(n_tasks, -1)[task] for t in tensors] for task in range(n_tasks)]
-            for tensors in (self.phi, self.residual)
-        ]
-        sizes = ((length(phi), length(slope)) for phi, slope in zip(*rows, strict=True))
-        return [phi / slope if slope else math.inf for phi, slope in sizes]
+
+        def of_task(task: int) -> Times:
+            phi, slope, starts = (
+                [t.detach().reshape(n_tasks, -1)[task] for t in tensors]
+                for tensors in (self.phi, self.residual, self.starts)
+            )
+            size, way = length(slope), length([p - s for p, s in zip(phi, starts, strict=False)])
+            if not size:
+                return Times()
+            return Times(way / size, least=0.0) if way else Times(length(phi) / size)
+
+        return [of_task(task) for task in range(n_tasks)]
 
     def matrix(self) -> Tensor | None:
         """A of each task, where that is known at less than a product for each unknown."""

@@ -339,6 +339,10 @@ _OWN_TIME = "the minimiser's own number of steps"
 _UNKNOWN_TIME = (
     "with a time of |phi|/|F|, of 1 to 200 over the greatest curvature, for want of its own"
 )
+_TIME_OF_WAY = (
+    "with a time of |phi - phi_0|/|F|, phi_0 the module as it was handed in, at most 200 over the "
+    "greatest curvature, for want of its own"
+)
 
 
 def _sentence(
@@ -355,7 +359,8 @@ def _sentence(
             sentence = _FLAT
     if solution.substitute == "early_stopped":
         known = around.training is not None and around.training() is not None
-        return f"{sentence}. {_STOPPED.format(_OWN_TIME if known else _UNKNOWN_TIME)}"
+        time = _OWN_TIME if known else _TIME_OF_WAY if around.starts else _UNKNOWN_TIME
+        return f"{sentence}. {_STOPPED.format(time)}"
     if sentence is _FLAT:
         return sentence
     if status is Status.NEGATIVE_CURVATURE and solved.solver.when_indefinite:

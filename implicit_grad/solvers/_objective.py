@@ -14,7 +14,7 @@ from implicit_grad._conditions.base import scalar
 from implicit_grad._conditions.proximal_term import ProximalObjective, gradient_step
 from implicit_grad._curvature.auto import AutoCurvature
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
+from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe, in_pairs
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.foreach import added
@@ -81,7 +81,7 @@ class Variables:
             if not tensor.is_floating_point():
                 raise InvalidArgumentError(
                     f"{self.name}: init must hold floating-point tensors only; it holds "
-                    f"{describe(tensor)}"
+                    f"{describe(tensor)}{in_pairs(tensor)}"
                 )
         self.container = init
         self.start: Tensors = tuple(t.detach().clone() for t in found)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import implicit_grad as ig
 from implicit_grad._errors import Status
-from implicit_grad._linear_solvers.base import Operator
+from implicit_grad._linear_solvers.base import Operator, Times
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.exact import Exact
@@ -361,7 +361,7 @@ def test_a_training_is_no_longer_than_phi_and_its_slope_let_it_be(longest, times
     """Both have a say: what φ and F allow, and 1 to 200 over the greatest curvature."""
     matrix = c * torch.diag(torch.tensor([2.0, 0.01, -0.1], dtype=F64))
     rhs = torch.ones(3, dtype=F64)
-    given = dataclasses.replace(operator(matrix), longest=lambda rows: [longest / c] * rows)
+    given = dataclasses.replace(operator(matrix), spans=lambda rows: [Times(longest / c)] * rows)
     expected = EarlyStopped(time=times / (2.0 * c)).solve(given, rhs)
     torch.testing.assert_close(CG().solve(given, rhs).x, expected.x, rtol=1e-9, atol=0)
 

@@ -211,6 +211,55 @@ def test_the_remedy_for_complex_phi_works(array):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("kind", ["argmin", "proximal", "fixed_point", "a minimiser of ours"])
+def test_complex_phi_in_pairs_under_every_condition(kind):
+    """M φ = c for Hermitian M: the gradient is that of torch's own complex solve."""
+    pairs, whole = torch.view_as_real, torch.view_as_complex
+    noise = torch.randn(3, 3, dtype=torch.complex128)
+    M = noise @ noise.mH + torch.eye(3)
+
+    def energy(phi, c):
+        phi = whole(phi)
+        return (phi.conj() @ (M @ phi)).real / 2 - (phi.conj() @ c).real
+
+    def exact(c):
+        if kind != "proximal":
+            return torch.linalg.solve(M, c)
+        return torch.linalg.solve(M + torch.eye(3), 2 * c)  # λ = 1, θ = c
+
+    solver, condition = lambda *args: pairs(exact(args[-1])), ig.argmin(energy)
+    call, options = lambda solve, c: solve(c), {}
+    if kind == "proximal":
+        condition = ig.proximal(energy, 1.0)
+        call = lambda solve, c: solve(pairs(c), c)  # noqa: E731
+    elif kind == "fixed_point":
+        step = 0.05
+        condition = ig.fixed_point(
+            lambda phi, c: pairs(whole(phi) - step * (M @ whole(phi) - c)), symmetric=True
+        )
+    elif kind == "a minimiser of ours":
+        solver = ig.solvers.NewtonCG(maxiter=5, tol=1e-12)
+        options = {"init": lambda c: pairs(torch.zeros_like(c))}
+    solve = ig.implicit(solver, condition, linear_solver=ig.CG(rtol=1e-12), **options)
+    c = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    weights = torch.randn(3, dtype=torch.complex128)
+    found, want = (
+        torch.autograd.grad((phi * weights).real.sum() + phi.abs().square().sum(), c)[0]
+        for phi in (whole(call(solve, c)), exact(c))
+    )
+    torch.testing.assert_close(found, want)
+
+
+def test_complex_starts_are_told_the_remedy():
+    c = torch.tensor([1.0 + 2.0j], requires_grad=True)
+    for solver, condition, options in (
+        (torch.clone, ig.proximal(lambda phi: phi.abs().sum(), 1.0), {}),
+        (ig.solvers.NewtonCG(), ig.argmin(lambda phi, c: phi.abs().sum()), {"init": torch.clone}),
+    ):
+        with pytest.raises(ig.InvalidArgumentError, match=r"a complex.*view_as_real"):
+            ig.implicit(solver, condition, **options)(c)
+
+
 @pytest.mark.parametrize("wide", [torch.float64, torch.float32], ids=str)
 def test_the_side_with_the_wrong_dtype_is_named(wide):
     narrow = torch.float32

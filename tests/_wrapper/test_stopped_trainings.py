@@ -395,3 +395,38 @@ def test_zero_may_be_a_solution():
         far = ig.implicit(lambda y, u=unit: torch.tensor(0.1 * u).double(), ig.argmin(objective))
         with pytest.warns(ig.ImplicitGradWarning, match="phi does not solve the inner problem"):
             far(y).backward()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_by_default_a_few_steps_of_a_module_are_as_short_as_they_were(steps):
+    """How far it went, over its slope, is their time; ‖φ‖/‖F‖ is thousands of times more."""
+    net, lr = Saddle(), 1e-3
+    a = torch.tensor([0.3, 0.4], dtype=F64, requires_grad=True)
+
+    def train(net, a):
+        for _ in range(steps):
+            slope = torch.autograd.grad(bent(net.phi, a), net.phi)[0]
+            with torch.no_grad():
+                net.phi -= lr * slope
+        return net
+
+    solve = ig.implicit(train, ig.argmin(lambda net, a: bent(net.phi, a)))
+    with pytest.warns(ig.ImplicitGradWarning, match=r"a time of \|phi - phi_0\|/\|F\|"):
+        found = gradients(lambda a: solve(net, a).phi.sum(), a)
+    assert (found[0] + steps * lr).abs().max() < 0.01 * steps * lr
+
+
+def test_a_module_that_stays_where_it_was_has_a_gradient_all_the_same():
+    solve = ig.implicit(
+        lambda net, a: net, ig.argmin(lambda net, a: bent(net.phi, a)), on_failure="ignore"
+    )
+    (found,) = gradients(lambda a: solve(Saddle(), a).phi.sum(), torch.ones(2, dtype=F64))
+    assert found.abs().min() > 0.3
+
+
+class Saddle(torch.nn.Module):
+    """A point on `bent`."""
+
+    def __init__(self):
+        super().__init__()
+        self.phi = torch.nn.Parameter(torch.tensor([2.0, 3.0], dtype=F64))

@@ -121,6 +121,8 @@ def test_stopped_trainings_in_miniature(tmp_path):
     for method in ("default", "EarlyStopped, time", "EarlyStopped, steps", "CG 20", "Neumann"):
         assert error["logistic regression", method] < 1e-6  # the training has settled
     assert error["fine-tuning", "EarlyStopped, steps"] < error["fine-tuning", "Neumann"]
+    pieces = [error["fine-tuning", f"EarlyStopped, {n} pieces"] for n in (4, 16)]
+    assert pieces[1] < pieces[0] < error["fine-tuning", "EarlyStopped, time"]
     settled = column(tmp_path / "stopped_training_goals.csv", "settled_trainings", "method")
     assert settled["EarlyStopped, time",] == 1
     assert (tmp_path / "stopped_training.png").stat().st_size > 10_000
@@ -136,3 +138,21 @@ def test_the_unrolled_steps_are_those_of_torch_s_optimizer(name):
     weights, unrolled = loop.train(), loop.unrolled(loop.argument)
     for key, found in weights.items():
         assert float((found - unrolled[key]).detach().abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["weight net", "DARTS", "LoRA, decay per tensor", "PDE"])
+def test_the_unrolled_gradient_is_that_of_differences_of_whole_loops(name):
+    import dataclasses
+
+    from stopped_loops import LOOPS, normal
+    from stopped_training import unrolled
+
+    loop = dataclasses.replace(LOOPS[name](0), epochs=3)
+    along = normal(*loop.argument.shape, seed=3)
+
+    def outer(step):
+        moved = dataclasses.replace(loop, argument=loop.argument + step * along)
+        return float(loop.outer(moved.train()))
+
+    difference = (outer(1e-5) - outer(-1e-5)) / 2e-5
+    assert float(unrolled(loop) @ along) == pytest.approx(difference, rel=1e-4)

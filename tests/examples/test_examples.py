@@ -120,6 +120,52 @@ def test_hypergradient_of_sample_weights(monkeypatch):
     )
 
 
+def test_influence_is_what_training_again_shows(tmp_path):
+    import influence
+
+    scores = influence.main(command_line(tmp_path, samples=100, seeds=1))
+    assert scores["the 20 worst, corrected"][0] < 0.5 * scores["first order"][0] < 0.2
+    assert scores["by influence"][0] > scores["at random"][0]
+    assert picture(tmp_path, "influence")
+
+
+def test_hypergradient_of_the_weights_of_points():
+    import influence
+
+    parts = influence.data(60, seed=0)
+    solve = ig.implicit(influence.fit, ig.argmin(influence.objective))
+    assert_right(
+        lambda weights: influence.losses(solve(weights, *parts.train), parts.valid).mean(),
+        torch.rand(60, dtype=torch.float64),
+    )
+
+
+def test_pictures_of_noise_become_digits_to_train_on(tmp_path, monkeypatch):
+    import distillation
+
+    monkeypatch.setattr(distillation, "LENGTHS", (10,))
+    monkeypatch.setattr(distillation, "RIDGES", (1e-1,))
+    untaught = distillation.main(command_line(tmp_path, samples=100, steps=0, seeds=1))
+    taught = distillation.main(command_line(tmp_path, samples=100, steps=10, seeds=1))
+    assert taught[distillation.LEARNED][0] > untaught[distillation.LEARNED][0] + 30
+    assert picture(tmp_path, "distillation")
+
+
+def test_hypergradient_of_the_pictures(monkeypatch):
+    import distillation
+
+    exact = ig.solvers.NewtonCG(maxiter=50, cg=700, tol=1e-12)
+    monkeypatch.setattr(distillation, "NEWTON", exact)
+    (X, y), _ = distillation.data(20, seed=0)
+    solve = distillation.solver(linear_solver=ig.CG(rtol=1e-12))
+    assert_right(
+        lambda pictures: cross_entropy(
+            distillation.logits(solve(pictures, distillation.LABELS), X), y
+        ),
+        X[:10],
+    )
+
+
 def test_equilibrium_layer_learns_digits_in_constant_memory(tmp_path):
     import deep_equilibrium
 
