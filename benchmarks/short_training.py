@@ -147,7 +147,9 @@ def meta_train(problem: Any, method: str, seed: int, chosen: Any) -> tuple[Any, 
     return maml, model, (time.process_time() - began) / chosen.iterations
 
 
-def gradients(problem: Any, method: str, model: nn.Module, tasks: list[Task], chosen: Any) -> Tensor:
+def gradients(
+    problem: Any, method: str, model: nn.Module, tasks: list[Task], chosen: Any
+) -> Tensor:
     """Each task's meta-gradient."""
     maml, found = wrapped(method, model, chosen.lr), []
     for task in tasks:

@@ -273,7 +273,7 @@ def test_a_learner_that_was_cloned_without_gradients_says_so(outside):
         learner = maml.clone()
         with torch.enable_grad():
             loss = learner(2 * features).square().mean()
-            with pytest.raises(ig.GraphError, match=r"cloned, or adapted, under torch\.no_grad\(\)"):
+            with pytest.raises(ig.GraphError, match=r"cloned, or adapted, under torch\.no_grad"):
                 learner.adapt(loss)
             learner.adapt(lambda: learner(2 * features).square().mean())
 
