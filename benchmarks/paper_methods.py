@@ -216,7 +216,7 @@ class LearnedLam(GaussNewton):
 
 
 class Default(IMAML):
-    """`ig.imaml(maml)` and nothing else: MAML's own steps, λ = 1/(steps · lr), 5 MINRES steps."""
+    """`ig.imaml(maml)` and nothing else: MAML's own steps, λ = 1/(steps · lr)."""
 
     options: ClassVar[dict[str, Any]] = {}
 

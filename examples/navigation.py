@@ -16,10 +16,11 @@ starts from, by the outer loss of
   the weights: `adapt(closure)` would find that and warn, so it is told `check="never"`.
 
 Each by MAML, by first-order MAML, and by `ig.imaml(maml)` with its default and, but for TRPO, with
-`EarlyStopped(maxiter=5)`. A policy's loss is far from convex: I + lr·H, which the default inverts,
-comes to have eigenvalues near 0 and below, and gradients become too long, or stop at first order.
-EarlyStopped has MAML's own I − lr·H, but for curvatures that a step overshoots, beyond 2/lr: there
-it is 0. DiCE's estimates of H have such (lr·h from −14 to 14), which MAML's gradients multiply.
+`EarlyStopped(maxiter=5)`. A policy's loss is far from convex: I + lr·H comes to have eigenvalues
+near 0 and below, where its inverse is too long, or of the opposite sign. The default lets negative
+curvature count as none, so that there it is first-order MAML. EarlyStopped has MAML's own I − lr·H,
+but for curvatures that a step overshoots, beyond 2/lr: there it is 0. DiCE's estimates of H have
+such (lr·h from −14 to 14), which MAML's gradients multiply.
 """
 
 import time

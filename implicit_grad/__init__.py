@@ -28,6 +28,7 @@ from implicit_grad._linear_solvers.gmres import GMRES
 from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._linear_solvers.neumann import Neumann
 from implicit_grad._linear_solvers.normal_cg import NormalCG
+from implicit_grad._linear_solvers.positive_part import PositivePart
 from implicit_grad._linear_solvers.preconditioners import Cholesky, Jacobi, Nystrom, Reuse
 from implicit_grad._linear_solvers.warm_start import WarmStart
 from implicit_grad.learn2learn.maml import imaml
@@ -60,6 +61,7 @@ __all__ = [
     "Neumann",
     "NormalCG",
     "Nystrom",
+    "PositivePart",
     "Report",
     "Reuse",
     "Status",

@@ -147,10 +147,11 @@ def _check(solve: object, args: object, outer_loss: object) -> None:
         raise InvalidArgumentError(
             f"certify: solve must be what implicit() returned, got {describe(solve)}"
         )
-    if solve.setup.linear_solver.keeps_start:
+    linear_solver = solve.setup.linear_solver
+    if linear_solver.keeps_start or linear_solver.needs_scale:
         raise InvalidArgumentError(
             "certify: a gradient is judged by that of the exact inner solution, which is not what "
-            "EarlyStopped is for: certify one by CG()"
+            f"{type(linear_solver).__name__} is for: certify one by CG()"
         )
     if not isinstance(args, (tuple, list)):
         raise InvalidArgumentError(

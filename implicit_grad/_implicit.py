@@ -8,6 +8,7 @@ from typing import Any, overload
 
 from implicit_grad._conditions.argmin import argmin
 from implicit_grad._conditions.base import Condition
+from implicit_grad._conditions.proximal import proximal
 from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
@@ -213,6 +214,11 @@ def implicit(
         raise InvalidArgumentError(
             f"implicit: EarlyStopped is for argmin and proximal, whose phi gradient steps find; "
             f"with {type(condition).__name__} use GMRES() or MINRES()"
+        )
+    if linear_solver.needs_scale and not isinstance(condition, proximal):
+        raise InvalidArgumentError(
+            f"implicit: {type(linear_solver).__name__} is for proximal and imaml, where lam is the "
+            f"least curvature that it leaves; with {type(condition).__name__} use CG() or MINRES()"
         )
     if isinstance(linear_solver, EarlyStopped) and linear_solver.counts_nothing:
         raise InvalidArgumentError(

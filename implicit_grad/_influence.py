@@ -212,10 +212,10 @@ def _check(
             f"influence: solve must be what implicit() returned, got {describe(solve)}"
         )
     setup = solve.setup
-    if setup.linear_solver.keeps_start:
+    if setup.linear_solver.keeps_start or setup.linear_solver.needs_scale:
         raise InvalidArgumentError(
             "influence: leaving a point out is compared with the exact inner solution, which is "
-            "not what EarlyStopped is for: use CG()"
+            f"not what {type(setup.linear_solver).__name__} is for: use CG()"
         )
     if not torch.is_tensor(weights) or not weights.is_floating_point():
         raise InvalidArgumentError(

@@ -51,8 +51,9 @@ def why_one_by_one(
     """
     if not (linear_solver.takes_tasks or (if_small and linear_solver.takes_small_tasks)):
         return (
-            "a batch of tasks is solved by MINRES, EarlyStopped, or CG without preconditioner and "
-            f'warm start and with on_negative_curvature "stop" or "raise"; got {linear_solver!r}'
+            "a batch of tasks is solved by MINRES, EarlyStopped, PositivePart, or CG without "
+            'preconditioner and warm start and with on_negative_curvature "stop" or "raise"; got '
+            f"{linear_solver!r}"
         )
     if curvature == "finite_difference":
         return "finite differences are taken for one task at a time"

@@ -192,8 +192,8 @@ class LinearSolution:
         error_is_bound: where the error (`Operator.rtol_error`) ended the iteration: whether it
             was a bound, or an estimate for want of μ.
         norm: an estimate of ‖M‖₂ where the extremes are not known.
-        filter_error: where x is another function of M times rhs than M⁻¹rhs (`EarlyStopped`), an
-            estimate of its relative error as that; None for solutions.
+        filter_error: where x is another function of M times rhs than M⁻¹rhs (`EarlyStopped`,
+            `PositivePart`), an estimate of its relative error as that; None for solutions.
         rounding: `Operator.rounding`, where the residual was recomputed.
     """
 
@@ -242,6 +242,7 @@ class LinearSolver(abc.ABC):
         takes_small_tasks: whether it has `solve_tasks` for systems that are small enough.
         needs_convex: whether it may ask for `Operator.convex`.
         keeps_start: whether it is for φ that still depend on where their training started.
+        needs_scale: whether it is for systems H + S only, S being the operator's scale (λ).
         takes_both_products: whether it needs products with Mᵀ as well as with M.
         damping: what it adds to M's diagonal.
     """
@@ -254,6 +255,7 @@ class LinearSolver(abc.ABC):
     takes_small_tasks: bool = False
     needs_convex: bool = False
     keeps_start: ClassVar[bool] = False
+    needs_scale: ClassVar[bool] = False
     takes_both_products: ClassVar[bool] = False
     damping: float = 0.0
 

@@ -23,9 +23,10 @@ from implicit_grad._linear_solvers.base import (
     waited_for,
 )
 from implicit_grad._linear_solvers.cg_batched import first_order, solve_tasks
-from implicit_grad._linear_solvers.early_stopped import UNKNOWN_TIME, instead_of_minimum, of_one
+from implicit_grad._linear_solvers.early_stopped import UNKNOWN_TIME, instead_of_minimum
 from implicit_grad._linear_solvers.error_bounds import ErrorWatch
 from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, SLACK, Budget, Iterative, Run
+from implicit_grad._linear_solvers.lanczos import of_one
 from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._linear_solvers.preconditioners import Precondition, Preconditioner, checked
 from implicit_grad._linear_solvers.warm_start import Slot, WarmStart

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, Status
 from implicit_grad._linear_solvers.base import Filter, LinearSolution, LinearSolver, Operator, Times
-from implicit_grad._linear_solvers.lanczos import apply_filter
+from implicit_grad._linear_solvers.lanczos import apply_filter, filtered, of_one
 from implicit_grad._options import (
     is_number,
     require,
@@ -123,11 +123,7 @@ class EarlyStopped(LinearSolver):
         return torch.stack([solution.x for solution in found]), found
 
     def _filtered(self, operator: Operator, rhs: Tensor) -> list[LinearSolution]:
-        eps = operator.precision(rhs)
-        target = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
-        exhausted = Status.TRUNCATED if self.rtol is None else Status.MAX_ITER
-        filters = [self.weigh] * len(rhs)
-        return apply_filter(operator, rhs, filters, self.maxiter, target, exhausted)
+        return filtered(operator, rhs, self.weigh, self.maxiter, self.rtol)
 
     def weigh(self, curvatures: Tensor) -> Tensor:
         """g(|h|) for curvatures h."""
@@ -172,11 +168,6 @@ def instead_of_minimum(operator: Operator, rhs: Tensor, most: int | None) -> lis
     products = _PRODUCTS if most is None else min(_PRODUCTS, most)
     found = apply_filter(operator, rhs, filters, products, target, Status.TRUNCATED)
     return [dataclasses.replace(solution, substitute="early_stopped") for solution in found]
-
-
-def of_one(operator: Operator) -> Operator:
-    """The operator for a batch of one."""
-    return dataclasses.replace(operator, matvec=lambda x: operator.matvec(x[0])[None])
 
 
 def _unknown_trainings(operator: Operator, rows: int) -> list[Filter]:

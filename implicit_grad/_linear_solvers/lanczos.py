@@ -12,6 +12,7 @@ that an exact run would have found. A single system is a batch of one.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -45,6 +46,7 @@ def apply_filter(
     size = dots(v, v).sqrt()
     v = _over(v, size)
     basis = v.new_empty(min(maxiter, rhs.shape[1]), *v.shape)
+    eps = operator.precision(rhs)
     for k in range(len(basis)):
         if not any(run.going for run in runs):
             break
@@ -53,17 +55,41 @@ def apply_filter(
         alpha = dots(v, product)
         v = _orthogonal(product, basis[: k + 1])
         beta = dots(v, v).sqrt() if k + 1 < rhs.shape[1] else torch.zeros_like(alpha)
-        for run, a, b in zip(runs, alpha.tolist(), beta.tolist(), strict=True):
-            run.extend(a, b, operator.precision(rhs))
-        v = _over(v, beta.where(torch.tensor([run.going for run in runs]).to(beta.device), 0.0))
+        sizes = beta.tolist()
+        for run, a, b in zip(runs, alpha.tolist(), sizes, strict=True):
+            run.extend(a, b, eps)
+        if len(runs) == 1:
+            v = v / (sizes[0] or 1.0)
+        else:
+            v = _over(v, beta.where(torch.tensor([run.going for run in runs]).to(beta.device), 0.0))
     return [
         run.solution(_combined(run.y, basis[:, task], float(length) * float(most)))
         for task, (run, length, most) in enumerate(zip(runs, size, largest, strict=True))
     ]
 
 
+def filtered(
+    operator: Operator, rhs: Tensor, weigh: Filter, maxiter: int, rtol: float | None
+) -> list[LinearSolution]:
+    """f(M) rhs for each row of rhs, to rtol, or as far as so many products lead."""
+    eps = operator.precision(rhs)
+    target = eps ** (2 / 3) if rtol is None else max(rtol, 10 * eps)
+    exhausted = Status.TRUNCATED if rtol is None else Status.MAX_ITER
+    return apply_filter(operator, rhs, [weigh] * len(rhs), maxiter, target, exhausted)
+
+
+def of_one(operator: Operator) -> Operator:
+    """The operator for a batch of one."""
+    return dataclasses.replace(operator, matvec=lambda x: operator.matvec(x[0])[None])
+
+
 def _orthogonal(product: Tensor, basis: Tensor) -> Tensor:
     """The product without its parts along the basis; twice is enough (Giraud et al., 2005)."""
+    if len(product) == 1:
+        rows, rest = basis[:, 0], product[0]
+        for _ in range(2):
+            rest = rest - (rows @ rest) @ rows
+        return rest[None]
     for _ in range(2):
         parts = (basis * product).sum(-1, keepdim=True)
         product = product - (basis * parts).sum(0)
@@ -77,9 +103,9 @@ def _over(rows: Tensor, sizes: Tensor) -> Tensor:
     return scaled.masked_fill(ended[:, None], 0.0)
 
 
-def _combined(y: Tensor, basis: Tensor, length: float) -> Tensor:
+def _combined(y: list[float], basis: Tensor, length: float) -> Tensor:
     """‖rhs‖ V y."""
-    return y.to(basis) @ basis[: len(y)] * length
+    return basis.new_tensor(y) @ basis[: len(y)] * length
 
 
 class _Tridiagonal:
@@ -90,8 +116,8 @@ class _Tridiagonal:
         self._diagonal: list[float] = []
         self._beside: list[float] = []
         self._changes = [1.0] * _PATIENCE
-        self.y = torch.zeros(0, dtype=torch.float64)
-        self.ritz = self.y
+        self.y: list[float] = []
+        self.ritz: list[float] = []
         self.status, self.going = exhausted, True
 
     def start(self, largest: float) -> None:
@@ -108,14 +134,13 @@ class _Tridiagonal:
         if not math.isfinite(alpha + beta):
             return self._end(Status.NONFINITE_OPERATOR)
         self._diagonal.append(alpha)
-        before, self.ritz, self.y = self.y, *self._function()
-        change = self.y.clone()
-        change[: len(before)] -= before
-        size = float(self.y.norm())
-        self._changes = [*self._changes[1:], float(change.norm()) / size if size else 0.0]
+        before, (self.ritz, self.y) = self.y, self._function()
+        size = math.hypot(*self.y)
+        change = math.dist([*before, 0.0], self.y)
+        self._changes = [*self._changes[1:], change / size if size else 0.0]
         if self.error <= self._target:
             return self._end(Status.CONVERGED)
-        if beta <= _ROUNDING * eps * max(float(self.ritz.abs().max()), *self._beside, 0.0):
+        if beta <= _ROUNDING * eps * max(map(abs, (*self.ritz, *self._beside))):
             self._changes = [eps] * _PATIENCE  # the basis holds all that M makes of rhs
             return self._end(Status.CONVERGED)
         self._beside.append(beta)
@@ -131,18 +156,19 @@ class _Tridiagonal:
             return LinearSolution(x, self.status, residual=0.0)
         if self.status in (Status.NONFINITE_RHS, Status.NONFINITE_OPERATOR):
             return LinearSolution(x.fill_(math.nan), self.status, len(self._diagonal))
-        ritz = self.ritz.tolist()
-        extremes = (ritz[0], ritz[-1]) if ritz else None
-        return LinearSolution(x, self.status, len(ritz), extremes=extremes, filter_error=self.error)
+        extremes = (self.ritz[0], self.ritz[-1]) if self.ritz else None
+        count = len(self.ritz)
+        return LinearSolution(x, self.status, count, extremes=extremes, filter_error=self.error)
 
-    def _function(self) -> tuple[Tensor, Tensor]:
+    def _function(self) -> tuple[list[float], list[float]]:
         """T's eigenvalues, and f(T) e₁."""
-        matrix = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64))
-        if self._beside:
-            beside = torch.tensor(self._beside, dtype=torch.float64)
-            matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors @ (self._weigh(values) * vectors[0])
+        rows = [[0.0] * len(self._diagonal) for _ in self._diagonal]
+        for i, entry in enumerate(self._diagonal):
+            rows[i][i] = entry
+        for i, entry in enumerate(self._beside, 1):  # eigh reads what is below the diagonal
+            rows[i][i - 1] = entry
+        values, vectors = torch.linalg.eigh(torch.tensor(rows, dtype=torch.float64))
+        return values.tolist(), (vectors @ (self._weigh(values) * vectors[0])).tolist()
 
     def _end(self, status: Status) -> None:
         self.status, self.going = status, False

@@ -59,9 +59,9 @@ class Report:
             a minimum under constraints) or "jacobian".
         substitute: what CG solved instead, once it had met negative curvature: "minres" or
             "gauss_newton" where it was told to, "early_stopped" with `argmin`; None if nothing.
-        filter_error: with `EarlyStopped`, an estimate of u's relative error: by how much the last
-            products changed it (0 for the steps of a `Neumann` series whose scale was given). None
-            for solutions of the linear system.
+        filter_error: with `EarlyStopped` and `PositivePart`, an estimate of u's relative error: by
+            how much the last products changed it (0 for the steps of a `Neumann` series whose
+            scale was given). None for solutions of the linear system.
         damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
         check: what the check of products found (see `implicit`), None if nothing: why they are
             differences of gradients, or why the status is WRONG_PRODUCT.

@@ -282,6 +282,12 @@ def step_on_tensor(
     """
     phi, theta = weights.current, weights.theta
     loss = weights.total("adapt: the loss", loss)
+    if torch.is_grad_enabled() and not any(t.requires_grad for t in phi):
+        raise GraphError(
+            "adapt: the learner was cloned, or adapted, under torch.no_grad(), and a loss has no "
+            "gradient at its weights: clone it with gradients on, or pass a function: "
+            "learner.adapt(lambda: loss(...))"
+        )
     if not loss.requires_grad:
         raise GraphError(
             f"{_NO_GRAPH}. Compute it with gradients on, or pass a function: "

@@ -24,7 +24,7 @@ from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
-from implicit_grad._linear_solvers.minres import MINRES
+from implicit_grad._linear_solvers.positive_part import PositivePart
 from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch.clone import cloned
@@ -80,21 +80,22 @@ def imaml(
     A pipeline that was written for MAML stays as it is; learn2learn is not needed. The result has
     MAML's interface (`clone`, `adapt`, calls, attributes) and shares the model's parameters.
     By default adaptation is MAML's own, to the bit, and backward through the adapted learner solves
-    (H + λ) u = v for dθ = λu, H = ∇²loss, with λ = 1/t, t the sum of the lengths of the steps since
-    `clone`: gradient descent that stops at time t is close to a ridge of strength 1/t (Ali, Kolter
-    and Tibshirani, 2019). So dφ/dθ = (I + t H)⁻¹, where MAML has the product of (I − lr·H) over the
-    steps: the same to first order in t, and bounded where H is large. A tensor is all that
-    `adapt(loss)` is given, so H is taken where that loss was computed, at the last iterate but one.
-    `learner.adapt(closure, steps=16)` takes a function that computes the loss instead (as in
-    `torch.optim`) and linearises at the solution itself.
+    (H₊ + λ) u = v for dθ = λu, H = ∇²loss, with λ = 1/t, t the sum of the lengths of the steps
+    since `clone`: gradient descent that stops at time t is close to a ridge of strength 1/t (Ali,
+    Kolter and Tibshirani, 2019). So dφ/dθ = (I + t H₊)⁻¹, where MAML has the product of (I − lr·H)
+    over the steps: the same to first order in t where H is positive, and bounded. H₊ is H without
+    negative curvature, under which 1/(1 + t·h) would grow without bound and change its sign. A
+    tensor is all that `adapt(loss)` is given, so H is taken where that loss was computed, at the
+    last iterate but one. `learner.adapt(closure, steps=16)` takes a function that computes the loss
+    instead (as in `torch.optim`) and linearises at the solution itself.
 
     Choosing: with a `lam` of your own, φ is the minimum of loss + λ/2 ‖φ − θ‖² and steps are
     φ ← (φ − lr ∇loss(φ) + lr·λ·θ)/(1 + lr·λ), stable for every λ; but the pull to θ adds up, so
     keep steps · lr · λ around 1 or below (beyond lr·λ = 20 nothing moves, which is told). A few
-    steps do not solve the inner problem, and H is often indefinite there, which is reported
-    (`monitor`): CG then stops early, towards first-order MAML; MINRES goes on, and is the default
-    without a `lam`. "gauss_newton" is never indefinite, but further from MAML's gradient than the
-    Hessian, which is the default.
+    steps do not solve the inner problem, and H is often indefinite there. Without a `lam`, negative
+    curvature counts as none, and dθ is never longer than what arrives. With one, it is reported
+    (`monitor`), and CG stops early, towards first-order MAML. "gauss_newton" is never indefinite,
+    but further from MAML's gradient than the Hessian, which is the default.
 
     With create_graph=True (second derivatives, as in TRPO; of `adapt(closure)` only) a solve for a
     fixed number of iterations goes on to the default tolerance.
@@ -117,8 +118,9 @@ def imaml(
             these; by default all parameters. The others have the gradients that they owe to both
             losses, as in ANIL. λ for each parameter is then one for each of these:
             `LearnedLam(model.classifier)`.
-        linear_solver: by default `MINRES(maxiter=5)`, whose solution stays short where the Hessian
-            is indefinite, as it is after a few steps; with a `lam` `CG(maxiter=5)`, the paper's.
+        linear_solver: by default `PositivePart(maxiter=5)`, which leaves out what negative
+            curvature the Hessian has, as it often does after a few steps; with a `lam`
+            `CG(maxiter=5)`, the paper's.
             `EarlyStopped(maxiter=5)` is nearest to MAML's own gradient, the product over the steps,
             which it takes as a power around the step in the middle, whose graph is kept besides the
             last (with losses given as tensors, from the second learner on: the first says how many
@@ -155,7 +157,7 @@ def imaml(
     [True, True]
     """
     if linear_solver is None:
-        linear_solver = MINRES(maxiter=5) if lam is None else CG(maxiter=5)
+        linear_solver = PositivePart(maxiter=5) if lam is None else CG(maxiter=5)
     check_option(check, "imaml")
     linear_solver = as_linear_solver(
         linear_solver, "imaml", "CG(), EarlyStopped(), MINRES(), Neumann(), Exact()"

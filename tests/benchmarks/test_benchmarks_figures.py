@@ -107,7 +107,20 @@ def test_without_a_lam_the_gradient_is_nearer_to_mamls_than_first_order_mamls(
     first_order = errors.pop(("first-order MAML",))
     assert 0 < first_order < 0.1  # so short are the steps
     del errors["lam=None, Gauss-Newton",]  # has no part in most of that
+    # which leaves out what is negative in the Hessian
+    assert errors.pop(("lam=None, the default",)) < first_order / 2
     assert all(error < first_order / 3 for error in errors.values())
+
+
+def test_a_short_training_has_a_row_for_each_method(tmp_path):
+    import short_training
+
+    methods = ["first", "default", "maml", "learned-per-tensor"]
+    sizes = ["--iterations", "2", "--tests", "3", "--seeds", "1", "--steps", "2", "--lr", "1e-6"]
+    short_training.main(["--out", str(tmp_path), *sizes, "--methods", *methods])
+    rows = table(tmp_path / "short_training_sinusoids_2_lam.csv", "method")
+    assert {rows[m,]["length"] for m in methods[:3]} == {"1.00"}  # no step leads anywhere
+    assert " to " in rows["learned-per-tensor",]["lam"]
 
 
 def test_stopped_trainings_in_miniature(tmp_path):

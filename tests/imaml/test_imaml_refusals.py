@@ -265,6 +265,19 @@ def without_gradients(learner):
         return error(learner, data())
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_learner_that_was_cloned_without_gradients_says_so(outside):
+    """Not that the loss was computed so; it may even have a graph, to features."""
+    maml, features = wrapped(nn.Linear(3, 2)), torch.ones(6, 3, requires_grad=outside)
+    with torch.no_grad():
+        learner = maml.clone()
+        with torch.enable_grad():
+            loss = learner(2 * features).square().mean()
+            with pytest.raises(ig.GraphError, match=r"cloned, or adapted, under torch\.no_grad"):
+                learner.adapt(loss)
+            learner.adapt(lambda: learner(2 * features).square().mean())
+
+
 BAD_LOSSES = {
     "None": (lambda it: None, ig.InvalidArgumentError, r"or a function without.*got None"),
     "number": (lambda it: 3.0, ig.InvalidArgumentError, "got a float"),

@@ -1,0 +1,87 @@
+"""What takes the place of (H + λ)⁻¹ where the loss's own curvature H is not positive."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
+from implicit_grad._linear_solvers.lanczos import filtered, of_one
+from implicit_grad._linear_solvers.minres import MINRES
+from implicit_grad._options import require_count, require_fraction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PositivePart(LinearSolver):
+    """The solution without the loss's negative curvature: u = (λ + H₊)⁻¹ v, for `proximal`.
+
+    H₊ is H = ∇²loss with its negative eigenvalues set to 0, the nearest positive semi-definite
+    matrix (Higham, 1988, Computing a nearest symmetric positive semidefinite matrix). Where H has
+    none this is the solution of A u = v, A = H + λ. Where it has, that system may be near singular
+    (h ≈ −λ), and beyond that its solution has the opposite sign of what gradient steps do: a step
+    of length t = 1/λ multiplies by 1 − t·h > 1, and λ/(h + λ) is negative. Here such directions
+    pass as in first-order MAML, and dθ = λu is never longer than v.
+
+    By Lanczos' process: `maxiter` products make the best polynomial of their number. With λ per
+    element, H's curvatures are those in units of λ, of λ^(−1/2) H λ^(−1/2).
+
+    A solution that is differentiated again is one of A u = v, by `MINRES()`.
+
+    Args:
+        maxiter: most products to take, and vectors of φ's size to keep. This alone is a fixed
+            budget, which does not warn.
+        rtol: stop when the last products changed the result by less than this, relative; None
+            means eps^(2/3) for the coarsest dtype among the tensors.
+
+    >>> PositivePart(maxiter=5)
+    PositivePart(maxiter=5, rtol=None)
+    """
+
+    maxiter: int = 20
+    rtol: float | None = None
+
+    symmetric_only: ClassVar[bool] = True
+    definite_only: ClassVar[bool] = True
+    needs_scale: ClassVar[bool] = True
+    takes_tasks = True
+
+    def __post_init__(self) -> None:
+        require_count(self, "maxiter", 1)
+        require_fraction(self, "rtol")
+
+    def to_tolerance(self) -> LinearSolver:
+        return MINRES()
+
+    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
+        (found,) = self._filtered(of_one(operator), rhs[None])
+        return found
+
+    def solve_tasks(
+        self, operator: Operator, rhs: Tensor, verify: bool
+    ) -> tuple[Tensor, list[LinearSolution]]:
+        found = self._filtered(operator, rhs)
+        return torch.stack([solution.x for solution in found]), found
+
+    def _filtered(self, operator: Operator, rhs: Tensor) -> list[LinearSolution]:
+        lam = operator.scale
+        assert lam is not None, "implicit lets proximal pass only"
+        if isinstance(lam, float):
+
+            def inverse(curvatures: Tensor) -> Tensor:
+                return 1 / curvatures.clamp(min=lam)
+
+            return filtered(operator, rhs, inverse, self.maxiter, self.rtol)
+        root = lam.sqrt()
+        in_units = dataclasses.replace(operator, matvec=lambda x: operator.matvec(x / root) / root)
+
+        def inverse_in_units(curvatures: Tensor) -> Tensor:
+            return 1 / curvatures.clamp(min=1)
+
+        found = filtered(in_units, rhs / root, inverse_in_units, self.maxiter, self.rtol)
+        return [
+            dataclasses.replace(solution, x=x, extremes=None)
+            for solution, x in zip(found, torch.stack([s.x for s in found]) / root, strict=True)
+        ]
