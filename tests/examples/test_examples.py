@@ -348,3 +348,48 @@ def test_hypergradient_of_the_sources_weights():
         lambda logits: cross_entropy(x @ solve(logits), y),
         torch.randn(large_data.SOURCES, dtype=torch.float64),
     )
+
+
+def test_the_obstacle_is_found_through_the_planner(tmp_path):
+    import planner
+
+    found = planner.main(command_line(tmp_path, cars=2, steps=25, plans=12))
+    assert found["gradient"] < 1e-3
+    by_hypergradient, *others = (found[name] for name in planner.METHODS)
+    assert by_hypergradient[-1] < min(curve[-1] for curve in others) / 2
+    assert picture(tmp_path, "planner")
+
+
+def test_an_energy_learned_by_steps_has_the_worse_minimum(tmp_path):
+    import energy_model
+
+    scores = energy_model.main(command_line(tmp_path, updates=28, seeds=1, test=50))
+    (by_minimum,) = scores["learned by its minimum, minimised"]
+    (by_steps,) = scores["learned by 5 steps, minimised"]
+    assert by_minimum < by_steps
+    assert picture(tmp_path, "energy_model")
+
+
+def test_hypergradient_of_the_energy(monkeypatch):
+    import energy_model
+
+    exact = ig.solvers.NewtonCG(maxiter=50, cg=200, tol=1e-10)
+    monkeypatch.setattr(energy_model, "MINIMISER", exact)
+    x, y = (t[:2].double() for t in energy_model.digits(0)[:2])
+    weights = torch.full((8,), -4.0, dtype=torch.float64)
+
+    def loss(filters: Tensor) -> Tensor:
+        answer = energy_model.minimum(x, (filters, weights), linear_solver=ig.CG(rtol=1e-10))
+        return (answer - y).square().mean()
+
+    assert_right(loss, energy_model.cosines().double())
+
+
+def test_a_learned_reward_says_more_than_a_clone(tmp_path):
+    import fitted_q
+
+    found = fitted_q.main(command_line(tmp_path, transitions=500, updates=15, seeds=1))
+    assert found["gradient"] < 1e-5
+    few = {name: found[name][0][0] for name in (fitted_q.LEARNED, fitted_q.CLONED)}
+    assert few[fitted_q.LEARNED] > few[fitted_q.CLONED] + 0.05
+    assert picture(tmp_path, "fitted_q")
