@@ -25,6 +25,7 @@ from implicit_grad._torch.graph import (
     custom_functions,
     edges_of_graph,
     once_differentiable,
+    unseen_by_saved_tensors_hooks,
     walk,
     wrong_third,
 )
@@ -81,7 +82,8 @@ class Checks:
     def of_kind(self, kind: Hashable, look: Callable[[], Finding | None]) -> Finding | None:
         """What `look` finds for the kind, or found the last time."""
         if self.asks(kind):
-            self.found[kind] = look()
+            with unseen_by_saved_tensors_hooks():
+                self.found[kind] = look()
         return self.found.get(kind)
 
     def asks(self, kind: Hashable) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from implicit_grad._torch.pytree import Tensors
 
@@ -147,3 +150,19 @@ def _below_vmap(function: Any) -> Any:
             break
         function = inner
     return function
+
+
+def unseen_by_saved_tensors_hooks() -> AbstractContextManager[object]:
+    """What is saved for backward inside is not counted by a checkpoint that goes on around.
+
+    Without hooks around there are none inside: tensors would be freed later.
+    """
+    try:
+        with disable_saved_tensors_hooks("there are none"):  # else it raises this
+            return contextlib.nullcontext()
+    except RuntimeError:
+        return saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

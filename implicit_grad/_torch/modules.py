@@ -75,6 +75,11 @@ def with_part(whole: nn.Module, name: str, part: nn.Module) -> nn.Module:
     return other
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a call runs hooks of the user's after it, which may count or keep what they see."""
+    return any(m._forward_hooks for m in module.modules())
+
+
 class Places:
     """Every place of a module, and of the modules in it, that holds one of some parameters.
 

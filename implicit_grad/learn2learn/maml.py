@@ -29,7 +29,7 @@ from implicit_grad._theorem.linearization import Curvature
 from implicit_grad._theorem.report import Monitor, OnFailure, Reporting
 from implicit_grad._torch.clone import cloned
 from implicit_grad._torch.isolation import differentiable_twice, uncompiled
-from implicit_grad._torch.modules import with_part
+from implicit_grad._torch.modules import has_forward_hooks, with_part
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.learn2learn import called_again
 from implicit_grad.learn2learn.accepted import accepted, check_lr, has_own_forward, held_maml
@@ -138,7 +138,8 @@ def imaml(
             "once" for all clones and each kind of graph, "always" or "never" (for estimators whose
             gradient is not the derivative of their value, such as DiCE); see `implicit`. The
             closure is then called a few times more. Of `adapt(loss)` of a tensor the model is
-            checked, by the learner's last call made again, and not the loss, which cannot be.
+            checked, by the learner's last call made again (unless it has forward hooks); the loss,
+            which cannot be computed again, is not.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn", "raise" or "ignore".
         keep_steps: whether each step keeps the graph of its loss. Without, a step frees that of the
@@ -258,7 +259,8 @@ class ImplicitMAML(nn.Module):
     @property
     def _notes_calls(self) -> bool:
         """Whether the next step on a tensor may want to repeat the last call."""
-        return not self.first_order and called_again.asked_for(self._checks)
+        asked = not self.first_order and called_again.asked_for(self._checks)
+        return asked and not has_forward_hooks(self.module)
 
     def _output(self, *args: Any, **kwargs: Any) -> Any:
         """With the fast weights of one task, or of each."""

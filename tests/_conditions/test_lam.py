@@ -442,7 +442,7 @@ BAD = {
     r"LearnedLam\(rank=1.5\): exp": lambda: ig.LearnedLam(nn.Linear(1, 1), rank=1.5),
     "LearnedLam: lam must be .*greater than 0, got 0": lambda: ig.LearnedLam(nn.Linear(1, 1), 0.0),
     "LearnedLam: lam must be .*got inf": lambda: ig.LearnedLam(nn.Linear(1, 1), math.inf),
-    "LearnedLam: lam must be .*got a str": lambda: ig.LearnedLam(nn.Linear(1, 1), "1"),
+    "LearnedLam: lam must be .*got '1'": lambda: ig.LearnedLam(nn.Linear(1, 1), "1"),
     "LearnedLam: init must be one number, got a float": lambda: ig.LearnedLam(
         nn.Linear(1, 1), torch.ones(2)
     ),

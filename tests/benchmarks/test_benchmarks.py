@@ -50,11 +50,11 @@ def test_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import large_data
+    import data_in_batches
 
-    monkeypatch.setattr(large_data, "BATCH", 20)
+    monkeypatch.setattr(data_in_batches, "BATCH", 20)
     sizes = ["--images", "40", "160", "--one-graph-to", "160"]
-    large_data.main(["--out", str(tmp_path), "--seconds", "0", *sizes])
+    data_in_batches.main(["--out", str(tmp_path), "--seconds", "0", *sizes])
     rows = table(tmp_path / "large_data.csv")
     peaks = {(row["method"], row["images"]): float(row["peak_MiB"]) for row in rows}
     assert peaks["batches", "160"] < 1.02 * peaks["batches", "40"]

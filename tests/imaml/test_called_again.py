@@ -160,3 +160,10 @@ def test_tasks_are_checked_together():
             continue
         losses(learner).sum().backward()
         assert (monitor.last.status is ig.Status.WRONG_PRODUCT) == flagged
+
+
+def test_forward_hooks_are_not_run_again():
+    net, seen = network(nn.Tanh()), []
+    net[1].register_forward_hook(lambda module, x, y: seen.append(y))
+    adapted(net, steps=2)
+    assert len(seen) == 3

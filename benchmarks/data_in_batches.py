@@ -1,6 +1,6 @@
 """Does a hypergradient over batches stay in the memory of one, and what does a product cost?
 
-    python benchmarks/large_data.py --out benchmarks/results
+    python benchmarks/data_in_batches.py --out benchmarks/results
 
 The inner problem is a convolutional network's, on 28 x 28 images in batches of 500, with a weight
 decay that is differentiated. Memory is the peak of one hypergradient (a product, and what the decay
