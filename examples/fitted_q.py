@@ -145,7 +145,7 @@ def draw(theta: Tensor, places: Tensor, gains: dict[str, list[list[float]]], sho
     looks = (GREY, "--"), (BLUE, "-"), (ORANGE, "-"), (GREY, ":")
     for (name, values), (color, style) in zip(gains.items(), looks, strict=True):
         band(right, shown, values, color, name, style)
-    right.set(xlabel="walks that were seen", ylabel="reward gained", xscale="log")
+    right.set(xlabel="walks that were seen", ylabel="reward gained")
     right.set_xticks(shown, [str(count) for count in shown])
     right.legend(frameon=False, fontsize=8)
     return figure
