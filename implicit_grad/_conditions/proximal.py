@@ -58,8 +58,9 @@ class proximal(Condition):
         tasks: θ and φ are batches of separate problems, along the first dimension of each of their
             tensors; `loss` then returns one value for each, and CG solves for each. A `lam` for
             each task has as many dimensions as θ's tensors.
-        batches, regularizer, keep, group: the loss is the sum over batches of `loss(phi, batch,
-            *args)`, plus `regularizer(phi, *args)`: see `argmin`. `args` are without θ here too.
+        batches, regularizer, keep, group: the loss is the sum over batches of
+            `loss(phi, batch, *args)`, plus `regularizer(phi, *args)`: see `argmin`. `args` are
+            without θ here too.
         has_aux: `loss` returns (value, aux), of which aux, which may be anything, is ignored.
     """
 
