@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,12 +81,21 @@ def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif type(value) in _DICTS or _is_list(value):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part)
+    for part in _held_by(value):
+        yield from _tensors_in(part)
 
 
 _DICTS = (dict, OrderedDict)
+_PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
+
+
+def _held_by(value: Any) -> Collection[Any]:
+    """What a plain list or dict holds; nothing if that is numbers and strings, maybe very many."""
+    if type(value) in _DICTS:
+        value = value.values()
+    elif not _is_list(value):
+        return ()
+    return () if _PLAIN.issuperset(map(type, value)) else value
 
 
 def _is_list(value: Any) -> bool:
@@ -109,16 +118,13 @@ def _rebound(value: Any, modules: dict[int, nn.Module], put: Put) -> Any:
         return modules.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in modules:
         return types.MethodType(value.__func__, modules[id(value.__self__)])
-    if _is_list(value):
-        parts = [_rebound(v, modules, put) for v in value]
-        if all(map(operator.is_, parts, value)):
-            return value
-        return type(value)(parts) if type(value) in (list, tuple) else value._make(parts)
+    held = _held_by(value)
+    parts = [_rebound(part, modules, put) for part in held]
+    if all(map(operator.is_, parts, held)):
+        return value
     if type(value) in _DICTS:
-        named = {k: _rebound(v, modules, put) for k, v in value.items()}
-        same = all(map(operator.is_, named.values(), value.values()))
-        return value if same else type(value)(named)
-    return value
+        return type(value)(zip(value, parts, strict=True))
+    return type(value)(parts) if type(value) in (list, tuple) else value._make(parts)
 
 
 def _copy_of(module: nn.Module, modules: dict[int, nn.Module], put: Put) -> nn.Module:
