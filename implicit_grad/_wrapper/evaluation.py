@@ -34,7 +34,7 @@ from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.clone import kept_tensors
 from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
 from implicit_grad._torch.isolation import Ambient, isolated
-from implicit_grad._torch.module_form import frozen, mark_of, marked
+from implicit_grad._torch.module_form import frozen, kept, mark_of, marked
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
 from implicit_grad._torch.transforms import (
@@ -572,6 +572,13 @@ class Evaluation(Recorded):
         if self.replaces_first:
             known -= {id(t) for t in pytree.leaves(call.args[0])}
         return {i for i in self.unread if id(inputs[i]) not in known}
+
+    def kept(self, inputs: Tensors) -> set[int]:
+        """Places of inputs that modules among the arguments keep besides their parameters."""
+        call = self._call(inputs)
+        modules = pytree.modules((call.args, call.kwargs))
+        found = {id(t) for module in modules for t in kept(module).values()}
+        return {i for i, t in enumerate(inputs) if id(t) in found}
 
     def _check_captured(self) -> None:
         """Raise if the solver changed what the function captured; warn if that is not known."""

@@ -118,7 +118,7 @@ class ImplicitSolver:
         if in_forward_mode() and evaluation.captured_transformed():
             raise GraphError(CAPTURED, anchor="captured-under-transforms")
         if self.setup.linear_solver.keeps_start:
-            starts = set()
+            starts &= evaluation.kept(inputs)
         if evaluation.captured or starts:
             # Only at φ do we learn which tensors the user's function captured, to be attached too,
             # and which modules φ started from: their graph, maybe of another call, is let go.

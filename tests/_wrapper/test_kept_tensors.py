@@ -316,3 +316,54 @@ def test_what_a_forward_pass_made_of_a_captured_tensor_is_no_obstacle():
     there = X.clone().requires_grad_()
     loss = (X_VAL @ minimum(torch.ones(3, dtype=X.dtype), there) - Y_VAL).square().sum()
     torch.testing.assert_close(data.grad, torch.autograd.grad(loss, there)[0])
+
+
+@pytest.mark.parametrize("start_kept", [True, False])
+def test_what_the_last_pass_left_is_no_start(start_kept):
+    """A training that was stopped depends on its starting weights, and not on old activations."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.left = nn.Linear(3, 1).double(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.layer(x).tanh()
+            self.left = features if start_kept else None
+            return features[:, 0]
+
+    def loss(model: Net, wd: Tensor) -> Tensor:
+        return (model(X) - Y).square().mean() + wd * model.layer.weight.square().sum()
+
+    def step(model: Net, wd: Tensor) -> Net:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.zero_grad()
+        loss(model, wd).backward()
+        optimizer.step()
+        return model
+
+    torch.manual_seed(0)
+    model, wd = Net(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    (model(X) - Y).square().mean().backward()  # what it left has a graph that is gone
+    model.zero_grad()
+    stopped = ig.EarlyStopped(steps=1, lr=0.1)
+    found = ig.implicit(step, ig.argmin(loss), linear_solver=stopped)(model, wd)
+    weight = found.layer.weight.detach().clone()
+    found.layer.weight.sum().backward()
+    # one step of 0.1: φ = φ₀ − 0.1 (… + 2 wd w), around where it led
+    torch.testing.assert_close(wd.grad, -0.1 * 2 * weight.sum())
+    assert model.layer.weight.grad is not None  # of the start
+
+
+def test_long_plain_lists_are_not_gone_through(monkeypatch):
+    from implicit_grad._torch import clone
+
+    model, seen, own = Scaled("attribute"), [], clone._rebound
+    model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    model.ids, model.vocabulary = list(range(1000)), {str(i): i for i in range(1000)}
+    monkeypatch.setattr(
+        clone, "_rebound", lambda value, *rest: seen.append(value) or own(value, *rest)
+    )
+    found = ig.implicit(train, ig.argmin(objective))(model, X, Y)
+    assert found.ids == model.ids and found.vocabulary == model.vocabulary
+    assert not any(isinstance(value, int) for value in seen)
