@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from implicit_grad._torch.clone import refresh_recurrent
 from implicit_grad._torch.pytree import Tensors
@@ -73,6 +73,28 @@ def with_part(whole: nn.Module, name: str, part: nn.Module) -> nn.Module:
     other = copy.copy(whole)
     other._modules = {**whole._modules, name: part}
     return other
+
+
+@contextlib.contextmanager
+def attributes_put_back(module: nn.Module) -> Iterator[None]:
+    """What a module keeps in plain attributes is afterwards what it was.
+
+    Calls inside may replace it; tensors they may write to, generators they may draw from.
+    """
+    before = [(vars(part), dict(vars(part))) for part in module.modules()]
+    drawn = [
+        (v, v.get_state()) for _, kept in before for v in kept.values() if isinstance(v, Generator)
+    ]
+    for held, kept in before:
+        held.update({k: v.detach().clone() for k, v in kept.items() if isinstance(v, Tensor)})
+    try:
+        yield
+    finally:
+        for held, kept in before:
+            held.clear()
+            held.update(kept)
+        for generator, state in drawn:
+            generator.set_state(state)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalTerm
 from implicit_grad._curvature import check
@@ -274,11 +274,12 @@ def step_on_tensor(
     loss: Tensor,
     lr: float,
     method: StepMethod,
+    module: nn.Module,
     call: Callable[..., Any],
 ) -> None:
     """φ ← φ − lr ∇loss, pulled to θ if λ is given; the loss's graph is what backward linearises.
 
-    `call` is what the learner's forward runs, with the weights of the moment, for the check.
+    `call` is what the learner's forward runs, of its `module` of the moment, for the check.
     """
     phi, theta = weights.current, weights.theta
     loss = weights.total("adapt: the loss", loss)
@@ -303,7 +304,9 @@ def step_on_tensor(
         weights.attach(values, theta, time=time, number=number)
         return
     step = _step(weights, loss, phi, values, weights.gate, method, time, number)
-    step.finding = called_again.finding(weights, call, loss, method.curvature, method.checks)
+    step.finding = called_again.finding(
+        weights, module, call, loss, method.curvature, method.checks
+    )
     if method.counts_steps:
         if method.midway.is_middle(number):
             weights.halfway = dataclasses.replace(step)  # the next step empties the original
@@ -324,7 +327,7 @@ def minimise_closure(
 
     Or, where steps are counted, at the one in their middle.
     """
-    before, theta = weights.current, weights.theta
+    before, theta, weights.by_closure = weights.current, weights.theta, True
     first: list[Tensor] = []
 
     def loss_at(phi: Tensors) -> Tensor:

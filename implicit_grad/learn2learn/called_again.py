@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_grad._curvature.check import Checks, Probe, check_objective
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._theorem.linearization import Curvature, Finding
 from implicit_grad._torch import pytree
 from implicit_grad._torch.isolation import Ambient, isolated
+from implicit_grad._torch.modules import attributes_put_back
 from implicit_grad._torch.products import variables
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad.learn2learn.fast_weights import Weights
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     outputs: Tensors
 
 
+Cotangents = dict[int, Tensor]  # of some outputs, by their places
 Function = Callable[..., Any]  # of a call's arguments; the learner's, with its present weights
 
 
@@ -45,21 +47,31 @@ def noted(weights: Weights, function: Function, args: Any, kwargs: Any) -> Any:
     """The call's output; the call is kept until the learner adapts."""
     ambient = Ambient({t.device for t in weights.theta}, weights.theta)
     output = function(*args, **kwargs)
-    weights.last_call = Call(args, kwargs, ambient, _differentiable(output))
+    weights.noted.append(Call(args, kwargs, ambient, _differentiable(output)))
     return output
 
 
 def finding(
-    weights: Weights, function: Function, loss: Tensor, curvature: Curvature, checks: Checks
+    weights: Weights,
+    module: nn.Module,
+    function: Function,
+    loss: Tensor,
+    curvature: Curvature,
+    checks: Checks,
 ) -> Finding | None:
-    """What is wrong with the products of the last call, or of the first that was checked."""
-    last, weights.last_call = weights.last_call, None
+    """What is wrong with the products of the call behind the loss, or of the first so checked."""
+    if not asked_for(checks):
+        return checks.of_kind(_KIND, lambda: None)
+    behind = _behind(weights, loss)
+    if behind is None:
+        return None  # and the next one is looked at
 
     def look() -> Finding | None:
-        if last is None or curvature == "finite_difference":
+        if curvature == "finite_difference":
             return None
         try:
-            found = _look(weights, function, loss, curvature, last)
+            with attributes_put_back(module):
+                found = _look(weights, function, curvature, *behind)
         except Exception:  # a check must not end what works without it
             return None
         # differences would be those of the loss, which cannot be computed again
@@ -68,11 +80,21 @@ def finding(
     return checks.of_kind(_KIND, look)
 
 
+def _behind(weights: Weights, loss: Tensor) -> tuple[Call, Cotangents] | None:
+    """The newest call that the loss depends on, and how it depends on each output."""
+    for call in reversed(weights.noted):
+        if not call.outputs:
+            continue
+        slope = torch.autograd.grad(loss, call.outputs, retain_graph=True, allow_unused=True)
+        used = {i: c for i, c in enumerate(slope) if c is not None}
+        if used:
+            return call, used
+    return None
+
+
 def _look(
-    weights: Weights, function: Function, loss: Tensor, curvature: Curvature, call: Call
+    weights: Weights, function: Function, curvature: Curvature, call: Call, slope: Cotangents
 ) -> Finding | None:
-    slope = torch.autograd.grad(loss, call.outputs, retain_graph=True, allow_unused=True)
-    used = [(i, c) for i, c in enumerate(slope) if c is not None]
     before, remembered = weights.current, list(weights.calls)
 
     def outputs(phi: Tensors) -> Tensors:
@@ -81,7 +103,7 @@ def _look(
             return _differentiable(function(*call.args, **call.kwargs))
 
     def value(outputs: Tensors) -> Tensor:
-        return torch.stack([(outputs[i] * c).sum() for i, c in used]).sum()
+        return torch.stack([(outputs[i] * c).sum() for i, c in slope.items()]).sum()
 
     def again(phi: Tensors) -> Tensor:
         return value(outputs(phi))
@@ -89,8 +111,7 @@ def _look(
     try:
         phi = variables(before)
         here = outputs(phi)
-        pairs = zip(here, call.outputs, strict=True)
-        if not all(torch.allclose(a, b, rtol=1e-3) for a, b in pairs):
+        if len(here) != len(call.outputs) or not all(map(_is_same, here, call.outputs)):
             return None  # its inputs were changed since, or it counts its calls
         objective = Objective(value(here), phi, outputs=here, again=again)
         probe = Probe((objective.value,), phi, (), lambda phi, _: (again(phi),))
@@ -98,6 +119,13 @@ def _look(
     finally:
         weights.install(before)
         weights.calls.extend(remembered)
+
+
+def _is_same(again: Tensor, noted: Tensor) -> bool:
+    """Whether two outputs are equal but for rounding, in the dtype that autocast gave the first."""
+    close = max(1e-3, 8 * torch.finfo(noted.dtype).eps)
+    distance = (again.detach().to(noted.dtype) - noted.detach()).norm()
+    return bool(distance <= close * noted.detach().norm())
 
 
 def _differentiable(output: Any) -> Tensors:

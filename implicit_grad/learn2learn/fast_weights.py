@@ -148,7 +148,8 @@ class Weights:
         self._outer_calls: list[weakref.ref[Mark]] = []
         self._superseded: list[Superseded] = []
         self.calls: deque[Tensors] = deque(maxlen=_REMEMBERED_CALLS)
-        self.last_call: Any = None  # with its outputs, where it is to be checked
+        self.noted: deque[Any] = deque(maxlen=_REMEMBERED_CALLS)  # those that may be checked
+        self.by_closure = False  # how they adapt: then no call of their own is checked
 
     @property
     def recurrent(self) -> bool:
@@ -247,6 +248,7 @@ class Weights:
         self.current, self._present = weights, self._fixed | {id(t) for t in weights}
         self._places.fill(weights)
         self.calls.clear()
+        self.noted.clear()
 
     def remembered(self, output: Any) -> Any:
         """A call's output, noted: with Gauss-Newton, the loss must be a function of it.

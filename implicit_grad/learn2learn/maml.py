@@ -247,7 +247,7 @@ class ImplicitMAML(nn.Module):
             return self._called(args, kwargs)
         if torch.is_grad_enabled():
             self._take_in(self._weights)
-        if self._notes_calls and torch.is_grad_enabled():
+        if self._notes_calls(self._weights) and torch.is_grad_enabled():
             output = called_again.noted(self._weights, self._output, args, kwargs)
         else:
             output = self._output(*args, **kwargs)
@@ -256,10 +256,11 @@ class ImplicitMAML(nn.Module):
         self._weights.watch(output)
         return output
 
-    @property
-    def _notes_calls(self) -> bool:
-        """Whether the next step on a tensor may want to repeat the last call."""
-        asked = not self.first_order and called_again.asked_for(self._checks)
+    def _notes_calls(self, weights: Weights) -> bool:
+        """Whether the next step may want to repeat the call that its loss comes from."""
+        asked = not (self.first_order or weights.by_closure) and called_again.asked_for(
+            self._checks
+        )
         return asked and not has_forward_hooks(self.module)
 
     def _output(self, *args: Any, **kwargs: Any) -> Any:
@@ -384,7 +385,7 @@ class ImplicitMAML(nn.Module):
         if torch.is_tensor(loss):
             if steps is not None:
                 raise InvalidArgumentError("adapt: steps needs a function that computes the loss")
-            step_on_tensor(self._weights, loss, self.lr, method, self._output)
+            step_on_tensor(self._weights, loss, self.lr, method, self.module, self._output)
         elif callable(loss):
             minimise_closure(self._weights, loss, minimiser_of(self.solver, self.lr, steps), method)
         else:

@@ -26,6 +26,15 @@ class InNumPy(torch.autograd.Function):
         return g * torch.from_numpy((x * x.cos() + x.sin()).detach().numpy())
 
 
+class Held(InNumPy):
+    """The same, in any dtype: its backward holds x constant."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = (t.detach() for t in ctx.saved_tensors)
+        return g * (x * x.cos() + x.sin())
+
+
 class Through(nn.Module):
     """A layer of one function."""
 
@@ -141,7 +150,8 @@ def test_once_for_all_clones():
         taken.append(len(calls) - before)
     assert taken[0] > 2 and taken[1] == 2
     learner = maml.clone(first_order=True)
-    assert learner.adapt(loss(learner(X)))._weights.last_call is None
+    learner(X)
+    assert not learner._weights.noted
 
 
 def test_tasks_are_checked_together():
@@ -167,3 +177,55 @@ def test_forward_hooks_are_not_run_again():
     net[1].register_forward_hook(lambda module, x, y: seen.append(y))
     adapted(net, steps=2)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("between", ["another call", "autocast"])
+def test_the_call_behind_the_loss_is_the_one_that_is_checked(between):
+    net, monitor = network(Through(Held.apply), dtype=torch.float32), ig.Monitor()
+    learner = ig.imaml(net, lr=0.1, monitor=monitor, on_failure="ignore").clone()
+    x = X.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=between == "autocast"):
+        output = learner(x).float()
+    learner(x[:3])  # to log an accuracy, say
+    learner.adapt(loss(output))
+    loss(learner(x)).backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+
+
+class Remembering(nn.Module):
+    """What it computes depends on its last call, on a generator, and on a count in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.last, self.count = torch.zeros(8), torch.zeros(())
+        self.random = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        self.features = self.layer(x).tanh() + 0.1 * self.last + self.count
+        self.last = self.features.detach().mean(0)
+        self.count += torch.rand((), generator=self.random)
+        return self.features
+
+
+def test_what_the_model_remembers_is_put_back():
+    left = []
+    for check in ("once", "never"):
+        torch.manual_seed(2)
+        net = network(Remembering())
+        learner = ig.imaml(net, lr=0.1, check=check).clone()
+        learner.adapt(loss(learner(X)))
+        kept = learner.module[1]
+        features = kept.features.sum()
+        back = torch.autograd.grad(features, net[1].layer.weight, retain_graph=True)
+        loss(learner(X)).backward()
+        gradients = [p.grad for p in net.parameters()]
+        left.append((kept.last, kept.count, kept.random.get_state(), *back, gradients))
+    torch.testing.assert_close(*left, rtol=0, atol=0)
+
+
+def test_learners_that_adapt_by_closure_keep_no_call():
+    learner = ig.imaml(network(nn.Tanh()), lr=0.1).clone()
+    learner.adapt(lambda: loss(learner(X)))
+    learner(X)
+    assert not learner._weights.noted
