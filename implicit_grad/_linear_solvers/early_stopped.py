@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from implicit_grad._errors import InvalidArgumentError, Status
-from implicit_grad._linear_solvers.base import Filter, LinearSolution, LinearSolver, Operator, Times
-from implicit_grad._linear_solvers.lanczos import apply_filter, filtered, of_one
+from implicit_grad._linear_solvers.base import Filter, LinearSolution, Operator, Times
+from implicit_grad._linear_solvers.lanczos import Filtering, apply_filter
 from implicit_grad._options import (
     is_number,
     require,
@@ -27,7 +27,7 @@ _PRODUCTS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlyStopped(LinearSolver):
+class EarlyStopped(Filtering):
     """For φ that were trained by gradient steps, and stopped before they solved anything.
 
     One step is φ⁺ = φ − lr F(φ, a). Differentiate n of them, with A = ∂F/∂φ held fixed:
@@ -75,10 +75,7 @@ class EarlyStopped(LinearSolver):
     maxiter: int = _PRODUCTS
     rtol: float | None = None
 
-    symmetric_only: ClassVar[bool] = True
-    definite_only: ClassVar[bool] = True
     keeps_start: ClassVar[bool] = True
-    takes_tasks = True
 
     def __post_init__(self) -> None:
         given = (self.time is not None, self.steps is not None, self.lr is not None)
@@ -112,18 +109,8 @@ class EarlyStopped(LinearSolver):
         """The derivative of so many steps that were counted, around one among them."""
         return _AmongSteps(steps=steps, lr=lr, maxiter=self.maxiter, rtol=self.rtol)
 
-    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        (found,) = self._filtered(of_one(operator), rhs[None])
-        return found
-
-    def solve_tasks(
-        self, operator: Operator, rhs: Tensor, verify: bool
-    ) -> tuple[Tensor, list[LinearSolution]]:
-        found = self._filtered(operator, rhs)
-        return torch.stack([solution.x for solution in found]), found
-
     def _filtered(self, operator: Operator, rhs: Tensor) -> list[LinearSolution]:
-        return filtered(operator, rhs, self.weigh, self.maxiter, self.rtol)
+        return self._apply(operator, rhs, self.weigh)
 
     def weigh(self, curvatures: Tensor) -> Tensor:
         """g(|h|) for curvatures h."""

@@ -12,15 +12,17 @@ that an exact run would have found. A single system is a batch of one.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from implicit_grad._errors import Status
-from implicit_grad._linear_solvers.base import Filter, LinearSolution, Operator, dots
+from implicit_grad._linear_solvers.base import Filter, LinearSolution, LinearSolver, Operator, dots
 
 # The result has to change little this many times in a row: it may pause, and then go on.
 _PATIENCE = 2
@@ -68,14 +70,36 @@ def apply_filter(
     ]
 
 
-def filtered(
-    operator: Operator, rhs: Tensor, weigh: Filter, maxiter: int, rtol: float | None
-) -> list[LinearSolution]:
-    """f(M) rhs for each row of rhs, to rtol, or as far as so many products lead."""
-    eps = operator.precision(rhs)
-    target = eps ** (2 / 3) if rtol is None else max(rtol, 10 * eps)
-    exhausted = Status.TRUNCATED if rtol is None else Status.MAX_ITER
-    return apply_filter(operator, rhs, [weigh] * len(rhs), maxiter, target, exhausted)
+class Filtering(LinearSolver):
+    """A linear solver that takes f(M) rhs in the place of M⁻¹rhs, for one or many tasks."""
+
+    maxiter: int
+    rtol: float | None
+
+    symmetric_only: ClassVar[bool] = True
+    definite_only: ClassVar[bool] = True
+    takes_tasks = True
+
+    @abc.abstractmethod
+    def _filtered(self, operator: Operator, rhs: Tensor) -> list[LinearSolution]:
+        """What takes the place of the solution, for each row of rhs."""
+
+    def _apply(self, operator: Operator, rhs: Tensor, weigh: Filter) -> list[LinearSolution]:
+        """f(M) rhs for each row of rhs, to rtol, or as far as so many products lead."""
+        eps = operator.precision(rhs)
+        target = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
+        exhausted = Status.TRUNCATED if self.rtol is None else Status.MAX_ITER
+        return apply_filter(operator, rhs, [weigh] * len(rhs), self.maxiter, target, exhausted)
+
+    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
+        (found,) = self._filtered(of_one(operator), rhs[None])
+        return found
+
+    def solve_tasks(
+        self, operator: Operator, rhs: Tensor, verify: bool
+    ) -> tuple[Tensor, list[LinearSolution]]:
+        found = self._filtered(operator, rhs)
+        return torch.stack([solution.x for solution in found]), found
 
 
 def of_one(operator: Operator) -> Operator:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
-from implicit_grad._linear_solvers.lanczos import filtered, of_one
+from implicit_grad._linear_solvers.lanczos import Filtering
 from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._options import require_count, require_fraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PositivePart(LinearSolver):
+class PositivePart(Filtering):
     """The solution without the loss's negative curvature: u = (λ + H₊)⁻¹ v, for `proximal`.
 
     H₊ is H = ∇²loss with its negative eigenvalues set to 0, the nearest positive semi-definite
@@ -43,10 +43,7 @@ class PositivePart(LinearSolver):
     maxiter: int = 20
     rtol: float | None = None
 
-    symmetric_only: ClassVar[bool] = True
-    definite_only: ClassVar[bool] = True
     needs_scale: ClassVar[bool] = True
-    takes_tasks = True
 
     def __post_init__(self) -> None:
         require_count(self, "maxiter", 1)
@@ -54,16 +51,6 @@ class PositivePart(LinearSolver):
 
     def to_tolerance(self) -> LinearSolver:
         return MINRES()
-
-    def _solve(self, operator: Operator, rhs: Tensor, unit: float, verify: bool) -> LinearSolution:
-        (found,) = self._filtered(of_one(operator), rhs[None])
-        return found
-
-    def solve_tasks(
-        self, operator: Operator, rhs: Tensor, verify: bool
-    ) -> tuple[Tensor, list[LinearSolution]]:
-        found = self._filtered(operator, rhs)
-        return torch.stack([solution.x for solution in found]), found
 
     def _filtered(self, operator: Operator, rhs: Tensor) -> list[LinearSolution]:
         lam = operator.scale
@@ -73,14 +60,14 @@ class PositivePart(LinearSolver):
             def inverse(curvatures: Tensor) -> Tensor:
                 return 1 / curvatures.clamp(min=lam)
 
-            return filtered(operator, rhs, inverse, self.maxiter, self.rtol)
+            return self._apply(operator, rhs, inverse)
         root = lam.sqrt()
         in_units = dataclasses.replace(operator, matvec=lambda x: operator.matvec(x / root) / root)
 
         def inverse_in_units(curvatures: Tensor) -> Tensor:
             return 1 / curvatures.clamp(min=1)
 
-        found = filtered(in_units, rhs / root, inverse_in_units, self.maxiter, self.rtol)
+        found = self._apply(in_units, rhs / root, inverse_in_units)
         return [
             dataclasses.replace(solution, x=x, extremes=None)
             for solution, x in zip(found, torch.stack([s.x for s in found]) / root, strict=True)
