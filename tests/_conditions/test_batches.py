@@ -1,6 +1,5 @@
 """Objectives that are sums over a loader's batches: equal to the same objective as one graph."""
 
-import functools
 import gc
 import itertools
 import random
@@ -10,6 +9,22 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from batched_problem import (
+    BATCHES,
+    NEWTON,
+    START,
+    Square,
+    SquareOnce,
+    X,
+    Y,
+    arguments,
+    misfit,
+    net,
+    outer,
+    penalty,
+    trained,
+    whole,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -17,54 +32,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import implicit_grad as ig
 from implicit_grad.testing import peak_memory
 
-X, Y = torch.randn(2, 23, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-Y = Y[:, 0]
-LIST = list(zip(X.split(5), Y.split(5), strict=True))
-START = {
-    "a": torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
-    "b": torch.ones(3, dtype=torch.float64),
-}
-NEWTON = ig.solvers.NewtonCG(maxiter=50, cg=20, tol=1e-9)
 Args = tuple[Tensor, Tensor]
 
 
 def loader(**options):
     return DataLoader(TensorDataset(X, Y), batch_size=5, **options)
-
-
-def net(w, x):
-    return torch.tanh(x @ w["a"]) @ w["b"]
-
-
-def misfit(w, batch, scale, lam):
-    x, y = batch
-    return (scale * (net(w, x) - y) ** 2).sum()
-
-
-def penalty(w, scale, lam):
-    return lam * sum(p.square().sum() for p in w.values())
-
-
-def whole(w, scale, lam):
-    return misfit(w, (X, Y), scale, lam) + penalty(w, scale, lam)
-
-
-def arguments() -> Args:
-    return tuple(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 1.3))
-
-
-def trained(scale, lam):
-    """The minimum, found on all the data at once."""
-    return minimum(float(scale), float(lam))
-
-
-@functools.cache
-def minimum(scale, lam):
-    return NEWTON.minimize(lambda w: whole(w, scale, lam), START)
-
-
-def outer(w):
-    return sum((p - 1).square().sum() for p in w.values())
 
 
 def gradients(condition, **options):
@@ -73,7 +45,7 @@ def gradients(condition, **options):
     return torch.stack(torch.autograd.grad(outer(w), args))
 
 
-def in_batches(batches=LIST, **options):
+def in_batches(batches=BATCHES, **options):
     return ig.argmin(misfit, batches=batches, regularizer=penalty, **options)
 
 
@@ -100,7 +72,7 @@ def test_as_one_graph(linear_solver):
 @pytest.mark.parametrize(
     "batches",
     [
-        LIST,
+        BATCHES,
         loader(),
         loader(shuffle=True),
         loader(shuffle=True, generator=torch.Generator().manual_seed(0)),
@@ -128,7 +100,7 @@ def with_models(keep):
     many = ig.argmin(
         lambda out, batch, scale, lam: (scale * (out - batch[1]) ** 2).sum(),
         model=lambda w, batch, scale, lam: net(w, batch[0]),
-        batches=LIST,
+        batches=BATCHES,
         regularizer=penalty,
         keep=keep,
     )
@@ -147,7 +119,7 @@ def test_gauss_newton_tells_of_outputs_that_enter_linearly_once():
     many = ig.argmin(
         lambda out, batch, scale, lam: (out[0] - batch[1]).square().sum() + out[1],
         model=lambda w, batch, scale, lam: (net(w, batch[0]), lam * w["a"].square().sum()),
-        batches=LIST,
+        batches=BATCHES,
     )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -191,7 +163,9 @@ def test_proximal(make_lam, keep):
         return torch.autograd.grad(outer(w), tensors, allow_unused=True, materialize_grads=True)
 
     one = found(lambda lam: ig.proximal(whole, lam))
-    many = found(lambda lam: ig.proximal(misfit, lam, batches=LIST, regularizer=penalty, keep=keep))
+    many = found(
+        lambda lam: ig.proximal(misfit, lam, batches=BATCHES, regularizer=penalty, keep=keep)
+    )
     for a, b in zip(many, one, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -214,7 +188,7 @@ def test_what_the_function_captured_gets_its_gradient():
         return penalty(w, None, lam)
 
     one = found(ig.argmin(lambda w, lam: loss(w, (X, Y), lam) + regularizer(w, lam)))
-    many = found(ig.argmin(loss, batches=LIST, regularizer=regularizer))
+    many = found(ig.argmin(loss, batches=BATCHES, regularizer=regularizer))
     for a, b in zip(many, one, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -299,13 +273,13 @@ def test_certificates_and_polished_solutions():
 def test_the_report_counts_batches():
     monitor = ig.Monitor()
     gradients(in_batches(), monitor=monitor)
-    gradients(in_batches(LIST[:2]), monitor=monitor, on_failure="ignore")
+    gradients(in_batches(BATCHES[:2]), monitor=monitor, on_failure="ignore")
     gradients(ig.argmin(whole), monitor=monitor)
     assert [report.batches for report in monitor.reports] == [5, 2, None]
 
 
 def test_arguments_that_only_the_regularizer_reads_are_not_told_of():
-    unread = ig.implicit(trained, ig.argmin(misfit, batches=LIST))
+    unread = ig.implicit(trained, ig.argmin(misfit, batches=BATCHES))
     with pytest.warns(ig.ImplicitGradWarning, match=r"does not depend on args\[1\]"):
         unread(*arguments())
     ig.implicit(trained, in_batches())(*arguments())  # a warning would be an error
@@ -379,7 +353,7 @@ def test_other_data_in_each_pass_show_where_the_objective_is_zero_on_all(changes
     class Anew:
         def __iter__(self):
             factor = draws.random() + 1 if changes else 1.0
-            return ((factor * x, 0 * y) for x, y in LIST)
+            return ((factor * x, 0 * y) for x, y in BATCHES)
 
     def perfect(w, batch, scale, lam):
         x, y = batch
@@ -402,7 +376,7 @@ def test_subsets_that_change_are_refused():
 
     class Subset:
         def __iter__(self):
-            return iter(LIST[next(changing) % 3 :][:2])
+            return iter(BATCHES[next(changing) % 3 :][:2])
 
     with pytest.raises(ig.GraphError, match="A subset of the data has to be the same"):
         gradients(in_batches(Subset()), on_failure="ignore")
@@ -429,7 +403,7 @@ def test_loaders_that_give_fewer_or_more_batches_later_are_refused():
 
     class Uneven:
         def __iter__(self):
-            return iter(LIST[: next(lengths)])
+            return iter(BATCHES[: next(lengths)])
 
     for seen in ("gave 3 batches when it was read first, and now more", "3 .* now 2", "no batch"):
         with pytest.raises(ig.ImplicitGradError, match=seen):
@@ -456,7 +430,7 @@ def test_the_loader_may_be_read_between_forward_and_backward():
 
 class Stream(IterableDataset):
     def __iter__(self):
-        return iter(LIST)
+        return iter(BATCHES)
 
 
 def test_streams_and_tensors_as_batches():
@@ -474,12 +448,12 @@ def test_streams_and_tensors_as_batches():
 @pytest.mark.parametrize(
     ("batches", "said"),
     [
-        (iter(LIST), "a list_iterator, which can be read only once: make it a list"),
-        (((x, y) for x, y in LIST), "a generator, which can be read only once"),
+        (iter(BATCHES), "a list_iterator, which can be read only once: make it a list"),
+        (((x, y) for x, y in BATCHES), "a generator, which can be read only once"),
         (X, r"shape \(23, 4\), whose rows would be the batches: take X.split"),
         (TensorDataset(X, Y), "a TensorDataset, whose samples would be the batches: take DataLoad"),
         ({"x": X}, "got a dict$"),
-        (lambda: LIST, "a function, which is not iterable: call it"),
+        (lambda: BATCHES, "a function, which is not iterable: call it"),
         (3, "an int, which is not iterable$"),
         ([], "a list, which is empty"),
         (loader(sampler=[]), "a DataLoader, which is empty"),
@@ -497,11 +471,11 @@ def test_what_cannot_be_read_again_and_again_is_refused(batches, said):
     [
         ({"regularizer": penalty}, "argmin: regularizer goes with batches="),
         ({"keep": 2}, "argmin: keep goes with batches="),
-        ({"batches": LIST, "keep": -1}, r"argmin\(keep=-1\): expected a number of batches"),
-        ({"batches": LIST, "keep": True}, r"argmin\(keep=True\): expected"),
-        ({"batches": LIST, "regularizer": 0.1}, "regularizer must be a function"),
-        ({"batches": LIST, "bounds": (0, None)}, "batches does not go with constraints"),
-        ({"batches": LIST, "tasks": True}, "batches does not go with tasks"),
+        ({"batches": BATCHES, "keep": -1}, r"argmin\(keep=-1\): expected a number of batches"),
+        ({"batches": BATCHES, "keep": True}, r"argmin\(keep=True\): expected"),
+        ({"batches": BATCHES, "regularizer": 0.1}, "regularizer must be a function"),
+        ({"batches": BATCHES, "bounds": (0, None)}, "batches does not go with constraints"),
+        ({"batches": BATCHES, "tasks": True}, "batches does not go with tasks"),
     ],
 )
 def test_options_that_do_not_go_together(options, said):
@@ -512,10 +486,19 @@ def test_options_that_do_not_go_together(options, said):
 @pytest.mark.parametrize(
     ("batches", "said"),
     [
-        ([*LIST[:2], X], r"argmin: objective fails at batch 2, a float64 tensor of shape \(23, 4"),
+        (
+            [*BATCHES[:2], X],
+            r"argmin: objective fails at batch 2, a float64 tensor of shape \(23, 4",
+        ),
         ([{"x": X, "y": Y}], "fails at batch 0, a dict with the keys 'x', 'y': .*Error: "),
-        ([LIST[0], (X, Y, Y)], "fails at batch 1, a tuple of a float64 tensor .*ValueError: too"),
-        ([LIST[0], (X.clone().requires_grad_(), Y)], "batch 1 holds a tensor that requires grad"),
+        (
+            [BATCHES[0], (X, Y, Y)],
+            "fails at batch 1, a tuple of a float64 tensor .*ValueError: too",
+        ),
+        (
+            [BATCHES[0], (X.clone().requires_grad_(), Y)],
+            "batch 1 holds a tensor that requires grad",
+        ),
     ],
 )
 def test_batches_of_the_wrong_form_are_named(batches, said):
@@ -524,10 +507,10 @@ def test_batches_of_the_wrong_form_are_named(batches, said):
 
 
 def test_functions_that_return_no_number_are_named():
-    wrong = ig.argmin(lambda w, b, *_: net(w, b[0]), batches=LIST, regularizer=penalty)
+    wrong = ig.argmin(lambda w, b, *_: net(w, b[0]), batches=BATCHES, regularizer=penalty)
     with pytest.raises(ig.InvalidArgumentError, match="objective at batch 0 must return a scalar"):
         gradients(wrong)
-    wrong = ig.argmin(misfit, batches=LIST, regularizer=lambda w, *_: w["a"])
+    wrong = ig.argmin(misfit, batches=BATCHES, regularizer=lambda w, *_: w["a"])
     with pytest.raises(ig.InvalidArgumentError, match="argmin: regularizer must return a scalar"):
         gradients(wrong)
 
@@ -548,30 +531,10 @@ def test_what_changes_after_the_solve_is_seen():
         return shift[0] * misfit(w, batch, scale, lam)
 
     args = arguments()
-    w = ig.implicit(trained, ig.argmin(loss, batches=LIST, regularizer=penalty))(*args)
+    w = ig.implicit(trained, ig.argmin(loss, batches=BATCHES, regularizer=penalty))(*args)
     shift[0] = 2.0
     with pytest.raises(ig.GraphError, match="refers to a variable that has changed since"):
         outer(w).backward()
-
-
-class Square(torch.autograd.Function):
-    """x², whose backward detaches."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0].detach() * g
-
-
-class SquareOnce(Square):
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
 
 
 @pytest.mark.parametrize("square", [Square, SquareOnce])
@@ -580,7 +543,7 @@ def test_wrong_and_missing_second_derivatives_are_seen_within_batches(square):
         return (scale * square.apply(net(w, batch[0]) - batch[1])).sum()
 
     monitor = ig.Monitor()
-    found = gradients(ig.argmin(loss, batches=LIST, regularizer=penalty), monitor=monitor)
+    found = gradients(ig.argmin(loss, batches=BATCHES, regularizer=penalty), monitor=monitor)
     torch.testing.assert_close(found, gradients(ig.argmin(whole)), rtol=1e-6, atol=0)
     assert monitor.last.curvature == "finite_difference"
     assert (monitor.last.check is None) == (square is SquareOnce)
@@ -625,7 +588,7 @@ def test_dropout_draws_the_same_masks_and_buffers_are_left_alone():
     found = []
     for keep in (0, 2, 99):
         torch.manual_seed(5)
-        found.append(of_module(module, LIST, keep)())
+        found.append(of_module(module, BATCHES, keep)())
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
     torch.testing.assert_close(dict(module.named_buffers()), before, rtol=0, atol=0)
@@ -646,7 +609,7 @@ def test_nothing_is_left_for_the_garbage_collector():
     gc.collect()
     gc.disable()
     try:
-        data = [(x.clone(), y.clone()) for x, y in LIST]
+        data = [(x.clone(), y.clone()) for x, y in BATCHES]
         gone = [weakref.ref(x) for x, _ in data]
         w = ig.implicit(trained, in_batches(data, keep=2))(*args)
         outer(w).backward()
@@ -665,7 +628,7 @@ def test_kept_graphs_are_not_evaluated_again():
 
     def evaluated(keep):
         calls.clear()
-        condition = ig.argmin(counting, batches=LIST, regularizer=penalty, keep=keep)
+        condition = ig.argmin(counting, batches=BATCHES, regularizer=penalty, keep=keep)
         gradients(condition, check="never", linear_solver=ig.CG(maxiter=3), on_failure="ignore")
         return len(calls)
 
@@ -695,7 +658,7 @@ def test_products_leave_out_what_nobody_asked_for():
     def passes(products):
         Counted.passes = 0
         options = {"linear_solver": ig.CG(maxiter=products), "check": "never"}
-        gradients(ig.argmin(loss, batches=LIST, regularizer=penalty), **options)
+        gradients(ig.argmin(loss, batches=BATCHES, regularizer=penalty), **options)
         return Counted.passes
 
     assert passes(1) == passes(4) > 0
@@ -709,7 +672,7 @@ def test_gradients_of_kept_graphs_are_not_taken_again():
     def passes(keep, products):
         Counted.passes = 0
         options = {"linear_solver": ig.CG(maxiter=products), "check": "never"}
-        gradients(ig.argmin(loss, batches=LIST, regularizer=penalty, keep=keep), **options)
+        gradients(ig.argmin(loss, batches=BATCHES, regularizer=penalty, keep=keep), **options)
         return Counted.passes
 
     product, with_kept = (passes(keep, 4) - passes(keep, 3) for keep in (0, 5))
@@ -732,6 +695,6 @@ def test_second_derivatives_of_layers_whose_graphs_are_our_own():
         first = torch.autograd.grad(outer(solve(*args)), args, create_graph=True)
         return torch.stack(torch.autograd.grad(first[0] + first[1], args))
 
-    found = second(ig.argmin(loss, batches=LIST, regularizer=penalty))
+    found = second(ig.argmin(loss, batches=BATCHES, regularizer=penalty))
     one = second(ig.argmin(lambda w, *a: loss(w, (X, Y), *a) + penalty(w, *a)))
     torch.testing.assert_close(found, one)

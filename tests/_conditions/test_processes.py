@@ -12,6 +12,22 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from batched_problem import (
+    BATCHES,
+    NEWTON,
+    START,
+    Square,
+    SquareOnce,
+    X,
+    Y,
+    arguments,
+    misfit,
+    net,
+    outer,
+    penalty,
+    trained,
+    whole,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,15 +35,6 @@ import implicit_grad as ig
 
 if not dist.is_available() or sys.platform == "win32":
     pytest.skip("torch.distributed with gloo", allow_module_level=True)
-
-X, Y = torch.randn(2, 23, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-Y = Y[:, 0]
-BATCHES = list(zip(X.split(5), Y.split(5), strict=True))
-START = {
-    "a": torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
-    "b": torch.ones(3, dtype=torch.float64),
-}
-NEWTON = ig.solvers.NewtonCG(maxiter=50, cg=20, tol=1e-9)
 
 
 # ---------------------------------------------------------------- two processes
@@ -105,41 +112,6 @@ def pair(tmp_path_factory):
 def mine(group):
     """This process's batches: three of five, or two."""
     return BATCHES[:3] if dist.get_rank(group) == 0 else BATCHES[3:]
-
-
-def net(w, x):
-    return torch.tanh(x @ w["a"]) @ w["b"]
-
-
-def misfit(w, batch, scale, lam):
-    x, y = batch
-    return (scale * (net(w, x) - y) ** 2).sum()
-
-
-def penalty(w, scale, lam):
-    return lam * sum(p.square().sum() for p in w.values())
-
-
-def whole(w, scale, lam):
-    return misfit(w, (X, Y), scale, lam) + penalty(w, scale, lam)
-
-
-def arguments():
-    return tuple(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 1.3))
-
-
-def trained(scale, lam):
-    return minimum(float(scale), float(lam))
-
-
-@functools.cache
-def minimum(scale, lam):
-    """The minimum, found on all the data at once."""
-    return NEWTON.minimize(lambda w: whole(w, scale, lam), START)
-
-
-def outer(w):
-    return sum((p - 1).square().sum() for p in w.values())
 
 
 def alone(group=None, solver=trained, outer=outer, condition=None, **options):
@@ -379,26 +351,6 @@ def test_one_process_alone_may_listen(pair, rank):
     assert (batches, told) == (5, 1)
     assert residual > 0
     assert found[1 - rank] == (None, 0)
-
-
-class Square(torch.autograd.Function):
-    """A square whose second derivative is wrong."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0].detach() * g
-
-
-class SquareOnce(Square):
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
 
 
 class Cubed(torch.autograd.Function):
