@@ -80,3 +80,13 @@ def _check(name: str, module: nn.Module) -> None:
             f"imaml: adapts={name!r}: expected a floating-point tensor, or a part of the model "
             f"with parameters that are, found {describe(found)}"
         )
+    if found is not _at(module, name):
+        raise InvalidArgumentError(
+            f"imaml: adapts={name!r}: it is computed anew each time that it is looked up (a "
+            "parametrization, a property). Name the part, or the parameters that it is made from"
+        )
+    if not isinstance(found, (nn.Module, nn.Parameter)) and not found.requires_grad:
+        raise InvalidArgumentError(
+            f"imaml: adapts={name!r}: this tensor of the model does not require grad, and would "
+            "stay where it is: let it, by requires_grad_(), or make it a parameter"
+        )

@@ -213,3 +213,13 @@ def test_what_is_frozen_among_it_is_named_and_the_rest_may_be_frozen():
 def test_names_that_lead_nowhere_are_refused(adapts, sentence):
     with pytest.raises(ig.InvalidArgumentError, match=sentence):
         ig.imaml(Contextual(), lr=0.3, adapts=adapts)
+
+
+def test_what_cannot_adapt_is_refused():
+    model = Contextual()
+    model.plain = torch.zeros(2)
+    with pytest.raises(ig.InvalidArgumentError, match="adapts='plain'.* does not require grad"):
+        ig.imaml(model, lr=0.3, adapts=["head", "plain"])
+    model.made = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    with pytest.raises(ig.InvalidArgumentError, match=r"adapts='made.weight'.* computed anew"):
+        ig.imaml(model, lr=0.3, adapts="made.weight")
