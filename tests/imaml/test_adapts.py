@@ -218,7 +218,7 @@ def test_names_that_lead_nowhere_are_refused(adapts, sentence):
 def test_what_cannot_adapt_is_refused():
     model = Contextual()
     model.plain = torch.zeros(2)
-    with pytest.raises(ig.InvalidArgumentError, match="adapts='plain'.* does not require grad"):
+    with pytest.raises(ig.InvalidArgumentError, match=r"adapts='plain'.* does not require grad"):
         ig.imaml(model, lr=0.3, adapts=["head", "plain"])
     model.made = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     with pytest.raises(ig.InvalidArgumentError, match=r"adapts='made.weight'.* computed anew"):
