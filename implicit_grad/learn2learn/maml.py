@@ -138,8 +138,8 @@ def imaml(
             "once" for all clones and each kind of graph, "always" or "never" (for estimators whose
             gradient is not the derivative of their value, such as DiCE); see `implicit`. The
             closure is then called a few times more. Of `adapt(loss)` of a tensor the model is
-            checked, by the call behind it made again (unless it has forward hooks); the loss itself,
-            which cannot be computed again, is not.
+            checked, by the call behind it made again (unless it has forward hooks); the loss
+            itself, which cannot be computed again, is not.
         monitor: collects a `Report` for each backward solve.
         on_failure: on numerical trouble "warn", "raise" or "ignore".
         keep_steps: whether each step keeps the graph of its loss. Without, a step frees that of the
