@@ -4,13 +4,14 @@
     python benchmarks/short_training.py --problem characters --steps 10 --lr 0.1 --out out \
         --methods first lam=0.1 lam=0.5 lam=2 learned learned-per-tensor
 
-Sinusoids are regressed by a small tanh network, characters (of fonts, 5-way 1-shot) classified by
-learn2learn's OmniglotCNN, the whole of which adapts. Each method meta-trains from the same weights
-on the same tasks, a few seeds, and is tested on the same tasks. The table has the mean loss
-(sinusoids) or accuracy in percent (characters) after adaptation, each seed's, and the mean
-difference to the first method over tasks with its 95 % interval. For sinusoids also, at the weights
-that the first method ends with: the median cosine with second-order MAML's gradient, and the
-median of the lengths' ratio. With `learned`, λ begins at 0.5 and takes Adam's steps of 0.03.
+Sinusoids are regressed by a small tanh network, points (around random centres, 5-way 1-shot)
+classified by another, and characters (of fonts, 5-way 1-shot) by learn2learn's OmniglotCNN, the
+whole of which adapts. Each method meta-trains from the same weights on the same tasks, a few seeds,
+and is tested on the same tasks. The table has the mean loss (sinusoids) or accuracy in percent
+after adaptation, each seed's, and the mean difference to the first method over tasks with its 95 %
+interval. But for characters also, at the weights that the first method ends with: the median
+cosine with second-order MAML's gradient, and the median of the lengths' ratio. With `learned`, λ
+begins at 0.5 and takes Adam's steps of 0.03.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import default_lam
 import examples_path
 import learn2learn as l2l
 import torch
@@ -44,7 +46,7 @@ class Sinusoids:
     loss: Loss = staticmethod(mse_loss)
 
     def __init__(self) -> None:
-        self.unit = "loss"
+        self.unit, self.compared = "loss", True
 
     def model(self) -> nn.Module:
         """A network as initialised."""
@@ -67,13 +69,40 @@ class Sinusoids:
         return mse_loss(predictions, y).item()
 
 
+class Points:
+    """Those of `default_lam.py` and its network, in single precision."""
+
+    loss: Loss = staticmethod(cross_entropy)
+
+    def __init__(self) -> None:
+        self.unit, self.compared = "accuracy", True
+
+    def model(self) -> nn.Module:
+        """A network as initialised."""
+        hidden = nn.Linear(default_lam.INPUTS, default_lam.HIDDEN), nn.Tanh()
+        return nn.Sequential(*hidden, nn.Linear(default_lam.HIDDEN, default_lam.CLASSES))
+
+    def sample(self) -> Task:
+        """A task to train on."""
+        (x, y), (query, target) = default_lam.task(int(torch.randint(2**62, ())))
+        return x.float(), y, query.float(), target
+
+    def tests(self, count: int) -> list[Task]:
+        """Tasks to test on."""
+        return [self.sample() for _ in range(count)]
+
+    def score(self, predictions: Tensor, y: Tensor) -> float:
+        """The accuracy in percent."""
+        return _accuracy(predictions, y)
+
+
 class Characters:
     """Characters of fonts that the machine needs not have: `examples/glyphs.py` has them."""
 
     loss: Loss = staticmethod(cross_entropy)
 
     def __init__(self) -> None:
-        self.unit = "accuracy"
+        self.unit, self.compared = "accuracy", False
         known, held_out = characters.load("glyphs", None)
         train, test = known.split(held_out)
         self._train, self._test = (characters.taskset(part, 5, 1) for part in (train, test))
@@ -92,11 +121,22 @@ class Characters:
 
     def score(self, predictions: Tensor, y: Tensor) -> float:
         """The accuracy in percent."""
-        return 100 * (predictions.argmax(1) == y).float().mean().item()
+        return _accuracy(predictions, y)
+
+
+def _accuracy(predictions: Tensor, y: Tensor) -> float:
+    return 100 * (predictions.argmax(1) == y).float().mean().item()
 
 
 def _split(data: Tensor, labels: Tensor) -> Task:
     return data[::2], labels[::2], data[1::2], labels[1::2]
+
+
+PROBLEMS: dict[str, Callable[[], Any]] = {
+    "sinusoids": Sinusoids,
+    "points": Points,
+    "characters": Characters,
+}
 
 
 def wrapped(method: str, model: nn.Module, lr: float) -> Any:
@@ -181,8 +221,7 @@ def measure(problem: Any, chosen: Any) -> list[Row]:
             print(method, seed, f"{torch.tensor(scores[method][-1]).mean():.3f}", flush=True)
     rows = []
     base, reference = torch.tensor(scores[chosen.methods[0]]), None
-    compared = problem.unit == "loss"
-    if compared:
+    if problem.compared:
         weights = last[chosen.methods[0]]
         reference = gradients(problem, "maml", weights, tests[:20], chosen)
     for method in chosen.methods:
@@ -215,7 +254,7 @@ def measure(problem: Any, chosen: Any) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, then a table and a CSV file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--problem", choices=("sinusoids", "characters"), default="sinusoids")
+    parser.add_argument("--problem", choices=list(PROBLEMS), default="sinusoids")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--methods", nargs="+", default=["first", "default", "maml"])
@@ -226,9 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     chosen.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    problem = Sinusoids() if chosen.problem == "sinusoids" else Characters()
+    problem = PROBLEMS[chosen.problem]()
     kind = "_lam" if any("l" == m[0] for m in chosen.methods) else ""
-    name = f"short_training_{chosen.problem}_{chosen.steps}{kind}.csv"
+    name = f"short_training_{chosen.problem}_{chosen.steps}x{chosen.lr:g}{kind}.csv"
     write(measure(problem, chosen), chosen.out / name, Console(width=160))
 
 

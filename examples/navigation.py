@@ -13,7 +13,10 @@ starts from, by the outer loss of
   a KL divergence that is measured before adaptation.
 - DiCE (Foerster et al., 2018): an estimator of the return whose derivatives of every order are
   estimates of those of the return. They are not derivatives of its value, which does not depend on
-  the weights: `adapt(closure)` would find that and warn, so it is told `check="never"`.
+  the weights: imaml's check would find that and warn, so it is told `check="never"`.
+
+What the episodes say of the policy they say of the one that met them. So the curvature is taken
+before the step, as MAML does, which is what `adapt(tensor)` means, and not where the step ended.
 
 Each by MAML, by first-order MAML, and by `ig.imaml(maml)` with its default and, but for TRPO, with
 `EarlyStopped(maxiter=5)`. A policy's loss is far from convex: I + lr·H comes to have eigenvalues
@@ -71,18 +74,13 @@ def wrapped(method: str, policy: nn.Module, monitor: ig.Monitor) -> Any:
     return ig.imaml(maml, linear_solver=solver, **settings)
 
 
-def adapt(learner: Any, loss: Loss, found: Episodes) -> None:
-    """One step on the episodes; handed over as a function, for second derivatives."""
-    if isinstance(learner, ImplicitMAML):
+def adapted(maml: Any, loss: Loss, found: Episodes, twice: bool = False) -> Any:
+    """A copy that took one step on the episodes; with derivatives of second order, if `twice`."""
+    learner = maml.clone()
+    if twice and isinstance(learner, ImplicitMAML):
         learner.adapt(lambda: loss(learner, found))
     else:
         learner.adapt(loss(learner, found))
-
-
-def adapted(maml: Any, loss: Loss, found: Episodes) -> Any:
-    """A copy that took that step."""
-    learner = maml.clone()
-    adapt(learner, loss, found)
     return learner
 
 
@@ -140,7 +138,7 @@ def trpo(maml: Any, tasks: list[Task], _: torch.optim.Optimizer) -> None:
         """The mean loss and the mean divergence from the policies that met `after`."""
         losses, divergences = [], []
         for task in tasks:
-            learner = adapted(maml, policy_gradient, task.before)
+            learner = adapted(maml, policy_gradient, task.before, twice=True)
             losses.append(ratio(learner, task.after))
             now = density(learner, task.after.observations)
             divergences.append(kl_divergence(task.after.density, now).mean())
@@ -193,7 +191,7 @@ def promp(maml: Any, tasks: list[Task], adam: torch.optim.Optimizer) -> None:
             divergence = kl_divergence(
                 task.before.density, density(learner, task.before.observations)
             )
-            adapt(learner, ratio, task.before)
+            learner.adapt(ratio(learner, task.before))
             loss = clipped_ratio(learner, task.after) + KL_WEIGHT * divergence.mean()
             (loss / len(tasks)).backward()
         adam.step()

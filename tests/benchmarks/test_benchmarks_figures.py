@@ -118,9 +118,26 @@ def test_a_short_training_has_a_row_for_each_method(tmp_path):
     methods = ["first", "default", "maml", "learned-per-tensor"]
     sizes = ["--iterations", "2", "--tests", "3", "--seeds", "1", "--steps", "2", "--lr", "1e-6"]
     short_training.main(["--out", str(tmp_path), *sizes, "--methods", *methods])
-    rows = table(tmp_path / "short_training_sinusoids_2_lam.csv", "method")
+    rows = table(tmp_path / "short_training_sinusoids_2x1e-06_lam.csv", "method")
     assert {rows[m,]["length"] for m in methods[:3]} == {"1.00"}  # no step leads anywhere
     assert " to " in rows["learned-per-tensor",]["lam"]
+
+
+def test_gradients_of_policies_in_miniature(tmp_path):
+    import policy_gradients
+
+    sizes = {"iterations": 1, "tasks": 3, "episodes": 5, "width": 4, "seeds": 1}
+    options = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    policy_gradients.main(["--out", str(tmp_path), *options])
+    error, longest = (
+        column(tmp_path / "policy_gradients.csv", name, "algorithm", "method")
+        for name in ("error", "longest")
+    )
+    first, exact = "first-order MAML", "EarlyStopped(maxiter=5)"  # exact where no step overshoots
+    for algorithm in ("TRPO", "ProMP"):
+        assert error[algorithm, exact] < 1e-4 < error[algorithm, first]
+    for algorithm in ("TRPO", "ProMP", "DiCE"):
+        assert longest[algorithm, "default"] <= longest[algorithm, first] * 1.001
 
 
 def test_stopped_trainings_in_miniature(tmp_path):

@@ -105,7 +105,7 @@ def test_trpos_products_are_those_of_the_dense_matrices(met: tuple[Any, Any]) ->
         return {k: part.view_as(p) for (k, p), part in zip(shapes.items(), parts, strict=True)}
 
     maml = navigation.wrapped("iMAML", policy, ig.Monitor())
-    learner = navigation.adapted(maml, navigation.policy_gradient, found)
+    learner = navigation.adapted(maml, navigation.policy_gradient, found, twice=True)
     phi = navigation.flat([p.detach() for p in learner.module.parameters()])
 
     def of(vector: Tensor) -> Any:
