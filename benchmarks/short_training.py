@@ -11,7 +11,7 @@ and is tested on the same tasks. The table has the mean loss (sinusoids) or accu
 after adaptation, each seed's, and the mean difference to the first method over tasks with its 95 %
 interval. But for characters also, at the weights that the first method ends with: the median
 cosine with second-order MAML's gradient, and the median of the lengths' ratio. With `learned`, λ
-begins at 0.5 and takes Adam's steps of 0.03.
+begins at 0.5 and takes Adam's steps of 0.03; `products=3` is the default but for their number.
 """
 
 from __future__ import annotations
@@ -149,11 +149,13 @@ def wrapped(method: str, model: nn.Module, lr: float) -> Any:
         lam = float(method.removeprefix("lam="))
     if method.startswith("learned"):
         lam = ig.LearnedLam(model, init=0.5, per="tensor" if "tensor" in method else "model")
-    linear_solver = {
+    linear_solver: Any = {
         "minres": ig.MINRES(maxiter=5),
         "cg": ig.CG(maxiter=5),
         "midway": ig.EarlyStopped(maxiter=5),
     }.get(method)
+    if method.startswith("products="):
+        linear_solver = ig.PositivePart(maxiter=int(method.removeprefix("products=")))
     return ig.imaml(maml, lam, linear_solver=linear_solver, on_failure="ignore")
 
 
