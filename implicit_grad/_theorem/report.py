@@ -28,7 +28,9 @@ INNER_TOLERANCE = 1e-2
 # Or, so that φ = 0 can be a solution, farther than this relative to how far all of its arguments,
 # taken away, would move it.
 _NEAR_ZERO = 1e-5
-_CORNER = 1e-3  # the least size of φ under constraints, in the user's units
+# Under constraints the least size of φ, in the user's units: a corner at 0 need not depend on
+# arguments. But an F that is this part of what they make of it is no rounding error there either.
+_CORNER, _LARGE = 1e-3, 1e-2
 # A curvature of this many eps times the greatest one may be a zero.
 _ZERO = 100.0
 
@@ -250,10 +252,13 @@ class Reporting:
         if not promised or size_of_A is None or around.is_adjoint:
             return False
         # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
-        if around.curvature == "lagrangian":  # a corner at 0 need not depend on arguments
-            size = max(size, _CORNER)
-        solves = inner <= INNER_TOLERANCE * size_of_A * size
-        return not solves and not inner <= _NEAR_ZERO * _at_stake(around)
+        reach = INNER_TOLERANCE * size_of_A
+        if inner <= reach * size:
+            return False
+        at_stake = _at_stake(around)
+        if around.curvature == "lagrangian" and inner <= reach * _CORNER:
+            return 0.0 < _LARGE * at_stake < inner
+        return not inner <= _NEAR_ZERO * at_stake
 
     def _report(
         self,
