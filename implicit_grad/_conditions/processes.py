@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from implicit_grad._curvature.summed import Same, Share
 from implicit_grad._errors import (
@@ -29,6 +30,7 @@ from implicit_grad._torch import pytree
 from implicit_grad._torch.module_form import unwrapped
 from implicit_grad._torch.products import dense
 from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.transforms import is_transformed
 
 T = TypeVar("T")
 _LOST = (
@@ -39,8 +41,8 @@ _LOST = (
 _FAILED = "process {} of the group failed: {}"
 _APART = (
     "group: the processes do not do the same: process 0 is at {}, and process {} at {}. All need "
-    "the same options (linear_solver, curvature, check), arguments of the same shapes, and the "
-    "same calls in the same order"
+    "the same options (linear_solver, curvature, check), arguments of the same shapes that require "
+    "grad alike, and the same calls in the same order"
 )
 _DIFFER = "group: {} is not the same in all processes: {} differs between process 0 and process {}."
 _WHY = {
@@ -128,6 +130,13 @@ class Processes:
         there: Tensors = _Shared.apply(self, *phi)
         return there
 
+    def check_plain(self, tensors: Tensors) -> None:
+        """Raise if a transform looks at these, or at all that is done now."""
+        if is_transformed(tensors):
+            raise InvalidArgumentError(
+                "implicit: group does not go with torch.func or forward mode: use backward()"
+            )
+
     def check_arguments(self, arguments: Any) -> None:
         """Raise unless all processes have the same arguments, in a container."""
         leaves, names = pytree.leaves(arguments), pytree.names(arguments, "")
@@ -138,9 +147,11 @@ class Processes:
             )
         others = [repr(x) for x in leaves if isinstance(x, (int, float, complex, str))]
         tensors = [t for t in leaves if torch.is_tensor(t)]
+        graded = [i for i, t in enumerate(tensors) if t.requires_grad]
         self._check_same(
             f"a call with {len(leaves)} arguments ({', '.join(_kinds(tensors))}; "
-            f"{', '.join(others)}; {zlib.crc32(repr(names).encode()):x})",
+            f"{', '.join(others)}; {zlib.crc32(repr(names).encode()):x}) "
+            + (f"with gradients of {graded}" if torch.is_grad_enabled() else "without gradients"),
             [("an argument", tuple(tensors))],
         )
 
@@ -235,7 +246,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Mean.apply(ctx.processes, *v)
+        return None, *_averaged(ctx.processes, v)
 
 
 class _Mean(torch.autograd.Function):
@@ -251,7 +262,13 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Mean.apply(ctx.processes, *v)
+        return None, *_averaged(ctx.processes, v)
+
+
+def _averaged(processes: Processes, v: Tensors) -> Tensors:
+    processes.check_plain(v)
+    mean: Tensors = _Mean.apply(processes, *v)
+    return mean
 
 
 def _kind(error: Exception) -> type[Exception]:
@@ -276,23 +293,35 @@ def _kinds(tensors: Iterable[Tensor]) -> list[str]:
 
 
 def _bits(tensors: Iterable[Tensor]) -> int:
-    """A number that hardly stays the same where one bit of the tensors changes."""
-    sums = [_sum_of_bits(t.detach()) for t in tensors if t.numel()]
-    if not sums:
-        return 0
-    together = torch.stack([s.to(sums[0].device) for s in sums])
-    return int((together * torch.arange(1, 2 * len(sums), 2).to(together)).sum())
+    """A number that hardly stays the same where one bit of the tensors changes, or their order."""
+    found = [_words(t.detach()) for t in tensors if t.numel()]
+    return int(_digest(torch.cat([w.to(found[0].device) for w in found]))) if found else 0
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """The tensor's bytes as integers of eight, and what is left of them, added up modulo 2⁶⁴."""
+def _words(tensor: Tensor) -> Tensor:
+    """The tensor's bytes as integers of eight, filled up with zeros."""
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
-    flat = tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-    if flat.storage_offset() % 8:
-        flat = flat.clone()
-    left = len(flat) % 8
-    if not left:
-        return flat.view(torch.int64).sum()
-    whole = len(flat) - left
-    return flat[:whole].view(torch.int64).sum() + flat[whole:].sum()
+    size = tensor.numel() * tensor.element_size()
+    words = torch.zeros(-(-size // 8), dtype=torch.int64, device=tensor.device)
+    words.view(torch.uint8)[:size].view(tensor.dtype).copy_(tensor.reshape(-1))
+    return words
+
+
+def _digest(words: Tensor) -> Tensor:
+    """One integer of many: row by row a sum, modulo 2⁶⁴, with a random weight for each place.
+
+    Each is added to its upper half before: in floating-point numbers, the lower is often zero.
+    """
+    weights = _weights(words.device)
+    while len(words) > 1:
+        rows = pad(words, (0, -len(words) % len(weights))).view(-1, len(weights))
+        words = (rows + (rows >> 32)).mul_(weights).sum(1)
+    return words[0]
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    """The same odd integers in all processes."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (2**12,), generator=random).to(device) | 1

@@ -28,6 +28,8 @@ from implicit_grad._linear_solvers.base import Filter, LinearSolution, LinearSol
 _PATIENCE = 2
 # A new vector is 0 to working precision if it is this many times eps of what its size could be.
 _ROUNDING = 10
+# Rounding in the products may cost this many times the tolerance; beyond, the status says so.
+_SLACK = 10
 
 
 def apply_filter(
@@ -136,10 +138,11 @@ class _Tridiagonal:
     """T of one task, and f(T) e₁, which is the result in terms of the basis."""
 
     def __init__(self, weigh: Filter, target: float, exhausted: Status) -> None:
-        self._weigh, self._target = weigh, target
+        self._weigh, self._target, self._exhausted = weigh, target, exhausted
         self._diagonal: list[float] = []
         self._beside: list[float] = []
         self._changes = [1.0] * _PATIENCE
+        self._noise = 0.0  # what rounding may add to M
         self.y: list[float] = []
         self.ritz: list[float] = []
         self.status, self.going = exhausted, True
@@ -158,21 +161,16 @@ class _Tridiagonal:
         if not math.isfinite(alpha + beta):
             return self._end(Status.NONFINITE_OPERATOR)
         self._diagonal.append(alpha)
-        before, (self.ritz, self.y) = self.y, self._function()
-        size = math.hypot(*self.y)
-        change = math.dist([*before, 0.0], self.y)
-        self._changes = [*self._changes[1:], change / size if size else 0.0]
-        if self.error <= self._target:
+        before, (self.ritz, self._vectors) = self.y, self._eigen()
+        self.y = self._function(0.0)
+        self._changes = [*self._changes[1:], self._relative([*before, 0.0])]
+        self._noise = eps * max(map(abs, (*self.ritz, *self._beside)))
+        if max(self._changes) <= self._target:
             return self._end(Status.CONVERGED)
-        if beta <= _ROUNDING * eps * max(map(abs, (*self.ritz, *self._beside))):
+        if beta <= _ROUNDING * self._noise:
             self._changes = [eps] * _PATIENCE  # the basis holds all that M makes of rhs
             return self._end(Status.CONVERGED)
         self._beside.append(beta)
-
-    @property
-    def error(self) -> float:
-        """What the last products changed, relative: an estimate of the error that is left."""
-        return max(self._changes)
 
     def solution(self, x: Tensor) -> LinearSolution:
         """The result for this task, made of x; NaN if there is none."""
@@ -180,19 +178,35 @@ class _Tridiagonal:
             return LinearSolution(x, self.status, residual=0.0)
         if self.status in (Status.NONFINITE_RHS, Status.NONFINITE_OPERATOR):
             return LinearSolution(x.fill_(math.nan), self.status, len(self._diagonal))
-        extremes = (self.ritz[0], self.ritz[-1]) if self.ritz else None
-        count = len(self.ritz)
-        return LinearSolution(x, self.status, count, extremes=extremes, filter_error=self.error)
+        # what the last products changed, and what rounding in them may have
+        by_rounding = [self._relative(self._function(n)) for n in (-self._noise, self._noise)]
+        error = max(*self._changes, *by_rounding)
+        status, extremes, count = self.status, (self.ritz[0], self.ritz[-1]), len(self.ritz)
+        if status is Status.CONVERGED and error > _SLACK * self._target:
+            fixed = self._exhausted is Status.TRUNCATED
+            status = Status.TRUNCATED if fixed else Status.STAGNATED
+        return LinearSolution(x, status, count, extremes=extremes, filter_error=error)
 
-    def _function(self) -> tuple[list[float], list[float]]:
-        """T's eigenvalues, and f(T) e₁."""
+    def _relative(self, other: list[float]) -> float:
+        """How far from the result another one is."""
+        size = math.hypot(*self.y)
+        return math.dist(other, self.y) / size if size else 0.0
+
+    def _function(self, shift: float) -> list[float]:
+        """f(T + shift) e₁."""
+        weights = self._weigh(torch.tensor(self.ritz, dtype=torch.float64) + shift)
+        found: list[float] = (self._vectors @ (weights * self._vectors[0])).tolist()
+        return found
+
+    def _eigen(self) -> tuple[list[float], Tensor]:
+        """T's eigenvalues and eigenvectors."""
         rows = [[0.0] * len(self._diagonal) for _ in self._diagonal]
         for i, entry in enumerate(self._diagonal):
             rows[i][i] = entry
         for i, entry in enumerate(self._beside, 1):  # eigh reads what is below the diagonal
             rows[i][i - 1] = entry
         values, vectors = torch.linalg.eigh(torch.tensor(rows, dtype=torch.float64))
-        return values.tolist(), (vectors @ (self._weigh(values) * vectors[0])).tolist()
+        return values.tolist(), vectors
 
     def _end(self, status: Status) -> None:
         self.status, self.going = status, False

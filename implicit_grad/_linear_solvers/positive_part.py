@@ -26,9 +26,11 @@ class PositivePart(Filtering):
     pass as in first-order MAML, and dθ = λu is never longer than v.
 
     By Lanczos' process: `maxiter` products make the best polynomial of their number. With λ per
-    element, H's curvatures are those in units of λ, of λ^(−1/2) H λ^(−1/2).
+    tensor or element, H's curvatures are those in units of λ, of λ^(−1/2) H λ^(−1/2), and lengths
+    those of λ^(−1/2) v. λ may not be a `LowRank` matrix.
 
-    A solution that is differentiated again is one of A u = v, by `MINRES()`.
+    A solution that is differentiated again (create_graph=True) is one of A u = v, by `MINRES()`:
+    negative curvature counts there, and is told of.
 
     Args:
         maxiter: most products to take, and vectors of φ's size to keep. This alone is a fixed
@@ -68,7 +70,12 @@ class PositivePart(Filtering):
             return 1 / curvatures.clamp(min=1)
 
         found = self._apply(in_units, rhs / root, inverse_in_units)
-        return [
-            dataclasses.replace(solution, x=x, extremes=None)
-            for solution, x in zip(found, torch.stack([s.x for s in found]) / root, strict=True)
-        ]
+        x = torch.stack([solution.x for solution in found]) / root
+        rows = zip(found, x, lam.expand_as(rhs), strict=True)
+        return [_in_own_units(solution, x, of_one) for solution, x, of_one in rows]
+
+
+def _in_own_units(solution: LinearSolution, x: Tensor, lam: Tensor) -> LinearSolution:
+    """A solution in units of λ as the x that it stands for."""
+    sizes = [abs(h) * float(lam.max()) for h in solution.extremes or ()]
+    return dataclasses.replace(solution, x=x, extremes=None, norm=max(sizes, default=None))

@@ -73,8 +73,14 @@ def solve_adjoint(
     """Solve Aᵀu = v; to a tolerance where u is differentiated, or v is itself a derivative.
 
     Raises:
-        GraphError: v is itself a derivative, and u would not be linear in it.
+        GraphError: v is itself a derivative, and u would not be linear in it; or the linear solver
+            is for a diagonal λ, and it is a matrix.
     """
+    if solver.needs_scale and around.linear_part:
+        raise GraphError(
+            f"{type(solver).__name__} is for a lam that is a number, or one for each tensor or "
+            "element, and not for a LowRank matrix: use CG() or MINRES()"
+        )
     if around.is_differentiated or around.is_adjoint:
         solver = solver.to_tolerance()
     with torch.no_grad():

@@ -28,7 +28,9 @@ INNER_TOLERANCE = 1e-2
 # Or, so that φ = 0 can be a solution, farther than this relative to how far all of its arguments,
 # taken away, would move it.
 _NEAR_ZERO = 1e-5
-_CORNER = 1e-3  # the least size of φ under constraints, in the user's units
+# Under constraints the least size of φ, in the user's units: a corner at 0 need not depend on
+# arguments. But an F that is this part of what they make of it is no rounding error there either.
+_CORNER, _LARGE = 1e-3, 1e-2
 # A curvature of this many eps times the greatest one may be a zero.
 _ZERO = 100.0
 
@@ -60,8 +62,8 @@ class Report:
         substitute: what CG solved instead, once it had met negative curvature: "minres" or
             "gauss_newton" where it was told to, "early_stopped" with `argmin`; None if nothing.
         filter_error: with `EarlyStopped` and `PositivePart`, an estimate of u's relative error: by
-            how much the last products changed it (0 for the steps of a `Neumann` series whose
-            scale was given). None for solutions of the linear system.
+            how much the last products changed it, or rounding in them may have (0 for the steps of
+            a `Neumann` series whose scale was given). None for solutions of the linear system.
         damping: added to A's diagonal by the linear solver; not 0 means that the answer differs.
         check: what the check of products found (see `implicit`), None if nothing: why they are
             differences of gradients, or why the status is WRONG_PRODUCT.
@@ -210,13 +212,14 @@ class Reporting:
                     [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
                 ).tolist()
         return [
-            self._judgement(solution, around, *row)
+            self._judgement(solution, solved.solver, around, *row)
             for solution, row in zip(solved.solutions, rows, strict=True)
         ]
 
     def _judgement(
         self,
         solution: LinearSolution,
+        solver: LinearSolver,
         around: Linearization,
         inner: float,
         size: float,
@@ -225,28 +228,37 @@ class Reporting:
         """How the solve ended, and whether φ solves what it was meant to."""
         status, unsolved = judged(solution, around), False
         if status.ok or status is Status.NEGATIVE_CURVATURE:
-            unsolved = self._is_unsolved(solution, around, inner, size)
+            unsolved = self._is_unsolved(solution, solver, around, inner, size)
             if unsolved and status.ok:
                 status = Status.INNER_NOT_STATIONARY
         return _Judgement(status, inner, outer_error, unsolved)
 
     def _is_unsolved(
-        self, solution: LinearSolution, around: Linearization, inner: float, size: float
+        self,
+        solution: LinearSolution,
+        solver: LinearSolver,
+        around: Linearization,
+        inner: float,
+        size: float,
     ) -> bool:
         """Whether φ is farther from a solution than was meant."""
         least, greatest = solution.extremes or (None, None)
         size_of_A = solution.norm
         if size_of_A is None and least is not None and greatest is not None:
             size_of_A = max(abs(least), abs(greatest))
-        stopped = solution.filter_error is not None and not solution.substitute
-        promised = self.inner_solved and not stopped
+        filtered = solution.filter_error is not None and not solution.substitute
+        # a solver that needs λ filters curvature, and not the steps of a training that was stopped
+        promised = self.inner_solved and not (filtered and not solver.needs_scale)
         if not promised or size_of_A is None or around.is_adjoint:
             return False
         # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
-        if around.curvature == "lagrangian":  # a corner at 0 need not depend on arguments
-            size = max(size, _CORNER)
-        solves = inner <= INNER_TOLERANCE * size_of_A * size
-        return not solves and not inner <= _NEAR_ZERO * _at_stake(around)
+        reach = INNER_TOLERANCE * size_of_A
+        if inner <= reach * size:
+            return False
+        at_stake = _at_stake(around)
+        if around.curvature == "lagrangian" and inner <= reach * _CORNER:
+            return 0.0 < _LARGE * at_stake < inner
+        return not inner <= _NEAR_ZERO * at_stake
 
     def _report(
         self,

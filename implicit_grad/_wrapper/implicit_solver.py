@@ -152,9 +152,7 @@ class ImplicitSolver:
     def _under_transforms(self, inputs: Tensors, tree: Tree, run: Callable[[Call], Any]) -> Any:
         """A call with tensors that torch.func or forward mode look at."""
         if self.setup.condition.processes is not None:
-            raise InvalidArgumentError(
-                "implicit: group does not go with torch.func or forward mode: use backward()"
-            )
+            self.setup.condition.processes.check_plain(inputs)
         if self.setup.has_aux:
             check_not_batched(inputs)
         condition, at_once, setup = self.setup.condition.for_tasks(), None, self.setup

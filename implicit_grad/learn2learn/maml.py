@@ -98,7 +98,8 @@ def imaml(
     but further from MAML's gradient than the Hessian, which is the default.
 
     With create_graph=True (second derivatives, as in TRPO; of `adapt(closure)` only) a solve for a
-    fixed number of iterations goes on to the default tolerance.
+    fixed number of iterations goes on to the default tolerance, and without a `lam` it is one of
+    (H + λ) u = v: negative curvature counts, and is told of.
 
     Args:
         module_or_maml: a model; or a `learn2learn.algorithms.MAML`, or a subclass without an

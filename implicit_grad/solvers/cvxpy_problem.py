@@ -40,12 +40,13 @@ class CVXPY:
     that is 0) is so many equations; where it may just be leaving it, the status is DEGENERATE.
 
     Args:
-        problem: of `cvxpy.Problem`, with `problem.is_dpp()`, without integers or matrices that are
-            to be semi-definite. Its parameters have their old values after a call.
+        problem: of `cvxpy.Problem`, with `problem.is_dpp()`, without integers, complex numbers or
+            matrices that are to be semi-definite. Its parameters have their old values afterwards.
         parameters: the problem's, all of them, in the order of the arguments.
         options: Clarabel's settings, such as {"max_iter": 500}; they have precedence over ours,
             tolerances of 1e-11. Where the objective is flat that leaves x with half the digits, and
-            `implicit(..., polish=1)` finds the others.
+            `implicit(..., polish=1)` finds the others. They are absolute, too: give problems in
+            units in which their variables are not far below 1.
 
     The projection of y onto the simplex, with `layer = CVXPY(problem, [y])` for the problem of
     minimising `cvxpy.sum_squares(x - y)` with `x >= 0` and `cvxpy.sum(x) == 1`, is
@@ -77,6 +78,8 @@ class CVXPY:
                 "CVXPY's rules (problem.is_dpp()); see cvxpy.org/tutorial/dpp"
             )
         names = [v.name() for v in self.problem.variables()]
+        if not names:
+            raise InvalidArgumentError("CVXPY: the problem has no variables")
         if len({*names, _AUXILIARY}) <= len(names):
             raise InvalidArgumentError(
                 f"CVXPY: variables need names that differ, none of them {_AUXILIARY!r}: "
@@ -144,29 +147,28 @@ class _ConeForm:
     """P, c, A and b as affine functions of the parameters, and where the variables lie in x."""
 
     def __init__(self, problem: Any, parameters: Sequence[Any]) -> None:
+        variables = problem.variables()
+        own = (*variables, *parameters)
+        _refuse([t for t in own if t.is_complex() or t.attributes["diag"]])
         form, cones = _canonical(problem, parameters)
-        if cones.psd or cones.p3d or form.lower_bounds is not None or form.upper_bounds is not None:
+        self._rows = [cones.zero, cones.nonneg, sum(cones.soc), 3 * cones.exp]
+        bounded = form.lower_bounds is not None or form.upper_bounds is not None
+        if sum(self._rows) < form.constr_size or bounded:
             raise InvalidArgumentError(
                 "CVXPY: semi-definite and power cones, and variables with bounds= of their own, "
                 "have no derivatives here; write bounds as constraints"
             )
+        made = {t.id: _made_of(t, (*form.variables, *form.parameters)) for t in own}
+        _refuse([t for t in own if made[t.id] is None])
         columns, places = form.param_id_to_col, form.var_id_to_col
-        other = [t.name() for t in problem.variables() if t.id not in places]
-        other += [p.name() for p in parameters if p.id not in columns]
-        if other:
-            raise InvalidArgumentError(
-                f"CVXPY: {', '.join(other)} must not be declared symmetric, diagonal, sparse or "
-                "semi-definite: write that as constraints"
-            )
         self.size, self.rows = form.x.size, form.constr_size
         self.zero, self.soc = cones.zero, list(cones.soc)
-        self._rows = [cones.zero, cones.nonneg, sum(cones.soc), 3 * cones.exp]
         self.pushing = cones.nonneg + cones.exp
-        self._order = [columns[p.id] for p in parameters]
+        self._order = [columns[made[p.id].id] for p in parameters]
         self._last = columns[-1]  # of what no parameter changes
         self._maps = {name: _sparse(getattr(form, name)) for name in ("P", "q", "A")}
-        self._shapes = {t.name(): t.shape for t in problem.variables()}
-        taken = [torch.arange(t.size) + places[t.id] for t in problem.variables()]
+        self._shapes = {t.name(): t.shape for t in variables}
+        taken = [torch.arange(t.size) + places[made[t.id].id] for t in variables]
         others = torch.ones(self.size, dtype=torch.bool)
         others[torch.cat(taken)] = False
         self._places = torch.cat([*taken, others.nonzero()[:, 0]])
@@ -201,8 +203,7 @@ class _ConeForm:
     def inequalities(self, phi: dict[str, Tensor], *values: Tensor) -> Tensor:
         """Functions of rows of s that are at most 0 where s is in its cones."""
         _, positive, _, exponential = self._slack(phi, values)
-        x, y, z = exponential.view(-1, 3).unbind(1)
-        return torch.cat([-positive, y * torch.exp(x / y) - z])
+        return torch.cat([-positive, _beyond(*exponential.view(-1, 3).unbind(1))])
 
     def second_order(self, phi: dict[str, Tensor], *values: Tensor) -> list[Tensor]:
         """The parts of s that lie in second-order cones, in the units of x."""
@@ -234,6 +235,18 @@ class _ConeForm:
         return product[:, 0]
 
 
+def _beyond(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """At most 0 where y exp(x/y) ≤ z, the exponential cone, or x ≤ 0 where y is 0.
+
+    That is a parameter at its bound, as the zeros of p in rel_entr(p, z), where x ≤ y log(z/y): of
+    its terms −y log z varies with z as y does, and y log y is of no concern to any z.
+    """
+    inside = y > 0
+    height = torch.where(inside, y, 1.0)
+    base = torch.where(inside | (z <= 0), 1.0, z)
+    return torch.where(inside, height * torch.exp(x / height) - z, x - y * base.log())
+
+
 def _canonical(problem: Any, parameters: Sequence[Any]) -> tuple[Any, Any]:
     """CVXPY's form with parameters in it, and its cones."""
     before = [p.value for p in parameters]
@@ -245,6 +258,25 @@ def _canonical(problem: Any, parameters: Sequence[Any]) -> tuple[Any, Any]:
         for p, value in zip(parameters, before, strict=True):
             p.value = value
     return data["param_prob"], data["dims"]
+
+
+def _made_of(own: Any, form: Sequence[Any]) -> Any:
+    """What CVXPY's form has in the place of a variable or parameter; None if it has fewer numbers.
+
+    Where it is declared nonneg, newer versions make another of its name.
+    """
+    made = {t.name(): t for t in form} | {t.id: t for t in form}
+    found = made.get(own.id, made.get(own.name()))
+    return found if found is not None and found.size == own.size else None
+
+
+def _refuse(reduced: Sequence[Any]) -> None:
+    """Raise if there are variables or parameters that CVXPY makes of fewer, or other, numbers."""
+    if reduced:
+        raise InvalidArgumentError(
+            f"CVXPY: {_named(reduced)} must not be declared symmetric, diagonal, sparse, "
+            "semi-definite or complex: write that as constraints"
+        )
 
 
 def _sparse(matrix: Any) -> Tensor | None:

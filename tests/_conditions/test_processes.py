@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import implicit_grad as ig
+from implicit_grad._conditions.processes import _bits
 
 if not dist.is_available() or sys.platform == "win32":
     pytest.skip("torch.distributed with gloo", allow_module_level=True)
@@ -308,6 +309,29 @@ def test_differences_of_gradients(pair):
 # ---------------------------------------------------------------- what only one process has
 
 
+def of_any_strides(group):
+    """What arrives at φ is one number for all elements; an argument skips every other one."""
+    skipping = torch.tensor([0.7, 9.0, 1.3, 9.0], dtype=torch.float64)[::2].requires_grad_()
+
+    def loss(w, batch, pair):
+        return misfit(w, batch, *pair)
+
+    def regularizer(w, pair):
+        return penalty(w, *pair)
+
+    if group is None:
+        condition = ig.argmin(lambda w, pair: whole(w, *pair))
+    else:
+        condition = ig.argmin(loss, batches=mine(group), regularizer=regularizer, group=group)
+    w = ig.implicit(lambda pair: trained(*pair), condition)(skipping)
+    (found,) = torch.autograd.grad(sum(p.sum() for p in w.values()), skipping)
+    return found
+
+
+def test_tensors_may_have_any_strides(pair):
+    same(pair(of_any_strides), of_any_strides(None))
+
+
 def own_outer(group):
     """Each process has an outer loss of its own."""
     times = 1 + 2 * dist.get_rank(group)
@@ -480,6 +504,23 @@ def other_argument(group, rank):
     return ig.implicit(trained, shared(group))(arguments()[0], lam.double())
 
 
+def other_order(group, rank):
+    """Weights of two samples, of which each process leaves one out."""
+    out = torch.eye(5, dtype=torch.float64)[int(dist.get_rank(group) == rank)]
+    solve = ig.implicit(lambda weights, scale, lam: trained(scale, lam), shared(group))
+    return solve(1 - out, *arguments())
+
+
+def other_gradients(group, rank):
+    args = arguments() if dist.get_rank(group) == rank else [a.detach() for a in arguments()]
+    return ig.implicit(trained, shared(group))(*args)
+
+
+def no_gradients(group, rank):
+    with torch.set_grad_enabled(dist.get_rank(group) == rank):
+        return ig.implicit(trained, shared(group))(*arguments())
+
+
 def other_number(group, rank):
     return ig.implicit(trained, shared(group))(0.7 if dist.get_rank(group) == rank else 0.8, 1.3)
 
@@ -544,6 +585,9 @@ ERRORS = (
     (other_phi, r"phi is not .*: a float64 tensor of shape \(3,\) differs .*\.broadcast"),
     (other_shape, r"do not do the same: .*\[4, [34]\].*, and process 1 at .*\[4, [34]\]"),
     (other_argument, r"an argument is not the same .*belong into batches"),
+    (other_order, r"an argument is not the same .*belong into batches"),
+    (other_gradients, r"do not do the same: .* with gradients of \[(0, 1)?\], and"),
+    (no_gradients, r"do not do the same: .* without gradients.*same calls"),
     (other_number, r"do not do the same: .*0\.[78], 1\.3"),
     (other_budget, r"a vector is not the same|do not do the same"),
     (other_curvature, "do not do the same"),
@@ -567,6 +611,23 @@ def test_processes_that_differ_or_fail_end_in_an_error_in_all(pair, way, expecte
         assert re.search(expected, said), said
     if way in (failing, without_batches, changing):
         assert found[1 - rank][1].startswith(f"process {rank} of the group failed: ")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([torch.tensor([1.0, 0.0, 0.0, 1.0])], [torch.tensor([0.0, 1.0, 1.0, 0.0])]),
+        ([torch.arange(9000.0)], [torch.arange(9000.0).roll(2**12)]),
+        ([torch.zeros(9000)], [torch.zeros(9000).index_fill(0, torch.tensor(7777), -0.0)]),
+        ([torch.zeros(3).bool(), torch.ones(3)], [torch.ones(3), torch.zeros(3).bool()]),
+        (list(torch.tensor([1.0, 0.0, 0.0, 1.0])), list(torch.tensor([0.0, 1.0, 1.0, 0.0]))),
+    ],
+    ids=["places", "many places", "a sign", "tensors", "numbers"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+def test_bits_tell_places_apart(one, other, dtype):
+    sides = [[t if t.dtype is torch.bool else t.to(dtype) for t in side] for side in (one, other)]
+    assert _bits(sides[0]) == _bits([t.clone() for t in sides[0]]) != _bits(sides[1])
 
 
 def no_backward(group, rank):
@@ -729,9 +790,14 @@ def test_what_does_not_go_with_a_group_is_refused(group):
     others = dist.GroupMember.NON_GROUP_MEMBER
     with pytest.raises(ig.InvalidArgumentError, match=r"is a member of.* got that of others"):
         ig.argmin(misfit, batches=BATCHES, group=others)
-    solve = ig.implicit(trained, shared(group))
+    solve, args = ig.implicit(trained, shared(group)), arguments()
     with pytest.raises(ig.InvalidArgumentError, match=r"group does not go with torch\.func"):
-        torch.func.grad(lambda a, b: outer(solve(a, b)))(*(a.detach() for a in arguments()))
+        torch.func.grad(lambda a, b: outer(solve(a, b)))(*(a.detach() for a in args))
+    b, eye = solve(*args)["b"], torch.eye(3, dtype=torch.float64)
+    with pytest.raises(ig.InvalidArgumentError, match=r"group does not go with torch\.func"):
+        torch.func.vmap(lambda v: torch.autograd.grad(b, args, v, retain_graph=True))(eye)
+    with pytest.raises(ig.GraphError, match=r"is_grads_batched=True"):
+        torch.autograd.grad(b, args, eye, is_grads_batched=True)
 
 
 # ---------------------------------------------------------------- the last: a process is lost

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from problems import normal
-from systems import F64, operator, symmetric
+from systems import F32, F64, operator, symmetric
 from torch import nn
 
 import implicit_grad as ig
@@ -112,6 +113,60 @@ def test_second_derivatives_are_those_of_the_solution():
     (second,) = torch.autograd.grad(first.sum(), weights)
     by_hand = (2 * theta.detach() - 1) / (2 + weights.detach()) ** 3
     torch.testing.assert_close(second, 2 * by_hand)
+
+
+@pytest.mark.parametrize("lam", [2.0, torch.tensor([1.0, 2.0, 3.0], dtype=F64)])
+def test_a_phi_that_is_no_solution_is_told_of(lam):
+    """It stands for a solution, whatever the curvature there; not so a training that stopped."""
+    weights = torch.tensor([-0.5, 1.0, 2.0], dtype=F64)
+
+    def gradient(offset):
+        solve = ig.implicit(
+            lambda theta: (lam * theta - 1) / (lam + weights) + offset,
+            ig.proximal(lambda phi: loss(phi, weights), lam),
+            linear_solver=ig.PositivePart(),
+        )
+        theta = normal(3)
+        return torch.autograd.grad(solve(theta).sum(), theta)[0]
+
+    expected = lam / (lam + weights.clamp(min=0))
+    torch.testing.assert_close(gradient(0.0), expected)
+    with pytest.warns(ig.ImplicitGradWarning, match="phi does not solve the inner problem"):
+        torch.testing.assert_close(gradient(3.0), expected)
+
+
+def test_a_matrix_for_a_lam_is_refused():
+    """With φ between H = −8 and UUᵀ = 4, their sum's positive part would make dθ longer than v."""
+    lam = ig.LowRank(torch.tensor(1.0, dtype=F64), torch.tensor([[2.0], [0.0]], dtype=F64))
+    solve = ig.implicit(
+        lambda theta: theta.detach(),
+        ig.proximal(lambda phi: -4 * phi.square().sum(), lam),
+        linear_solver=ig.PositivePart(),
+    )
+    with pytest.raises(ig.GraphError, match=r"PositivePart is for a lam .* not for a LowRank"):
+        solve(normal(2)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ratio", "status"),
+    [
+        (F64, 1e4, Status.CONVERGED),
+        (F32, 1e2, Status.CONVERGED),
+        (F32, 1e6, Status.STAGNATED),
+    ],
+)
+def test_what_rounding_costs_is_in_the_error_estimate(dtype, ratio, status):
+    """Where the steepest curvature is many times λ, small ones drown in the products' rounding."""
+    values = torch.cat([torch.logspace(-2, math.log10(ratio), 20, dtype=F64), _CURVATURES])
+    one = torch.ones(len(values), dtype=F64)
+    for seed in range(8):
+        random = torch.Generator().manual_seed(seed)
+        H, v = symmetric(values, random), torch.randn(len(values), dtype=F64, generator=random)
+        A = dataclasses.replace(operator((H + one.diag()).to(dtype)), scale=1.0)
+        found = ig.PositivePart(maxiter=100, rtol=1e-5).solve(A, v.to(dtype))
+        exact = expected(H, one, v)
+        assert found.status == status
+        assert float((found.x - exact).norm() / exact.norm()) < 20 * found.filter_error
 
 
 @pytest.mark.parametrize(

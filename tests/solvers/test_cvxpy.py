@@ -17,8 +17,8 @@ def close(found, expected, tol=1e-6):
 
 
 def wrapped(objective, constraints, parameters, **options):
-    layer = CVXPY(cp.Problem(cp.Minimize(objective), constraints), parameters, **options)
-    return ig.implicit(layer, layer.condition, on_failure="raise")
+    layer = CVXPY(cp.Problem(cp.Minimize(objective), constraints), parameters)
+    return ig.implicit(layer, layer.condition, on_failure="raise", **options)
 
 
 def differences(function, args, h=1e-5):
@@ -94,6 +94,20 @@ def exponential(v):
     return outer, (torch.tensor(0.7),)
 
 
+def test_relative_entropy_of_zeros():
+    """A label's zeros are parameters on the boundary of exponential cones."""
+    x, p = cp.Variable(3, name="x"), cp.Parameter(3, nonneg=True)
+    near = torch.tensor([0.1, 0.2, 0.7])
+    of_x = cp.sum(cp.rel_entr(p, x)) + cp.sum_squares(x - near.numpy()) / 2
+    solve = wrapped(of_x, [], [p], polish=1)
+    at = torch.tensor([0.5, 0.5, 0.0], requires_grad=True)
+    found = solve(at)["x"]
+    root = (near.square() + 4 * at.detach()).sqrt()
+    close(found, (near + root) / 2)
+    (gradient,) = torch.autograd.grad(found @ torch.tensor([1.0, 2.0, 3.0]), at)
+    close(gradient, torch.tensor([1.0, 2.0, 3.0]) / root)
+
+
 def linear(v):
     """A corner of a polygon."""
     x, c, b = cp.Variable(2, name="x"), cp.Parameter(2), cp.Parameter(3)
@@ -164,6 +178,18 @@ def test_a_kink_at_the_apex_is_told(lam):
         close(found, (torch.eye(2) - lam / 5 * P).sum(0) if lam < 5 else torch.zeros(2))
 
 
+@pytest.mark.parametrize(("size", "solved"), [(1e6, True), (1e-4, True), (1e-6, False)])
+def test_small_problems_are_right_or_told_of(size, solved):
+    """Clarabel's tolerances are absolute: an x of 1e-6 is found to few digits only."""
+    monitor, y = ig.Monitor(), (size * torch.tensor([3.0, 4.0])).requires_grad_()
+    x = shrunk(y, torch.tensor(size), monitor=monitor, on_failure="ignore")
+    (found,) = torch.autograd.grad(x.sum(), y)
+    unit = torch.tensor([0.6, 0.8])
+    expected = (torch.eye(2) - (torch.eye(2) - torch.outer(unit, unit)) / 5).sum(0)
+    assert monitor.last.status.ok == solved
+    assert (float((found - expected).norm()) < 1e-4) == solved
+
+
 def test_a_batch_some_of_which_are_at_the_apex():
     y = torch.tensor([[3.0, 4.0], [0.3, 0.4], [-6.0, 8.0]], requires_grad=True)
     lam = torch.tensor(1.0)
@@ -187,6 +213,16 @@ def test_vmap_and_float32():
     torch.testing.assert_close(found, batch.relu(), rtol=1e-4, atol=1e-4)
 
 
+def test_variables_and_parameters_with_a_sign():
+    x, y = cp.Variable((2, 2), name="x", nonneg=True), cp.Parameter((2, 2), nonneg=True)
+    solve = wrapped(cp.sum_squares(x - y) + x[0, 0] * 6, [], [y])
+    at = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    found = solve(at)["x"]
+    close(found, torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
+    (gradient,) = torch.autograd.grad(found.sum(), at)
+    close(gradient, torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+
+
 def bad(kind):
     x, y = cp.Variable(2, name="x"), cp.Parameter(2, name="y")
     distance = cp.Minimize(cp.sum_squares(x - y))
@@ -202,6 +238,19 @@ def bad(kind):
     elif kind == "semi-definite":
         X = cp.Variable((2, 2), name="X")
         CVXPY(cp.Problem(cp.Minimize(cp.trace(X) + y @ x), [X >> 0]), [y])(torch.ones(2))
+    elif kind == "power":
+        point = cp.Variable(3, name="point")
+        CVXPY(cp.Problem(distance, [cp.PowCone3D(*point, 0.3), point[:2] == x]), [y])
+    elif kind in ("symmetric", "diag", "complex"):
+        shape = 2 if kind == "complex" else (2, 2)
+        X = cp.Variable(shape, name="X", **{kind: True})
+        CVXPY(cp.Problem(cp.Minimize(cp.sum_squares(X) + y @ x), [x >= 0]), [y])
+    elif kind in ("a complex parameter", "a diag parameter"):
+        shape, (_, declared, _) = (2, 2), kind.split()
+        X = cp.Parameter(shape, name="X", **{declared: True})
+        CVXPY(cp.Problem(cp.Minimize(cp.sum_squares(cp.real(X) @ x - 1))), [X])
+    elif kind == "no variables":
+        CVXPY(cp.Problem(cp.Minimize(cp.sum(y))), [y])
     elif kind == "names":
         CVXPY(cp.Problem(cp.Minimize(cp.sum(x + cp.Variable(2, name="x")))), [])
     elif kind == "shape":
@@ -218,6 +267,13 @@ REFUSED = {
     "dpp": r"is_dpp\(\)",
     "integers": "must be continuous",
     "semi-definite": "semi-definite and power cones",
+    "power": "semi-definite and power cones",
+    "symmetric": "X must not be declared symmetric",
+    "diag": "X must not be declared .*diagonal",
+    "complex": "X must not be declared .*complex",
+    "a complex parameter": "X must not be declared .*complex",
+    "a diag parameter": "X must not be declared .*diagonal",
+    "no variables": "has no variables",
     "names": "need names that differ",
     "shape": r"shapes, \[\(2,\)\], got \[\(3,\)\]",
     "infeasible": "the problem is infeasible",
