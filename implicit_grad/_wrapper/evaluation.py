@@ -31,7 +31,7 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.report import OnFailure, Reporting, solve_and_report
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
-from implicit_grad._torch.clone import kept_tensors
+from implicit_grad._torch.clone import kept_objects, kept_tensors
 from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.module_form import frozen, kept, mark_of, marked
@@ -202,7 +202,9 @@ class Evaluation(Recorded):
         held = tuple(frozen(modules))
         held_before = versions(held)
         trains = {id(p): n for m in modules for n, p in m.named_parameters() if p.requires_grad}
+        kept_by = (thing for m in modules for _, thing in kept_objects(m))
         reachable = captured_tensors(self.condition, self._solver, *self.tree.others)
+        reachable += captured_tensors(*kept_by)
         self._lent = Lent([t for _, t in reachable])
         with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
             returned = self._run(call, reachable)
