@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from typing import Literal, NamedTuple
 
 import torch
 
 from implicit_grad._errors import (
-    ImplicitGradWarning,
     InvalidArgumentError,
     LinearSolveError,
     Status,
@@ -21,6 +19,7 @@ from implicit_grad._theorem.adjoint import Accuracy, Solved, judged, solve_adjoi
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.graph import leaves_behind
 from implicit_grad._torch.pytree import Flat, Tensors, length
+from implicit_grad._warnings import Place, warn
 
 OnFailure = Literal["warn", "raise", "ignore"]
 # φ counts as unsolved when it is certainly farther than this from a solution, relative to its size.
@@ -160,14 +159,14 @@ class Reporting:
         """What is known of, and asked from, a solve around φ."""
         return Accuracy(self._mu(around), self.rtol_gradient)
 
-    def say(self, sentence: str, anchor: str) -> None:
-        """Warn of trouble, or raise, as was asked for."""
+    def say(self, sentence: str, anchor: str, of: str = "", place: Place | None = None) -> None:
+        """Warn of trouble, or raise, as was asked for; `of` and `place` are those of `warn`."""
         if self.on_failure == "raise":
             raise LinearSolveError(sentence, anchor=anchor)
         if self.on_failure == "warn":
-            warnings.warn(ImplicitGradWarning(sentence, anchor), stacklevel=2)
+            warn(sentence, anchor, place, of)
 
-    def record(self, solved: Solved, around: Linearization) -> None:
+    def record(self, solved: Solved, around: Linearization, place: Place | None) -> None:
         """Keep a report of each solve for the monitor, and warn or raise if one failed."""
         fine = all(judged(s, around).ok for s in solved.solutions)
         if not self.wants_residual and (
@@ -194,7 +193,7 @@ class Reporting:
             if self.on_failure == "raise":
                 raise LinearSolveError(f"{sentence} ({_figures(report)})", report, anchor)
             # no figures here: Python shows a warning once only if its text does not change
-            warnings.warn(ImplicitGradWarning(sentence, anchor), stacklevel=2)
+            warn(sentence, anchor, place)
 
     def _judged(self, solved: Solved, around: Linearization) -> list[_Judgement]:
         """What each task's solve, or the only one, came to."""
@@ -308,14 +307,21 @@ def _at_stake(around: Linearization) -> float:
 
 
 def solve_and_report(
-    solver: LinearSolver, around: Linearization, v: Tensors, reporting: Reporting
+    solver: LinearSolver,
+    around: Linearization,
+    v: Tensors,
+    reporting: Reporting,
+    place: Place | None = None,
 ) -> Tensors:
-    """u with Aᵀu = v; what came of the solve goes where news of it is wanted."""
+    """u with Aᵀu = v; what came of the solve goes where news of it is wanted.
+
+    `place` is the line of the call whose backward pass this is: warnings point there.
+    """
     verify = reporting.wants_residual
     solved = solve_adjoint(solver, around, v, verify, reporting.accuracy(around))
-    reporting.record(solved, around)
+    reporting.record(solved, around, place)
     if reporting.on_failure != "ignore" and (remark := (solved.convex or around).remark):
-        reporting.say(remark, anchor="gauss-newton-bends")
+        reporting.say(remark, anchor="gauss-newton-bends", place=place)
     return solved.x
 
 

@@ -43,6 +43,7 @@ from implicit_grad._torch.transforms import (
     is_transformed,
     outside_forward_mode,
 )
+from implicit_grad._warnings import users_line
 from implicit_grad._wrapper.arguments import tell_of_arguments
 from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import check_determined, checked, tell_of_phi
@@ -165,6 +166,7 @@ class Evaluation(Recorded):
         slot = self.method.warm_start
         self.warm = None if slot is None else WarmCall(slot.slot())
         self.finding: Finding | None = None
+        self.place = users_line()
         self.wanted = [t.requires_grad for t in inputs]
         self.devices = {t.device for t in inputs}
         self.captured: Tensors = ()
@@ -405,7 +407,7 @@ class Evaluation(Recorded):
         if self.condition.processes is None:
             return super().solve_adjoint(around, v)
         reporting = among(self.condition.processes, self.method.reporting)
-        return solve_and_report(self.method.linear_solver, around, v, reporting)
+        return solve_and_report(self.method.linear_solver, around, v, reporting, self.place)
 
     def _refusal(self) -> str | None:
         if self.condition.differentiable_twice:

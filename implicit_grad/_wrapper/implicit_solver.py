@@ -29,6 +29,7 @@ from implicit_grad._torch.transforms import (
     is_batched,
     is_transformed,
 )
+from implicit_grad._warnings import said_by
 from implicit_grad._wrapper.arguments import tell_unread
 from implicit_grad._wrapper.auxiliary import WithAux, check_not_batched
 from implicit_grad._wrapper.completed import completed
@@ -214,6 +215,10 @@ class ImplicitSolver:
         ) from error
 
     def _run(self, condition: Condition, call: Call) -> Any:
+        with said_by(self.setup.reporting.say):
+            return self._runs(condition, call)
+
+    def _runs(self, condition: Condition, call: Call) -> Any:
         method = _method(self.solver, condition)
         if method is None:
             assert callable(self.solver)
