@@ -63,9 +63,9 @@ class Exact(TogetherIfSmall):
         if not bool(torch.isfinite(x).all()):
             x, singular = torch.linalg.pinv(matrix) @ rhs, True
         status = Status.SINGULAR if singular else Status.EXACT
-        residual = norm(rhs - matrix @ x) / norm(rhs)
-        if residual > torch.finfo(rhs.dtype).eps ** 0.5 and singular:  # there is no solution
-            return LinearSolution(torch.full_like(rhs, math.nan), status, n, norm=size)
+        residual: float | None = norm(rhs - matrix @ x) / norm(rhs)
+        if singular and not residual <= torch.finfo(rhs.dtype).eps ** 0.5:  # there is no solution
+            x, residual = torch.full_like(rhs, math.nan), None
         return LinearSolution(x, status, n, residual, extremes, norm=size)
 
 

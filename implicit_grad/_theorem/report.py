@@ -188,7 +188,7 @@ class Reporting:
             if report.status.ok:
                 continue
             sentence, anchor = _sentence(report, solution, solved, around), report.status.anchor
-            if judgement.unsolved and report.status is Status.NEGATIVE_CURVATURE:
+            if judgement.unsolved and report.status is not Status.INNER_NOT_STATIONARY:
                 sentence = _BOTH.format(sentence)
             if self.on_failure == "raise":
                 raise LinearSolveError(f"{sentence} ({_figures(report)})", report, anchor)
@@ -209,28 +209,29 @@ class Reporting:
                     [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
                 ).tolist()
         return [
-            self._judgement(solution, around, *row)
-            for solution, row in zip(solved.solutions, rows, strict=True)
+            self._judgement(solution, around, task, *row)
+            for task, (solution, row) in enumerate(zip(solved.solutions, rows, strict=True))
         ]
 
     def _judgement(
         self,
         solution: LinearSolution,
         around: Linearization,
+        task: int,
         inner: float,
         size: float,
         outer_error: float,
     ) -> _Judgement:
         """How the solve ended, and whether φ solves what it was meant to."""
         status, unsolved = judged(solution, around), False
-        if status.ok or status is Status.NEGATIVE_CURVATURE:
-            unsolved = self._is_unsolved(solution, around, inner, size)
+        if status.ok or status in _MAY_COME_OF_PHI:
+            unsolved = self._is_unsolved(solution, around, task, inner, size)
             if unsolved and status.ok:
                 status = Status.INNER_NOT_STATIONARY
         return _Judgement(status, inner, outer_error, unsolved)
 
     def _is_unsolved(
-        self, solution: LinearSolution, around: Linearization, inner: float, size: float
+        self, solution: LinearSolution, around: Linearization, task: int, inner: float, size: float
     ) -> bool:
         """Whether φ is farther from a solution than was meant."""
         least, greatest = solution.extremes or (None, None)
@@ -244,8 +245,10 @@ class Reporting:
         # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
         if around.curvature == "lagrangian":  # a corner at 0 need not depend on arguments
             size = max(size, _CORNER)
-        solves = inner <= INNER_TOLERANCE * size_of_A * size
-        return not solves and not inner <= _NEAR_ZERO * _at_stake(around)
+        if inner <= INNER_TOLERANCE * size_of_A * size or inner <= _NEAR_ZERO * _at_stake(around):
+            return False
+        # v need not have met the greatest curvatures, and so A may be larger: look along F
+        return not inner <= INNER_TOLERANCE * _size_along_residual(around, task) * size
 
     def _report(
         self,
@@ -306,6 +309,17 @@ def _at_stake(around: Linearization) -> float:
     return shares / length(w) / math.sqrt(around.n_tasks or 1)
 
 
+def _size_along_residual(around: Linearization, task: int) -> float:
+    """‖AᵀF‖/‖F‖ ≤ ‖A‖, of one task of a batch."""
+    with torch.no_grad():
+        F = tuple(t.detach() for t in around.residual)
+        flat = Flat(F, around.n_tasks)
+        there, product = (
+            flat.ravel(t).view(around.n_tasks or 1, -1)[task] for t in (F, around.transposed(F))
+        )
+        return float(norm(product)) / float(norm(there))
+
+
 def solve_and_report(
     solver: LinearSolver,
     around: Linearization,
@@ -325,6 +339,16 @@ def solve_and_report(
     return solved.x
 
 
+# What is seen of A, or of a solve with it, where φ may be to blame.
+_MAY_COME_OF_PHI = {
+    Status.NEGATIVE_CURVATURE,
+    Status.MAX_ITER,
+    Status.STAGNATED,
+    Status.SINGULAR,
+    Status.DEGENERATE,
+    Status.DIVERGED,
+    Status.INDEFINITE,
+}
 _BOTH = (
     "two things are wrong, of which the first may make the second. First: phi does not solve the "
     "inner problem (its residual is not small). See that the condition describes what the solver "
