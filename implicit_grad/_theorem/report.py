@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+import textwrap
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,6 +93,16 @@ class Report:
     warm_started: bool | None = None
     evaluations: int | None = None
 
+    def __str__(self) -> str:
+        known = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        figures = ", ".join(
+            f"{name}={value:.2g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in known
+            if value is not None and name not in ("status", "check")
+        )
+        lines = [str(self.status), *textwrap.wrap(figures, 98, break_on_hyphens=False)]
+        return "\n  ".join(lines if self.check is None else [*lines, f"check: {self.check}"])
+
 
 class Monitor:
     """Collects one `Report` for each backward solve, from whatever thread runs it.
@@ -113,6 +125,18 @@ class Monitor:
     def clear(self) -> None:
         """Forget all reports."""
         self.reports.clear()
+
+    def __str__(self) -> str:
+        if self.last is None:
+            return "no backward solve yet"
+        counts = collections.Counter(report.status for report in self.reports)
+        how_often = ", ".join(f"{n} {status.name}" for status, n in counts.most_common())
+        solves = f"{len(self.reports)} backward solve{'s' * (len(self.reports) > 1)}"
+        troubles = [str(status) for status in counts if not status.ok]
+        return "\n".join([f"{solves}: {how_often}", *troubles, f"The last one: {self.last}"])
+
+    def __repr__(self) -> str:
+        return f"<Monitor: {str(self).partition(chr(10))[0]}>"
 
 
 class _Judgement(NamedTuple):
