@@ -7,6 +7,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import characters
 import checkpoint
+import navigation
+import plane
 import reporting
 
-__all__ = ["characters", "checkpoint", "reporting"]
+__all__ = ["characters", "checkpoint", "navigation", "plane", "reporting"]

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import examples_path
 import learn2learn as l2l
 import torch
+from examples_path import navigation, plane
 from rich.console import Console
 from rich.progress import track
 from tables import Row, write
@@ -29,10 +29,6 @@ from torch import Tensor
 
 import implicit_grad as ig
 
-import navigation  # isort: skip  # of the examples, on the path since examples_path
-from plane import Navigation, Policy, episodes  # isort: skip
-
-assert examples_path.__all__
 OUTER = {
     "TRPO": navigation.ratio,
     "ProMP": navigation.clipped_ratio,
@@ -51,7 +47,7 @@ METHODS = (FIRST, *SOLVERS, "default, after the step")
 class Trained(NamedTuple):
     """A policy, its algorithm's losses, and episodes of tasks that it has not seen."""
 
-    policy: Policy
+    policy: plane.Policy
     inner: navigation.Loss
     outer: navigation.Loss
     tasks: list[navigation.Task]
@@ -60,7 +56,7 @@ class Trained(NamedTuple):
 def trained(algorithm: str, seed: int, chosen: argparse.Namespace) -> Trained:
     """By second-order MAML."""
     torch.manual_seed(seed)
-    policy, world = Policy(chosen.width), Navigation(chosen.episodes, seed=seed)
+    policy, world = plane.Policy(chosen.width), plane.Navigation(chosen.episodes, seed=seed)
     maml = l2l.algorithms.MAML(policy, lr=navigation.LR)
     update, inner = navigation.ALGORITHMS[algorithm]
     adam = torch.optim.Adam(policy.parameters(), navigation.META_LR)
@@ -68,8 +64,8 @@ def trained(algorithm: str, seed: int, chosen: argparse.Namespace) -> Trained:
     def met(goals: Any) -> list[navigation.Task]:
         found = []
         for goal in goals:
-            before = episodes(maml, world, goal)
-            after = episodes(navigation.adapted(maml, inner, before), world, goal)
+            before = plane.episodes(maml, world, goal)
+            after = plane.episodes(navigation.adapted(maml, inner, before), world, goal)
             found.append(navigation.Task(before, after))
         return found
 

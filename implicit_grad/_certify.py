@@ -52,6 +52,17 @@ class Certificate:
         """Whether −gradients is a direction of descent of the exact outer loss, by the estimate."""
         return self.status.ok and self.relative_error < 1
 
+    def __str__(self) -> str:
+        if not self.status.ok:
+            return f"Not certified, for a linear solve failed: {self.status}"
+        falls = "falls" if self.descends else "need not fall"
+        return (
+            f"By first-order estimates, the gradient is {100 * self.relative_error:.2g} % off "
+            f"(error {self.error:.2g}); the exact outer loss {falls} against it.\n"
+            f"phi is {self.inner_error:.2g} away from the inner problem's solution, where the "
+            f"outer loss differs by {self.outer_loss_error:.2g}."
+        )
+
 
 def certify(
     solve: ImplicitSolver,

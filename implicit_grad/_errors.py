@@ -7,6 +7,7 @@ raises or stays quiet. Bad input is an exception at once, before any work.
 from __future__ import annotations
 
 import enum
+import re
 import sys
 from collections.abc import Iterable
 
@@ -132,6 +133,12 @@ class Status(enum.IntEnum):
     def anchor(self) -> str:
         """The place in docs/why.md that says more."""
         return anchor_of(self.name)
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"{self.name}: {self.sentence}"
+        happened = re.split(r": |\. |; | \(", self.sentence, maxsplit=1)[0]
+        return f"{self.name}: {happened} (see {PAGE}#{self.anchor})"
 
 
 _SENTENCES = {

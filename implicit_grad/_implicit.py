@@ -144,8 +144,9 @@ def implicit(
             says which). A minimiser of `implicit_grad.solvers` without a tolerance of its own also
             stops when ‖F‖ has fallen by this factor, which promises less: see `certify`.
         monitor: collects a `Report` for each backward solve.
-        on_failure: on numerical trouble "warn" (`ImplicitGradWarning`), "raise"
-            (`LinearSolveError`) or "ignore".
+        on_failure: on numerical trouble, a minimiser's missed tolerance included, "warn"
+            (`ImplicitGradWarning`, at the line of the call), "raise" (`LinearSolveError`) or
+            "ignore".
 
     Raises:
         InvalidArgumentError: an argument, here or in a call, cannot work.

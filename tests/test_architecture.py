@@ -39,6 +39,7 @@ ORDER = (
     {"_theorem"},
     {"_linear_solvers"},
     {"_torch", "_options"},
+    {"_warnings"},
     {"_errors"},
 )
 # What torch does not document, and may change between versions.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_grad._conditions.active_set import Bounds, active_set
-from implicit_grad._errors import ImplicitGradWarning
 from implicit_grad._torch.products import gradient, vjp
 from implicit_grad._torch.pytree import Flat, Tensors
+from implicit_grad._warnings import warn
 
 
 class Multipliers(NamedTuple):
@@ -58,7 +57,7 @@ def multipliers_at(
         inverse = torch.linalg.pinv((active.gradients[kept] * free).mT)
         nu = nu.masked_scatter(kept, nu[kept] - inverse @ (force(nu) * free))
     if not bool(kept.all()):
-        warnings.warn(ImplicitGradWarning(_MANY, anchor="many-multipliers"), stacklevel=2)
+        warn(_MANY, anchor="many-multipliers")
     left = force(nu)
     of_bounds = (left * active.at_lower).clamp(min=0), (-left * active.at_upper).clamp(min=0)
     lower, upper = map(flat.unravel, of_bounds)

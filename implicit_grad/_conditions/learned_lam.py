@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from implicit_grad._conditions.lam import LowRank, check_lam
-from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, describe
+from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._options import check_one_of, check_value, is_integer, is_number
 from implicit_grad._torch import pytree
 from implicit_grad._torch.modules import named_weights
 from implicit_grad._torch.transforms import is_transformed
+from implicit_grad._warnings import warn
 
 Per = Literal["model", "tensor", "element"]
 # λ is at an end of its range if it is so near to it, relative; and no more than so many are listed.
@@ -117,7 +117,7 @@ class LearnedLam(nn.Module):
             "hardly depends on it, that gradient is noise: learn at a lower rate, or one lam "
             'per="model"; else choose another init or a greater within'
         )
-        warnings.warn(ImplicitGradWarning(said, anchor="lam-at-an-end"), stacklevel=2)
+        warn(said, anchor="lam-at-an-end")
 
     @torch.no_grad()
     def _at_ends(self) -> dict[str, float]:

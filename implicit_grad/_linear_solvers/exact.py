@@ -54,19 +54,30 @@ class Exact(TogetherIfSmall):
         matrix = operator.dense(rhs)
         if not bool(torch.isfinite(matrix).all()):
             return LinearSolution(torch.full_like(rhs, math.nan), Status.NONFINITE_OPERATOR, n)
-        extremes, size = None, None
-        if _is_symmetric(matrix, operator.precision(rhs)):
-            x, extremes, singular = _solve_symmetric((matrix + matrix.mT) / 2, rhs)
-        else:
-            x, singular = _solve_lu(matrix, rhs)
-            size = float(torch.linalg.matrix_norm(matrix, 2))
-        if not bool(torch.isfinite(x).all()):
-            x, singular = torch.linalg.pinv(matrix) @ rhs, True
-        status = Status.SINGULAR if singular else Status.EXACT
-        residual = norm(rhs - matrix @ x) / norm(rhs)
-        if residual > torch.finfo(rhs.dtype).eps ** 0.5 and singular:  # there is no solution
-            return LinearSolution(torch.full_like(rhs, math.nan), status, n, norm=size)
-        return LinearSolution(x, status, n, residual, extremes, norm=size)
+        # what stands in no equation, and is not asked for, is 0: it makes nothing singular
+        there = (matrix != 0).any(0) | (matrix != 0).any(1) | (rhs != 0)
+        if bool(there.all()):
+            return _factorised(matrix, rhs, operator.precision(rhs), n)
+        found = _factorised(matrix[there][:, there], rhs[there], operator.precision(rhs), n)
+        x = torch.zeros_like(rhs).masked_scatter(there, found.x)
+        return dataclasses.replace(found, x=x)
+
+
+def _factorised(matrix: Tensor, rhs: Tensor, eps: float, products: int) -> LinearSolution:
+    """What a factorisation gives, the matrix's columns being precise to eps."""
+    extremes, size = None, None
+    if _is_symmetric(matrix, eps):
+        x, extremes, singular = _solve_symmetric((matrix + matrix.mT) / 2, rhs)
+    else:
+        x, singular = _solve_lu(matrix, rhs)
+        size = float(torch.linalg.matrix_norm(matrix, 2))
+    if not bool(torch.isfinite(x).all()):
+        x, singular = torch.linalg.pinv(matrix) @ rhs, True
+    status = Status.SINGULAR if singular else Status.EXACT
+    residual: float | None = norm(rhs - matrix @ x) / norm(rhs)
+    if singular and not residual <= torch.finfo(rhs.dtype).eps ** 0.5:  # there is no solution
+        x, residual = torch.full_like(rhs, math.nan), None
+    return LinearSolution(x, status, products, residual, extremes, norm=size)
 
 
 def _is_symmetric(matrix: Tensor, eps: float) -> bool:

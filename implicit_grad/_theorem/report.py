@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
-import warnings
+import textwrap
 from typing import Literal, NamedTuple
 
 import torch
 
 from implicit_grad._errors import (
-    ImplicitGradWarning,
     InvalidArgumentError,
     LinearSolveError,
     Status,
@@ -21,6 +21,7 @@ from implicit_grad._theorem.adjoint import Accuracy, Solved, judged, solve_adjoi
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.graph import leaves_behind
 from implicit_grad._torch.pytree import Flat, Tensors, length
+from implicit_grad._warnings import Place, warn
 
 OnFailure = Literal["warn", "raise", "ignore"]
 # φ counts as unsolved when it is certainly farther than this from a solution, relative to its size.
@@ -94,6 +95,16 @@ class Report:
     warm_started: bool | None = None
     evaluations: int | None = None
 
+    def __str__(self) -> str:
+        known = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        figures = ", ".join(
+            f"{name}={value:.2g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in known
+            if value is not None and name not in ("status", "check")
+        )
+        lines = [str(self.status), *textwrap.wrap(figures, 98, break_on_hyphens=False)]
+        return "\n  ".join(lines if self.check is None else [*lines, f"check: {self.check}"])
+
 
 class Monitor:
     """Collects one `Report` for each backward solve, from whatever thread runs it.
@@ -116,6 +127,18 @@ class Monitor:
     def clear(self) -> None:
         """Forget all reports."""
         self.reports.clear()
+
+    def __str__(self) -> str:
+        if self.last is None:
+            return "no backward solve yet"
+        counts = collections.Counter(report.status for report in self.reports)
+        how_often = ", ".join(f"{n} {status.name}" for status, n in counts.most_common())
+        solves = f"{len(self.reports)} backward solve{'s' * (len(self.reports) > 1)}"
+        troubles = [str(status) for status in counts if not status.ok]
+        return "\n".join([f"{solves}: {how_often}", *troubles, f"The last one: {self.last}"])
+
+    def __repr__(self) -> str:
+        return f"<Monitor: {str(self).partition(chr(10))[0]}>"
 
 
 class _Judgement(NamedTuple):
@@ -162,14 +185,14 @@ class Reporting:
         """What is known of, and asked from, a solve around φ."""
         return Accuracy(self._mu(around), self.rtol_gradient)
 
-    def say(self, sentence: str, anchor: str) -> None:
-        """Warn of trouble, or raise, as was asked for."""
+    def say(self, sentence: str, anchor: str, of: str = "", place: Place | None = None) -> None:
+        """Warn of trouble, or raise, as was asked for; `of` and `place` are those of `warn`."""
         if self.on_failure == "raise":
             raise LinearSolveError(sentence, anchor=anchor)
         if self.on_failure == "warn":
-            warnings.warn(ImplicitGradWarning(sentence, anchor), stacklevel=2)
+            warn(sentence, anchor, place, of)
 
-    def record(self, solved: Solved, around: Linearization) -> None:
+    def record(self, solved: Solved, around: Linearization, place: Place | None) -> None:
         """Keep a report of each solve for the monitor, and warn or raise if one failed."""
         fine = all(judged(s, around).ok for s in solved.solutions)
         if not self.wants_residual and (
@@ -191,12 +214,12 @@ class Reporting:
             if report.status.ok:
                 continue
             sentence, anchor = _sentence(report, solution, solved, around), report.status.anchor
-            if judgement.unsolved and report.status is Status.NEGATIVE_CURVATURE:
+            if judgement.unsolved and report.status is not Status.INNER_NOT_STATIONARY:
                 sentence = _BOTH.format(sentence)
             if self.on_failure == "raise":
                 raise LinearSolveError(f"{sentence} ({_figures(report)})", report, anchor)
             # no figures here: Python shows a warning once only if its text does not change
-            warnings.warn(ImplicitGradWarning(sentence, anchor), stacklevel=2)
+            warn(sentence, anchor, place)
 
     def _judged(self, solved: Solved, around: Linearization) -> list[_Judgement]:
         """What each task's solve, or the only one, came to."""
@@ -212,8 +235,8 @@ class Reporting:
                     [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
                 ).tolist()
         return [
-            self._judgement(solution, solved.solver, around, *row)
-            for solution, row in zip(solved.solutions, rows, strict=True)
+            self._judgement(solution, solved.solver, around, task, *row)
+            for task, (solution, row) in enumerate(zip(solved.solutions, rows, strict=True))
         ]
 
     def _judgement(
@@ -221,14 +244,15 @@ class Reporting:
         solution: LinearSolution,
         solver: LinearSolver,
         around: Linearization,
+        task: int,
         inner: float,
         size: float,
         outer_error: float,
     ) -> _Judgement:
         """How the solve ended, and whether φ solves what it was meant to."""
         status, unsolved = judged(solution, around), False
-        if status.ok or status is Status.NEGATIVE_CURVATURE:
-            unsolved = self._is_unsolved(solution, solver, around, inner, size)
+        if status.ok or status in _MAY_COME_OF_PHI:
+            unsolved = self._is_unsolved(solution, solver, around, task, inner, size)
             if unsolved and status.ok:
                 status = Status.INNER_NOT_STATIONARY
         return _Judgement(status, inner, outer_error, unsolved)
@@ -238,6 +262,7 @@ class Reporting:
         solution: LinearSolution,
         solver: LinearSolver,
         around: Linearization,
+        task: int,
         inner: float,
         size: float,
     ) -> bool:
@@ -256,9 +281,14 @@ class Reporting:
         if inner <= reach * size:
             return False
         at_stake = _at_stake(around)
-        if around.curvature == "lagrangian" and inner <= reach * _CORNER:
-            return 0.0 < _LARGE * at_stake < inner
-        return not inner <= _NEAR_ZERO * at_stake
+        if around.curvature == "lagrangian":
+            if inner <= reach * _CORNER:
+                return 0.0 < _LARGE * at_stake < inner
+            size = max(size, _CORNER)
+        if inner <= _NEAR_ZERO * at_stake:
+            return False
+        # v need not have met the greatest curvatures, and so A may be larger: look along F
+        return not inner <= INNER_TOLERANCE * _size_along_residual(around, task) * size
 
     def _report(
         self,
@@ -319,18 +349,46 @@ def _at_stake(around: Linearization) -> float:
     return shares / length(w) / math.sqrt(around.n_tasks or 1)
 
 
+def _size_along_residual(around: Linearization, task: int) -> float:
+    """‖AᵀF‖/‖F‖ ≤ ‖A‖, of one task of a batch."""
+    with torch.no_grad():
+        F = tuple(t.detach() for t in around.residual)
+        flat = Flat(F, around.n_tasks)
+        there, product = (
+            flat.ravel(t).view(around.n_tasks or 1, -1)[task] for t in (F, around.transposed(F))
+        )
+        return float(norm(product)) / float(norm(there))
+
+
 def solve_and_report(
-    solver: LinearSolver, around: Linearization, v: Tensors, reporting: Reporting
+    solver: LinearSolver,
+    around: Linearization,
+    v: Tensors,
+    reporting: Reporting,
+    place: Place | None = None,
 ) -> Tensors:
-    """u with Aᵀu = v; what came of the solve goes where news of it is wanted."""
+    """u with Aᵀu = v; what came of the solve goes where news of it is wanted.
+
+    `place` is the line of the call whose backward pass this is: warnings point there.
+    """
     verify = reporting.wants_residual
     solved = solve_adjoint(solver, around, v, verify, reporting.accuracy(around))
-    reporting.record(solved, around)
+    reporting.record(solved, around, place)
     if reporting.on_failure != "ignore" and (remark := (solved.convex or around).remark):
-        reporting.say(remark, anchor="gauss-newton-bends")
+        reporting.say(remark, anchor="gauss-newton-bends", place=place)
     return solved.x
 
 
+# What is seen of A, or of a solve with it, where φ may be to blame.
+_MAY_COME_OF_PHI = {
+    Status.NEGATIVE_CURVATURE,
+    Status.MAX_ITER,
+    Status.STAGNATED,
+    Status.SINGULAR,
+    Status.DEGENERATE,
+    Status.DIVERGED,
+    Status.INDEFINITE,
+}
 _BOTH = (
     "two things are wrong, of which the first may make the second. First: phi does not solve the "
     "inner problem (its residual is not small). See that the condition describes what the solver "

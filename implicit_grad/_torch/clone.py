@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from implicit_grad._torch.held import PLAIN, can_hold_itself, parts_of, refill, with_parts
 
 # What stands in the place of something, or it itself; and whether that is a parameter.
 Put = Callable[[Any, bool], Any]
@@ -49,115 +51,141 @@ def copied(module: nn.Module, put: Put, rebind: bool = False) -> nn.Module:
     """A copy of a module whose parts are copies, with put(x, is_parameter) in the place of each x.
 
     The xs are its parameters and buffers, or what another copy was given in their places. With
-    `rebind`, what it holds otherwise is put and copied too, in plain lists and dicts as well: parts
-    (a list of layers, a bound method), as `copy.deepcopy` would have it, and tensors.
+    `rebind`, what it holds otherwise is put and copied too, in containers and records as well:
+    parts (a list of layers, a bound method), as `copy.deepcopy` would have it, and tensors.
     """
     modules: dict[int, nn.Module] = {}
-    copy = _copy_of(module, modules, put)
-    for part in modules.values() if rebind else ():
-        _rebind(part, modules, put)
-    return copy
+    made = _copy_of(module, modules, put)
+    if rebind:
+        rebinding = _Rebinding(modules, put)
+        for part in modules.values():
+            rebinding.of(part)
+    return made
 
 
 def replace_kept(module: nn.Module, put: Put) -> None:
     """put(x, False) in the place of each tensor x that a module keeps besides its parameters."""
+    rebinding = _Rebinding({}, put)
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = put(buffer, False)
-        _rebind(part, {}, put)
+        rebinding.of(part)
 
 
 def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What it keeps besides parameters: buffers and attributes, in plain lists and dicts too."""
+    """What it keeps besides parameters: buffers and attributes, in containers and records too."""
+    return ((name, thing) for name, thing in _kept(module) if isinstance(thing, Tensor))
+
+
+def kept_objects(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What it keeps besides tensors and modules that is not looked into."""
+    for name, thing in _kept(module):
+        if type(thing) not in PLAIN and not isinstance(thing, (Tensor, nn.Module, type)):
+            yield name, thing
+
+
+def _kept(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What it holds besides parameters, with what that holds in the place of all looked into."""
+    seen: dict[int, Any] = {}
     for prefix, part in module.named_modules():
         held = ((k, v) for k, v in vars(part).items() if k not in _OF_TORCH)
         for name, value in (*part._buffers.items(), *held):
-            if isinstance(value, (Tensor, list, tuple, dict)):
-                for tensor in _tensors_in(value):
-                    yield f"{prefix}.{name}" if prefix else name, tensor
+            if type(value) not in PLAIN:
+                label = f"{prefix}.{name}" if prefix else name
+                yield from ((label, thing) for thing in _ends(value, seen))
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
+def _ends(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
+    if id(value) in seen:
+        return
+    seen[id(value)] = value  # which is kept alive, and its id taken
+    parts = parts_of(value)
+    if not parts:
         yield value
-    for part in _held_by(value):
-        yield from _tensors_in(part)
+    for part in parts:
+        yield from _ends(part, seen)
 
 
-_DICTS = (dict, OrderedDict)
-_PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
+class _Rebinding:
+    """Puts others in the place of tensors and modules that modules hold besides their parts."""
+
+    def __init__(self, modules: dict[int, nn.Module], put: Put) -> None:
+        self._modules, self._put = modules, put
+        self._done: dict[int, Any] = {}  # what came of what can be met again, or _UNDER_WAY
+        self._met: list[Any] = []  # is kept alive, and their ids taken
+
+    def of(self, part: nn.Module) -> None:
+        held = vars(part)
+        for name, value in list(held.items()):
+            if name not in _OF_TORCH and type(value) not in PLAIN:
+                held[name] = self._rebound(value)
+
+    def _rebound(self, value: Any) -> Any:
+        """A value with others in it; itself if there are none, and it does not hold itself."""
+        if isinstance(value, (Tensor, Hole)):
+            return self._put(value, False)
+        if isinstance(value, nn.Module):
+            return self._modules.get(id(value), value)
+        if isinstance(value, types.MethodType) and id(value.__self__) in self._modules:
+            return types.MethodType(value.__func__, self._modules[id(value.__self__)])
+        parts = parts_of(value)
+        return self._with_others(value, parts) if parts else value
+
+    def _with_others(self, value: Any, parts: Collection[Any]) -> Any:
+        done = self._done
+        self._met.append(value)
+        if done.get(id(value)) is _UNDER_WAY:
+            done[id(value)] = copy.copy(value)  # to be filled below, where it was met first
+        if id(value) in done:
+            return done[id(value)]
+        if can_hold_itself(value):
+            done[id(value)] = _UNDER_WAY
+        others = [self._rebound(part) for part in parts]
+        made = done.get(id(value), _UNDER_WAY)
+        if made is not _UNDER_WAY:
+            if can_hold_itself(value):
+                refill(made, others)
+            return made
+        same = all(map(operator.is_, others, parts))
+        done[id(value)] = value if same else with_parts(value, others)
+        return done[id(value)]
 
 
-def _held_by(value: Any) -> Collection[Any]:
-    """What a plain list or dict holds; nothing if that is numbers and strings, maybe very many."""
-    if type(value) in _DICTS:
-        value = value.values()
-    elif not _is_list(value):
-        return ()
-    return () if _PLAIN.issuperset(map(type, value)) else value
-
-
-def _is_list(value: Any) -> bool:
-    """Whether it is a plain list, a tuple or a named tuple."""
-    return type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_make"))
-
-
-def _rebind(part: nn.Module, modules: dict[int, nn.Module], put: Put) -> None:
-    held = vars(part)
-    for name, value in list(held.items()):
-        if name not in _OF_TORCH:
-            held[name] = _rebound(value, modules, put)
-
-
-def _rebound(value: Any, modules: dict[int, nn.Module], put: Put) -> Any:
-    """A value with others in the place of modules and tensors in it; itself if there is none."""
-    if isinstance(value, (Tensor, Hole)):
-        return put(value, False)
-    if isinstance(value, nn.Module):
-        return modules.get(id(value), value)
-    if isinstance(value, types.MethodType) and id(value.__self__) in modules:
-        return types.MethodType(value.__func__, modules[id(value.__self__)])
-    held = _held_by(value)
-    parts = [_rebound(part, modules, put) for part in held]
-    if all(map(operator.is_, parts, held)):
-        return value
-    if type(value) in _DICTS:
-        return type(value)(zip(value, parts, strict=True))
-    return type(value)(parts) if type(value) in (list, tuple) else value._make(parts)
+_UNDER_WAY = object()
 
 
 def _copy_of(module: nn.Module, modules: dict[int, nn.Module], put: Put) -> nn.Module:
     """The one copy of a module; `modules` are those that are copied already."""
     if id(module) in modules:
         return modules[id(module)]
-    modules[id(module)] = copy = object.__new__(type(module))
-    own = vars(copy)
+    modules[id(module)] = made = object.__new__(type(module))
+    own = vars(made)
     own.update(vars(module))
     for kind in ("_parameters", "_buffers", "_modules"):
         own[kind] = own[kind].copy()
-    for held in (copy._parameters, copy._buffers):
+    for held in (made._parameters, made._buffers):
         for name, tensor in held.items():
             if tensor is not None:
-                held[name] = put(tensor, held is copy._parameters)
+                held[name] = put(tensor, held is made._parameters)
     for name, part in module._modules.items():
         if part is not None:
-            copy._modules[name] = _copy_of(part, modules, put)
-    _complete(copy)
-    return copy
+            made._modules[name] = _copy_of(part, modules, put)
+    _complete(made)
+    return made
 
 
-def _complete(copy: nn.Module) -> None:
+def _complete(made: nn.Module) -> None:
     """Let nothing that a copy holds besides its tensors compute with those of the original.
 
     What is compiled has no second derivative anyway.
     """
-    vars(copy).pop("_compiled_call_impl", None)  # of module.compile()
-    compiled = copy._modules.get("_orig_mod")
-    if compiled is not None and "forward" in vars(copy):  # what torch.compile(module) returns
-        vars(copy)["forward"] = compiled.__call__
-    if isinstance(copy, nn.RNNBase):
-        refresh_recurrent(copy)
+    vars(made).pop("_compiled_call_impl", None)  # of module.compile()
+    compiled = made._modules.get("_orig_mod")
+    if compiled is not None and "forward" in vars(made):  # what torch.compile(module) returns
+        vars(made)["forward"] = compiled.__call__
+    if isinstance(made, nn.RNNBase):
+        refresh_recurrent(made)
 
 
 def refresh_recurrent(layer: nn.RNNBase) -> None:

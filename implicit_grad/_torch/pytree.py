@@ -1,7 +1,7 @@
 """Nested containers <-> flat tuples of tensors, and these <-> one flat vector; their norms.
 
 Containers are those of Python, what is registered in optree or in torch.utils._pytree, dataclasses,
-and modules: their tensors are the parameters that train.
+namespaces, and modules: their tensors are the parameters that train.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils import _pytree as trees_of_torch
 
+from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._torch import module_form
 from implicit_grad._torch.clone import replace_kept
+from implicit_grad._torch.held import fields_of, is_record
 from implicit_grad._torch.module_form import Argument, Form, can_be_opened, own, trained
 
 Tensors = tuple[Tensor, ...]
 NAMESPACE = "implicit_grad"
 # Types of leaves that have been seen: there is nothing to look into.
 _opaque: set[type] = {Tensor, nn.Parameter, int, float, bool, str}
-# Dataclasses of these kinds are what they derive from.
-_NO_RECORDS = (nn.Module, Tensor, str, bytes, int, float, set, frozenset, tuple, list, dict)
 _registering = threading.Lock()
 
 
@@ -38,8 +38,8 @@ def _learn(leaves: list[Any]) -> None:
         for kind in set(map(type, leaves)) - _opaque:
             if kind in trees_of_torch.SUPPORTED_NODES:
                 _register_as_torch(kind)
-            elif dataclasses.is_dataclass(kind) and not issubclass(kind, _NO_RECORDS):
-                _register_dataclass(kind)
+            elif is_record(kind):
+                _register_record(kind)
             elif can_be_opened(kind):
                 _register_module(kind)
             else:
@@ -55,17 +55,17 @@ def _register_as_torch(kind: type) -> None:
     optree.register_pytree_node(kind, node.flatten_fn, rebuilt, namespace=NAMESPACE)
 
 
-def _register_dataclass(kind: type) -> None:
+def _register_record(kind: type) -> None:
     """By its fields, and what else its objects hold; rebuilt without a call of `__init__`."""
-    fields = [field.name for field in dataclasses.fields(kind)]
 
     def parts(record: Any) -> tuple[list[Any], tuple[str, ...], tuple[str, ...]]:
-        held = dict.fromkeys([*fields, *getattr(record, "__dict__", ())])
-        names = tuple(name for name in held if hasattr(record, name))
+        names = fields_of(record)
         return [getattr(record, name) for name in names], names, names
 
+    new: Any = object.__new__ if dataclasses.is_dataclass(kind) else kind.__new__
+
     def rebuilt(names: Any, parts: Iterable[Any]) -> Any:
-        record: Any = object.__new__(kind)
+        record = new(kind)
         for name, part in zip(names, parts, strict=True):
             object.__setattr__(record, name, part)  # of a frozen one as well
         return record
@@ -125,11 +125,33 @@ def modules(container: Any) -> list[nn.Module]:
 
 def _with_modules_whole(container: Any) -> tuple[list[Any], Any]:
     """Leaves and structure, with modules as leaves."""
-    leaves, structure = optree.tree_flatten(container, _is_module, namespace=NAMESPACE)
+    leaves, structure = _parted(container, _is_module)
     while not _opaque.issuperset(type(leaf) for leaf in leaves if not _is_module(leaf)):
         _learn([leaf for leaf in leaves if not _is_module(leaf)])
-        leaves, structure = optree.tree_flatten(container, _is_module, namespace=NAMESPACE)
+        leaves, structure = _parted(container, _is_module)
     return leaves, structure
+
+
+def _parted(container: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """Leaves and structure, as far as is known by now what is a container."""
+    try:
+        return optree.tree_flatten(container, is_leaf, namespace=NAMESPACE)
+    except RecursionError as error:
+        raise InvalidArgumentError(
+            f"{_too_deep(container)} cannot be taken apart: something in it holds itself, or it is "
+            "nested too deeply. Pass the tensors without what refers back to them"
+        ) from error
+
+
+def _too_deep(container: Any) -> str:
+    """Which of a call's arguments it is, if it is one's (args, kwargs); else the container."""
+    if isinstance(container, tuple) and len(container) == 2 and isinstance(container[1], dict):
+        for name, part in (*enumerate(container[0]), *container[1].items()):
+            try:
+                optree.tree_flatten(part, _is_module, namespace=NAMESPACE)
+            except RecursionError:
+                return f"argument {name}, {describe(part)},"
+    return describe(container)
 
 
 def _is_module(value: Any) -> bool:
@@ -188,10 +210,10 @@ def _in_order(values: Any, of: Any) -> Any:
 
 def _flattened(container: Any) -> tuple[list[Any], Any]:
     """optree's leaves and structure, with all objects in it looked into."""
-    leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
+    leaves, structure = _parted(container)
     while not _opaque.issuperset(map(type, leaves)):
         _learn(leaves)
-        leaves, structure = optree.tree_flatten(container, namespace=NAMESPACE)
+        leaves, structure = _parted(container)
     return leaves, structure
 
 

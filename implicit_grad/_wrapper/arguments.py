@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,11 @@ from torch import Tensor
 from implicit_grad._conditions.base import Call, Condition
 from implicit_grad._errors import (
     ImplicitGradError,
-    ImplicitGradWarning,
     InvalidArgumentError,
     describe,
 )
 from implicit_grad._torch import pytree
+from implicit_grad._warnings import warn
 
 
 def tell_unread(condition: Condition, call: Call, unread: Sequence[Tensor]) -> None:
@@ -35,7 +34,7 @@ def tell_unread(condition: Condition, call: Call, unread: Sequence[Tensor]) -> N
             "with .item(), .detach() or NumPy). What only steers the solver, such as a step length "
             "or a starting point, has no implicit gradient: pass it detached"
         )
-        warnings.warn(ImplicitGradWarning(said, anchor="unread"), stacklevel=2)
+        warn(said, anchor="unread")
 
 
 def tell_of_arguments(error: Exception, call: Call) -> None:

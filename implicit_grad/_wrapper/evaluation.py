@@ -31,7 +31,7 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.report import OnFailure, Reporting, solve_and_report
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
-from implicit_grad._torch.clone import kept_tensors
+from implicit_grad._torch.clone import kept_objects, kept_tensors
 from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.module_form import frozen, kept, mark_of, marked
@@ -43,6 +43,7 @@ from implicit_grad._torch.transforms import (
     is_transformed,
     outside_forward_mode,
 )
+from implicit_grad._warnings import users_line
 from implicit_grad._wrapper.arguments import tell_of_arguments
 from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import check_determined, checked, tell_of_phi
@@ -165,6 +166,7 @@ class Evaluation(Recorded):
         slot = self.method.warm_start
         self.warm = None if slot is None else WarmCall(slot.slot())
         self.finding: Finding | None = None
+        self.place = users_line()
         self.wanted = [t.requires_grad for t in inputs]
         self.devices = {t.device for t in inputs}
         self.captured: Tensors = ()
@@ -202,7 +204,9 @@ class Evaluation(Recorded):
         held = tuple(frozen(modules))
         held_before = versions(held)
         trains = {id(p): n for m in modules for n, p in m.named_parameters() if p.requires_grad}
+        kept_by = (thing for m in modules for _, thing in kept_objects(m))
         reachable = captured_tensors(self.condition, self._solver, *self.tree.others)
+        reachable += captured_tensors(*kept_by)
         self._lent = Lent([t for _, t in reachable])
         with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
             returned = self._run(call, reachable)
@@ -403,7 +407,7 @@ class Evaluation(Recorded):
         if self.condition.processes is None:
             return super().solve_adjoint(around, v)
         reporting = among(self.condition.processes, self.method.reporting)
-        return solve_and_report(self.method.linear_solver, around, v, reporting)
+        return solve_and_report(self.method.linear_solver, around, v, reporting, self.place)
 
     def _refusal(self) -> str | None:
         if self.condition.differentiable_twice:

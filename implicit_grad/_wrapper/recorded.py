@@ -13,6 +13,7 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._theorem.reattached import reattached
 from implicit_grad._theorem.report import Reporting, solve_and_report
 from implicit_grad._torch.pytree import Tensors
+from implicit_grad._warnings import Place
 
 M = TypeVar("M", bound="Method")
 
@@ -40,10 +41,12 @@ class Recorded(abc.ABC):
     Attributes:
         method: how gradients are taken.
         finding: what a check of products found.
+        place: the user's line that asked for φ.
     """
 
     method: Method
     finding: Finding | None
+    place: Place
 
     @property
     def curvature(self) -> Curvature:
@@ -69,7 +72,9 @@ class Recorded(abc.ABC):
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
         """u with Aᵀu = v; what came of it is reported."""
-        return solve_and_report(self.method.linear_solver, around, v, self.method.reporting)
+        return solve_and_report(
+            self.method.linear_solver, around, v, self.method.reporting, self.place
+        )
 
     @abc.abstractmethod
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:

@@ -24,6 +24,7 @@ from implicit_grad._torch.graph import kind_of_graph, leaves_behind
 from implicit_grad._torch.isolation import Ambient, isolated
 from implicit_grad._torch.products import plain_gradient, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree
+from implicit_grad._warnings import Place, said_by, users_line
 from implicit_grad._wrapper.recorded import Method, Recorded
 from implicit_grad._wrapper.solver_output import checked
 from implicit_grad.learn2learn import called_again
@@ -144,6 +145,7 @@ class Step(Recorded):
     replay: weakref.ref[Replay] | None = None
     finding: Finding | None = None
     third: Finding | None = None  # what is wrong with the loss's third derivatives
+    place: Place = dataclasses.field(default_factory=users_line)
 
     def sources(self) -> Tensors:
         """The values in the graph, with the implicit gradient behind them."""
@@ -177,8 +179,8 @@ class Step(Recorded):
 
     def ending_at(self, last: Step) -> Step:
         """This inner problem for the weights that a later step led to."""
-        its = {name: getattr(last, name) for name in ("values", "inputs", "inputs_tree", "method")}
-        return dataclasses.replace(self, number=last.number, **its)
+        theirs = ("values", "inputs", "inputs_tree", "method", "number", "place")
+        return dataclasses.replace(self, **{name: getattr(last, name) for name in theirs})
 
     def drop(self) -> None:
         """Forget the loss and its graph, so that memory does not grow with the steps."""
@@ -349,8 +351,9 @@ def minimise_closure(
             start = tuple(t.detach().clone() for t in before)
             reached = [start]
             for run in minimiser.runs(weights.number if method.counts_steps else None):
-                found, _ = checked(run(objective, reached[-1]), theta_values, template=start)
-                reached.append(found)
+                with said_by(method.reporting.say):
+                    returned = run(objective, reached[-1])
+                reached.append(checked(returned, theta_values, template=start)[0])
         values = reached[-1]
         place = reached[-2] if method.counts_steps else values
         time, number = weights.time + minimiser.time, weights.number + minimiser.steps

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError
+from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
 from implicit_grad._options import require_count, require_fraction, require_tolerance
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.pytree import Tensors, length, norm
+from implicit_grad._warnings import tell
 from implicit_grad.solvers._objective import ObjectiveFunction, Point, moved
 
 # A gradient this many times eps·‖∇²objective‖·‖φ‖ is what rounding leaves of one that is zero.
@@ -131,7 +131,7 @@ class Descent(abc.ABC):
                 return seen.result(reached.phi)
             found = seen.result(phi)
             if self.has_tolerance and (missed := watch.missed(phi, self.more)):
-                warnings.warn(ImplicitGradWarning(missed, anchor="solver-missed"), stacklevel=2)
+                tell(missed, anchor="solver-missed", of=type(self).__name__)
             return found
 
     def training(self, phi: Tensors) -> EarlyStopped | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from implicit_grad._conditions.base import like_phi
 from implicit_grad._conditions.batching import number_of_tasks
 from implicit_grad._errors import (
-    ImplicitGradWarning,
     InvalidArgumentError,
     InvalidSolutionError,
     describe,
@@ -28,6 +26,7 @@ from implicit_grad._options import (
 from implicit_grad._torch import pytree
 from implicit_grad._torch.products import variables
 from implicit_grad._torch.pytree import Flat, Tensors
+from implicit_grad._warnings import tell
 from implicit_grad.solvers._objective import Variables
 
 # Without a tolerance the residual is to fall by this power of the dtype's eps.
@@ -155,7 +154,7 @@ class RootFinding(abc.ABC):
             x, missed = _Run(self, at).to_the_end()
             found = at.result(at.tensors(x))
             if missed is not None:
-                warnings.warn(ImplicitGradWarning(missed, anchor="solver-missed"), stacklevel=2)
+                tell(missed, anchor="solver-missed", of=type(self).__name__)
             return found
 
     @abc.abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.bounds import Limits, spread
-from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError
+from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._options import require_tolerance
+from implicit_grad._warnings import tell
 from implicit_grad.solvers._roots import Residual
 
 # Halvings from the widest to the narrowest interval of floats, in float64: its exponents and bits.
@@ -58,7 +58,7 @@ class Bisection:
             _check_signs(at, ends, values)
             x, said = self._halved(at, ends, values)
             if said is not None:
-                warnings.warn(ImplicitGradWarning(said, anchor="solver-missed"), stacklevel=2)
+                tell(said, anchor="solver-missed", of=type(self).__name__)
             return at.result(at.tensors(x))
 
     def _end(self, at: Residual, name: str, limits: Limits) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, InvalidSolutionError
+from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError
 from implicit_grad._options import require_options
+from implicit_grad._warnings import tell
 from implicit_grad.solvers._flat import Coordinates, FlatBounds, FlatFunction, Vector, flat_bounds
 from implicit_grad.solvers._neighbours import needed_by
 from implicit_grad.solvers._objective import ObjectiveFunction
@@ -121,7 +121,7 @@ def _check_status(model: Any, names: Any) -> None:
             f"GurobiQP: Gurobi is not sure of its solution and ended with status {model.Status}; "
             "loosen or remove params"
         )
-        warnings.warn(ImplicitGradWarning(said, anchor="solver-missed"), stacklevel=4)
+        tell(said, anchor="solver-missed")
 
 
 def _quadratic(seen: ObjectiveFunction, at: Coordinates) -> tuple[Vector, Vector]:

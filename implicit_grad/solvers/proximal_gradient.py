@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from implicit_grad._conditions.base import like_phi
 from implicit_grad._conditions.dependence import scattered
-from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, describe
+from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._options import (
     require_count,
     require_flag,
@@ -21,6 +20,7 @@ from implicit_grad._options import (
     require_tolerance,
 )
 from implicit_grad._torch.pytree import Tensors, inner, length
+from implicit_grad._warnings import tell
 from implicit_grad.solvers._objective import ObjectiveFunction, Point, moved
 from implicit_grad.solvers._roots import DEFAULT_POWER, refuse_modules
 
@@ -89,7 +89,7 @@ class ProximalGradient:
             phi, missed = _Run(self, seen, given).to_the_end()
             found = seen.result(phi)
             if missed is not None:
-                warnings.warn(ImplicitGradWarning(missed, anchor="solver-missed"), stacklevel=2)
+                tell(missed, anchor="solver-missed", of=type(self).__name__)
             return found
 
 

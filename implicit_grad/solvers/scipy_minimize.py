@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, InvalidSolutionError
+from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError
 from implicit_grad._options import require, require_options, require_tolerance
+from implicit_grad._warnings import tell
 from implicit_grad.solvers._flat import Coordinates, FlatBounds, FlatFunction, Vector, flat_bounds
 from implicit_grad.solvers._neighbours import needed_by
 from implicit_grad.solvers._objective import ObjectiveFunction
@@ -115,7 +115,7 @@ class SciPyMinimize:
                     f"SciPyMinimize: {method} stopped after {result.nfev} evaluations without "
                     f"success: {result.message}"
                 )
-                warnings.warn(ImplicitGradWarning(said, anchor="solver-missed"), stacklevel=2)
+                tell(said, anchor="solver-missed", of=type(self).__name__)
             return phi
 
     def _limits(self, bounds: Any, seen: ObjectiveFunction, at: Coordinates) -> FlatBounds:

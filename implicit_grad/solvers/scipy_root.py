@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from implicit_grad._errors import ImplicitGradWarning, InvalidArgumentError, InvalidSolutionError
+from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError
 from implicit_grad._options import require, require_options, require_tolerance
+from implicit_grad._warnings import tell
 from implicit_grad.solvers._flat import Coordinates
 from implicit_grad.solvers._neighbours import needed_by
 from implicit_grad.solvers._objective import Variables
@@ -89,5 +89,5 @@ class SciPyRoot:
                     f"SciPyRoot: {method} stopped without success, at a residual of "
                     f"{np.linalg.norm(last):.1e}: {found.message}"
                 )
-                warnings.warn(ImplicitGradWarning(said, anchor="solver-missed"), stacklevel=2)
+                tell(said, anchor="solver-missed", of=type(self).__name__)
             return phi

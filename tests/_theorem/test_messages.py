@@ -86,3 +86,59 @@ def test_float64_is_advised_where_it_helps(dtype):
 def test_a_class_for_a_condition_is_to_be_called():
     with pytest.raises(ig.InvalidArgumentError, match=r"got the class argmin: call it .* argmin\("):
         ig.implicit(lambda b: b, ig.argmin)
+
+
+def hilbert(n: int) -> torch.Tensor:
+    """A matrix that no iteration of a few steps solves with."""
+    i = torch.arange(1.0, n + 1, dtype=torch.float64)
+    return 1 / (i[:, None] + i - 1)
+
+
+# In each, the linear solve fails too.
+FAILING = {
+    "MAX_ITER": (ig.CG(maxiter=2, rtol=1e-12), hilbert(8)),
+    "STAGNATED": (ig.CG(rtol=1e-30, maxiter=1000), hilbert(8)),
+    "SINGULAR": (ig.Exact(), torch.ones(8, 8, dtype=torch.float64)),
+    "SINGULAR of MINRES": (ig.MINRES(), torch.ones(8, 8, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("off", [0.0, 1.0])
+@pytest.mark.parametrize("name", FAILING)
+def test_an_unsolved_problem_is_named_before_a_failed_solve(name, off):
+    linear_solver, A = FAILING[name]
+    x = torch.linspace(1.0, 2.0, 8, dtype=torch.float64)
+    b = (A @ x).requires_grad_()
+    monitor = ig.Monitor()
+    solve = ig.implicit(
+        lambda b: x + off * x.flip(0),  # a solution, if nothing is added
+        ig.argmin(lambda w, b: w @ A @ w / 2 - b @ w),
+        linear_solver=linear_solver,
+        monitor=monitor,
+    )
+    with pytest.warns(ig.ImplicitGradWarning) as said:
+        solve(b)[0].backward()
+    status = monitor.last.status
+    assert status.name == name.partition(" ")[0]
+    (message,) = (str(w.message) for w in said)
+    assert status.sentence[:40] in message
+    assert message.startswith("two things are wrong") == bool(off)
+
+
+@pytest.mark.parametrize("linear_solver", [ig.CG(), ig.Exact(), ig.CG(maxiter=1, rtol=1e-9)])
+def test_curvature_that_the_outer_loss_does_not_see_counts_all_the_same(linear_solver):
+    """φ is right to 1e-7; along its error F is steep, and the outer loss depends on other parts."""
+    steep = torch.tensor([1e6, 1.0, 2.0], dtype=torch.float64)
+    a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    target = lambda a: torch.stack([a.new_tensor(1.0), a, a])  # noqa: E731
+    monitor = ig.Monitor()
+    solve = ig.implicit(
+        lambda a: target(a) + a.new_tensor([1e-7, 0.0, 0.0]),
+        ig.argmin(lambda w, a: (steep * (w - target(a)).square()).sum() / 2),
+        linear_solver=linear_solver,
+        monitor=monitor,
+        on_failure="ignore",
+    )
+    (solve(a) * a.new_tensor([0.0, 1.0, 3.0])).sum().backward()
+    assert monitor.last.inner_residual > 0.05
+    assert monitor.last.status is not ig.Status.INNER_NOT_STATIONARY

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
+import functools
 import gc
+import types
 import weakref
 
 import pytest
@@ -20,6 +23,32 @@ Y, Y_VAL = X.sum(1).sin(), X_VAL.sum(1)
 RIDGE = 0.3
 Pair = collections.namedtuple("Pair", "first second")
 
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    scale: Tensor
+
+
+class Holder:
+    """An object that is no container."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+def holding_itself(scale):
+    made = {"s": scale, "around": [(0,)]}
+    made["around"].append((made, Record(made["around"])))
+    return made
+
+
+def found_around(model):
+    """The scale, on the way through all that holds itself."""
+    made, record = model.made["around"][1]
+    assert made is model.made and record.scale is made["around"]
+    return made["s"]
+
+
 # how a module keeps the scale, and where it finds it
 KEPT = {
     "attribute": (lambda m, s: setattr(m, "scale", s), lambda m: m.scale),
@@ -31,6 +60,24 @@ KEPT = {
         lambda m: m.made["s"],
     ),
     "named": (lambda m, s: setattr(m, "made", Pair(0, s)), lambda m: m.made.second),
+    "default": (
+        lambda m, s: setattr(m, "made", collections.defaultdict(list, s=[s])),
+        lambda m: m.made["s"][0],
+    ),
+    "deque": (
+        lambda m, s: setattr(m, "made", collections.deque([s], maxlen=2)),
+        lambda m: m.made[-1],
+    ),
+    "record": (lambda m, s: setattr(m, "made", Record(s)), lambda m: m.made.scale),
+    "namespace": (
+        lambda m, s: setattr(m, "made", types.SimpleNamespace(s=s)),
+        lambda m: m.made.s,
+    ),
+    "partial": (
+        lambda m, s: setattr(m, "made", functools.partial(torch.clone, s)),
+        lambda m: m.made(),
+    ),
+    "itself": (lambda m, s: setattr(m, "made", holding_itself(s)), found_around),
     "part": (lambda m, s: setattr(m.part, "scale", s), lambda m: m.part.scale),
     "buffer": (lambda m, s: m.register_buffer("scale", s), lambda m: m.scale),
 }
@@ -101,7 +148,9 @@ def test_a_tensor_with_a_history_has_its_gradient(kept, solve):
     model.keep(model, scale)
     solved = SOLVES[solve]()(model, X, Y)
     outer(solved).backward()
-    assert KEPT[kept][1](model) is scale  # and the module is left alone
+    left = KEPT[kept][1](model)  # the module is left alone
+    assert left is scale or kept == "partial"
+    torch.testing.assert_close(left, scale)
     there = new_theta()
     torch.testing.assert_close(theta.grad, expected(there, there.square() * 2))
 
@@ -115,6 +164,85 @@ def test_a_leaf_has_its_gradient_and_none_of_the_solvers(kept):
     outer(solved).backward()
     there = new_theta()
     torch.testing.assert_close(theta.grad, expected(there, there))
+
+
+def test_an_object_may_hold_a_leaf_which_gets_none_of_the_solvers_gradients():
+    theta, model = new_theta(), Scaled("attribute")
+    model.find, model.holder = lambda m: m.holder.scale, Holder(theta)
+    solved = ig.implicit(train, ig.argmin(objective))(model, X, Y)
+    assert theta.grad is None
+    outer(solved).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there))
+
+
+@pytest.mark.parametrize("hold", [Holder, lambda scale: [Holder(scale)], lambda scale: {scale}])
+def test_an_object_that_holds_a_tensor_with_a_history_is_refused_before_any_work(hold):
+    def never(*args):
+        raise AssertionError
+
+    model = Scaled("attribute")
+    model.part.holder = hold(new_theta() * 2)
+    with pytest.raises(ig.InvalidArgumentError, match=r"a Scaled, keeps .* as part\.holder"):
+        ig.implicit(never, ig.argmin(objective))(model, X, Y)
+
+
+def test_an_object_may_hold_what_the_last_pass_left():
+    class Noting(Scaled):
+        def forward(self, x):
+            self.holder.scale = super().forward(x)
+            return self.holder.scale
+
+    model = Noting("attribute")
+    model.holder, model.scale = Holder(None), torch.ones(3, dtype=torch.float64)
+    ridge = torch.tensor(RIDGE, dtype=torch.float64, requires_grad=True)
+
+    def value(model, ridge):
+        return (model(X) - Y).square().sum() / 2 + ridge * model.weight.square().sum() / 2
+
+    solve = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.argmin(value))
+    for _ in range(2):  # the second call is handed what the first made
+        model = solve(model, ridge)
+        model(X)
+    torch.testing.assert_close(model.weight.detach(), minimum(X.new_ones(3), X))
+
+
+@pytest.mark.parametrize("make", [holding_itself, lambda s: types.SimpleNamespace(a=s)])
+def test_an_argument_that_holds_itself_is_refused_by_name(make):
+    made = make(new_theta())
+    if isinstance(made, types.SimpleNamespace):
+        made.itself = made
+    solve = ig.implicit(lambda X, made: X, ig.argmin(lambda w, X, made: w.square().sum()))
+    with pytest.raises(ig.InvalidArgumentError, match=r"argument 1, .* holds itself"):
+        solve(X, made)
+    with pytest.raises(ig.InvalidArgumentError, match=r"argument made, .* holds itself"):
+        solve(X, made=made)
+
+
+def test_a_namespace_among_the_arguments_is_looked_into():
+    def fit(given):
+        assert not given.scale.grad_fn
+        with torch.no_grad():
+            return minimum(given.scale, given.X)
+
+    def value(w, given):
+        return (given.X @ (w * given.scale) - Y).square().sum() / 2 + RIDGE * w @ w / 2
+
+    theta = new_theta()
+    given = types.SimpleNamespace(scale=theta * 2, X=X, name="ridge")
+    ig.implicit(fit, ig.argmin(value))(given).square().sum().backward()
+    there = new_theta()
+    by_theta = torch.autograd.grad(minimum(there * 2, X).square().sum(), there)[0]
+    torch.testing.assert_close(theta.grad, by_theta)
+
+
+def test_what_is_one_thing_in_the_module_is_one_in_the_copy():
+    model, scale = Scaled("attribute"), new_theta() * 2
+    model.scale, model.made = scale, [scale, Record(model)]
+    model.again, model.config = model.made, Record(0)
+    solved = ig.implicit(train, ig.argmin(objective))(model, X, Y)
+    assert solved.again is solved.made and solved.made[1].scale is solved
+    assert solved.config is model.config  # nothing in it is another
 
 
 def test_theta_of_a_proximal_term_keeps_it_too():
@@ -358,11 +486,11 @@ def test_what_the_last_pass_left_is_no_start(start_kept):
 def test_long_plain_lists_are_not_gone_through(monkeypatch):
     from implicit_grad._torch import clone
 
-    model, seen, own = Scaled("attribute"), [], clone._rebound
+    model, seen, own = Scaled("attribute"), [], clone._Rebinding._rebound
     model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
     model.ids, model.vocabulary = list(range(1000)), {str(i): i for i in range(1000)}
     monkeypatch.setattr(
-        clone, "_rebound", lambda value, *rest: seen.append(value) or own(value, *rest)
+        clone._Rebinding, "_rebound", lambda self, x: seen.append(x) or own(self, x)
     )
     found = ig.implicit(train, ig.argmin(objective))(model, X, Y)
     assert found.ids == model.ids and found.vocabulary == model.vocabulary

@@ -188,6 +188,11 @@ def test_dataclasses_among_the_arguments_are_looked_into():
     torch.testing.assert_close(found, body.exp().cos() * body.exp())
 
 
+class Plain:
+    def __init__(self, features):
+        self.features = features
+
+
 def test_other_objects_with_a_history_are_refused():
     body = torch.tensor([0.1, 0.4], dtype=torch.float64, requires_grad=True)
 
@@ -199,7 +204,7 @@ def test_other_objects_with_a_history_are_refused():
 
     solve = ig.implicit(never, ig.argmin(objective))
     with pytest.raises(ig.InvalidArgumentError, match="history as features"):
-        solve(SimpleNamespace(features=body.exp()))
+        solve(Plain(body.exp()))
 
 
 def quartic(w: Tensor, a: Tensor) -> Tensor:

@@ -285,3 +285,20 @@ REFUSED = {
 def test_what_cannot_work_is_named(kind):
     with pytest.raises(ig.ImplicitGradError, match=REFUSED[kind]):
         bad(kind)
+
+
+@pytest.mark.parametrize("linear_solver", [None, ig.Exact()])
+@pytest.mark.parametrize("norm", [cp.norm, cp.norm1, cp.norm_inf])
+def test_a_norm_below_its_bound_leaves_nothing_singular(norm, linear_solver):
+    """The variable that CVXPY adds for it lies anywhere in between, and nothing depends on it."""
+    x, y, r = cp.Variable(3, name="x"), cp.Parameter(3), cp.Parameter(nonneg=True)
+    layer = CVXPY(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [norm(x) <= r]), [y, r])
+    solve = ig.implicit(layer, layer.condition, linear_solver=linear_solver, on_failure="raise")
+    at, radius = torch.tensor([1.0, 2.0, 2.0], requires_grad=True), torch.tensor(20.0)
+    v = torch.tensor([1.0, 2.0, 3.0])
+    (found,) = torch.autograd.grad(solve(at, radius.requires_grad_())["x"] @ v, at)
+    close(found, v)
+    both = torch.stack([at, 2 * at]).detach().requires_grad_()
+    rows = torch.func.vmap(lambda y: solve(y, radius.detach())["x"])(both)
+    (found,) = torch.autograd.grad((rows @ v).sum(), both)
+    close(found, torch.stack([v, v]))

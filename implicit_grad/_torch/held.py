@@ -1,0 +1,86 @@
+"""What containers and records hold, and copies of them that hold other things in those places."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import types
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
+
+
+def parts_of(value: Any) -> Collection[Any]:
+    """What it holds, if it is looked into; nothing if that is numbers and strings, maybe many.
+
+    Looked into are lists, tuples, deques, dicts, dataclasses, namespaces and partial functions.
+    """
+    if isinstance(value, dict):
+        value = value.values()
+    elif isinstance(value, functools.partial):
+        value = (value.func, *value.args, *value.keywords.values())
+    elif is_record(type(value)):  # type: ignore[arg-type]
+        value = [getattr(value, name) for name in fields_of(value)]
+    elif not isinstance(value, (list, deque)) and not _is_tuple(value):
+        return ()
+    return () if PLAIN.issuperset(map(type, value)) else value
+
+
+def can_hold_itself(value: Any) -> bool:
+    """Whether what is looked into is made first, and filled then."""
+    return not isinstance(value, (tuple, functools.partial))
+
+
+def refill(empty: Any, parts: Sequence[Any]) -> None:
+    """Let a shallow copy of what can hold itself hold these parts in the place of its own."""
+    if isinstance(empty, dict):
+        for key, part in zip(list(empty), parts, strict=True):
+            empty[key] = part
+    elif is_record(type(empty)):  # type: ignore[arg-type]
+        for name, part in zip(fields_of(empty), parts, strict=True):
+            object.__setattr__(empty, name, part)  # of a frozen one as well
+    else:
+        empty.clear()
+        empty.extend(parts)
+
+
+def with_parts(value: Any, parts: Sequence[Any]) -> Any:
+    """A copy with these parts in the place of its own."""
+    if isinstance(value, functools.partial):
+        n = len(value.args)
+        return functools.partial(
+            parts[0], *parts[1 : n + 1], **dict(zip(value.keywords, parts[n + 1 :], strict=True))
+        )
+    if _is_tuple(value):
+        return tuple(parts) if type(value) is tuple else value._make(parts)
+    other = copy.copy(value)
+    refill(other, parts)
+    return other
+
+
+def _is_tuple(value: Any) -> bool:
+    return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_make"))
+
+
+# Dataclasses of these kinds are what they derive from.
+_NO_RECORDS = (nn.Module, Tensor, str, bytes, int, float, set, frozenset, tuple, list, dict)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_record(kind: type) -> bool:
+    """Whether objects of the class are namespaces, or a dataclass's."""
+    if issubclass(kind, types.SimpleNamespace):
+        return True
+    return dataclasses.is_dataclass(kind) and not issubclass(kind, _NO_RECORDS)
+
+
+def fields_of(record: Any) -> tuple[str, ...]:
+    """The names of a record's fields, and of what else it holds."""
+    fields = dataclasses.fields(record) if dataclasses.is_dataclass(record) else ()
+    held = dict.fromkeys([*(field.name for field in fields), *getattr(record, "__dict__", ())])
+    return tuple(name for name in held if hasattr(record, name))
