@@ -56,6 +56,21 @@ def test_each_task_has_its_own():
         torch.testing.assert_close(row, expected(H, scale, v), rtol=1e-10, atol=1e-12)
 
 
+def test_vectors_stay_orthogonal_in_a_batch_where_curvatures_differ_a_lot():
+    """A product along the steepest has so little of the others that one projection leaves noise."""
+    steep, rest = torch.tensor([3e5, 1e6], dtype=F64), torch.linspace(0.01, 3, 40, dtype=F64)
+    random = torch.Generator().manual_seed(0)
+    A = torch.stack([symmetric(torch.cat([steep, rest]) + 1, random) for _ in range(2)])
+    v = torch.randn(2, 42, dtype=F64, generator=random)
+    batch = dataclasses.replace(
+        operator(A[0]), scale=1.0, matvec=lambda x: (A @ x[..., None])[..., 0]
+    )
+    x, solutions = ig.PositivePart(maxiter=100, rtol=1e-12).solve_tasks(batch, v, verify=False)
+    for row, s, of_one, rhs in zip(x, solutions, A, v, strict=True):
+        exact = torch.linalg.solve(of_one, rhs)
+        assert float((row - exact).norm() / exact.norm()) < 20 * s.filter_error < 1e-8
+
+
 @pytest.mark.parametrize("maxiter", [1, 2, 5])
 def test_however_few_products_no_gradient_is_longer_than_what_arrives(maxiter):
     for seed in range(20):
