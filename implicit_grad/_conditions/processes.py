@@ -60,7 +60,8 @@ _WHY = {
     ),
     "a vector": (
         "Their linear solvers have come apart: they need the same options, preconditioner and "
-        "warm starts, on processors of one kind with the same number of threads"
+        "warm starts, on processors of one kind with the same number of threads. Or first "
+        "derivatives are differentiated again, of which each makes something else"
     ),
 }
 
