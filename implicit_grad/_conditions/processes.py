@@ -60,7 +60,8 @@ _WHY = {
     ),
     "a vector": (
         "Their linear solvers have come apart: they need the same options, preconditioner and "
-        "warm starts, on processors of one kind with the same number of threads"
+        "warm starts, on processors of one kind with the same number of threads. Or first "
+        "derivatives are differentiated again, of which each makes something else"
     ),
 }
 
@@ -294,18 +295,15 @@ def _kinds(tensors: Iterable[Tensor]) -> list[str]:
 
 def _bits(tensors: Iterable[Tensor]) -> int:
     """A number that hardly stays the same where one bit of the tensors changes, or their order."""
-    found = [_words(t.detach()) for t in tensors if t.numel()]
-    return int(_digest(torch.cat([w.to(found[0].device) for w in found]))) if found else 0
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """The tensor's bytes as integers of eight, filled up with zeros."""
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    size = tensor.numel() * tensor.element_size()
-    words = torch.zeros(-(-size // 8), dtype=torch.int64, device=tensor.device)
-    words.view(torch.uint8)[:size].view(tensor.dtype).copy_(tensor.reshape(-1))
-    return words
+    found = [dense(t.detach()) for t in tensors if t.numel()]
+    if not found:
+        return 0
+    sizes = [t.numel() * t.element_size() for t in found]
+    counts = [-(-size // 8) for size in sizes]
+    words = torch.zeros(sum(counts), dtype=torch.int64, device=found[0].device)
+    for part, size, t in zip(torch.split(words, counts), sizes, found, strict=True):
+        part.view(torch.uint8)[:size].view(t.dtype).copy_(t.reshape(-1))
+    return int(_digest(words))
 
 
 def _digest(words: Tensor) -> Tensor:
@@ -316,7 +314,7 @@ def _digest(words: Tensor) -> Tensor:
     weights = _weights(words.device)
     while len(words) > 1:
         rows = pad(words, (0, -len(words) % len(weights))).view(-1, len(weights))
-        words = (rows + (rows >> 32)).mul_(weights).sum(1)
+        words = rows.add_(rows >> 32).mul_(weights).sum(1)
     return words[0]
 
 
@@ -324,4 +322,5 @@ def _digest(words: Tensor) -> Tensor:
 def _weights(device: torch.device) -> Tensor:
     """The same odd integers in all processes."""
     random = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**63), 2**63 - 1, (2**12,), generator=random).to(device) | 1
+    found = torch.randint(-(2**63), 2**63 - 1, (2**8,), generator=random, device="cpu")
+    return found.to(device) | 1

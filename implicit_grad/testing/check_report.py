@@ -77,8 +77,8 @@ class Cause(enum.Enum):
         "λ in it). Take out the damping, and compare λ's scale in the loss and in the system"
     )
     APPROXIMATION = (
-        "an approximation was asked for that changes the answer (damping, or Gauss-Newton): the "
-        "gradient is not that of the solution, on purpose"
+        "an approximation was asked for that changes the answer (damping, Gauss-Newton, "
+        "EarlyStopped or PositivePart): the gradient is not that of the solution, on purpose"
     )
     LINEAR_SOLVE_NOT_CONVERGED = (
         "the linear system Aᵀu = v is not solved: a dense solve of the same system agrees with the "

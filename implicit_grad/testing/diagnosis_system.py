@@ -57,6 +57,9 @@ class System:
                     f"substitute {report.substitute}"
                 )
                 return Cause.APPROXIMATION
+            if report.filter_error is not None and report.filter_error <= _SAME:
+                self._see("the linear solver is for another function of A than its inverse")
+                return Cause.APPROXIMATION
         return None
 
     def _operator(self) -> Cause | None:

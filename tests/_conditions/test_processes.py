@@ -180,11 +180,11 @@ def gauss_newton(group):
     return alone(condition=condition, curvature="gauss_newton")
 
 
-def second_derivatives(group):
+def second_derivatives(group, times=1.0):
     args = arguments()
     condition = ig.argmin(whole) if group is None else shared(group)
     w = ig.implicit(trained, condition)(*args)
-    first = torch.autograd.grad(outer(w), args, create_graph=True)
+    first = torch.autograd.grad(times * outer(w), args, create_graph=True)
     return torch.stack(torch.autograd.grad(first[0] * 2 + first[1] ** 2, args))
 
 
@@ -340,6 +340,14 @@ def own_outer(group):
 
 def test_outer_losses_are_averaged_as_data_parallel_training_does_it(pair):
     same(pair(own_outer), 2 * alone())
+
+
+def second_derivatives_of_own_outer(group):
+    return second_derivatives(group, times=1.0 + 2 * dist.get_rank(group))
+
+
+def test_so_are_their_second_derivatives(pair):
+    same(pair(second_derivatives_of_own_outer), second_derivatives(None, times=2.0))
 
 
 def certified_with_own_outer(group):

@@ -165,7 +165,7 @@ def shrunk(y, lam, **options):
     return ig.implicit(layer, layer.condition, **options)(y, lam)["x"]
 
 
-@pytest.mark.parametrize("lam", [4.9, 5.0, 5.1])
+@pytest.mark.parametrize("lam", [4.9, 4.999, 5.0, 5.001, 5.1])
 def test_a_kink_at_the_apex_is_told(lam):
     monitor, y = ig.Monitor(), torch.tensor([3.0, 4.0], requires_grad=True)
     x = shrunk(y, torch.tensor(lam), monitor=monitor, on_failure="ignore")

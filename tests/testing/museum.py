@@ -371,6 +371,22 @@ def damping():
 
 
 @piece
+def no_negative_curvature():
+    """A minimum near θ of what bends down, without what is negative in its curvature."""
+    h, theta = torch.tensor([-1.0, 0.5, 3.0], dtype=F64), normal(3)
+    condition = ig.proximal(lambda p: (h * p * p).sum() / 2, 2.0)
+    linear_solver = ig.PositivePart()
+    solve = ig.implicit(lambda t: 2 * t / (2 + h), condition, linear_solver=linear_solver)
+    return Piece(solve, (theta,), Cause.APPROXIMATION)
+
+
+@piece
+def a_training_that_stopped():
+    linear_solver = ig.EarlyStopped(time=0.1)
+    return of_ridge(ridge, Cause.APPROXIMATION, linear_solver=linear_solver)
+
+
+@piece
 def gauss_newton():
     X, y = normal(6, 3, seed=1, grad=False), normal(6, seed=2)
 
