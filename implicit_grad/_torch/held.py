@@ -18,12 +18,15 @@ PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
 def parts_of(value: Any) -> Collection[Any]:
     """What it holds, if it is looked into; nothing if that is numbers and strings, maybe many.
 
-    Looked into are lists, tuples, deques, dicts, dataclasses, namespaces and partial functions.
+    Looked into are lists, tuples, deques, dicts, dataclasses, namespaces, partial functions and
+    what functions refer to of those around them.
     """
     if isinstance(value, dict):
         value = value.values()
     elif isinstance(value, functools.partial):
         value = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.FunctionType):
+        value = [cell.cell_contents for cell in _cells(value)]
     elif is_record(type(value)):  # type: ignore[arg-type]
         value = [getattr(value, name) for name in fields_of(value)]
     elif not isinstance(value, (list, deque)) and not _is_tuple(value):
@@ -33,7 +36,7 @@ def parts_of(value: Any) -> Collection[Any]:
 
 def can_hold_itself(value: Any) -> bool:
     """Whether what is looked into is made first, and filled then."""
-    return not isinstance(value, (tuple, functools.partial))
+    return not isinstance(value, (tuple, functools.partial, types.FunctionType))
 
 
 def refill(empty: Any, parts: Sequence[Any]) -> None:
@@ -56,10 +59,31 @@ def with_parts(value: Any, parts: Sequence[Any]) -> Any:
         return functools.partial(
             parts[0], *parts[1 : n + 1], **dict(zip(value.keywords, parts[n + 1 :], strict=True))
         )
+    if isinstance(value, types.FunctionType):
+        return _with_cells(value, parts)
     if _is_tuple(value):
         return tuple(parts) if type(value) is tuple else value._make(parts)
     other = copy.copy(value)
     refill(other, parts)
+    return other
+
+
+def _cells(function: types.FunctionType) -> list[types.CellType]:
+    """The variables of functions around it that it refers to, as far as they have values."""
+    return [cell for cell in function.__closure__ or () if cell != types.CellType()]
+
+
+def _with_cells(function: types.FunctionType, values: Sequence[Any]) -> types.FunctionType:
+    """The function with other values in those variables."""
+    found = iter(values)
+    closure = tuple(
+        cell if cell == types.CellType() else types.CellType(next(found))
+        for cell in function.__closure__ or ()
+    )
+    code, defaults = function.__code__, function.__defaults__
+    other = types.FunctionType(code, function.__globals__, None, defaults, closure)
+    other.__kwdefaults__, other.__qualname__ = function.__kwdefaults__, function.__qualname__
+    other.__dict__.update(function.__dict__)
     return other
 
 

@@ -174,6 +174,8 @@ class Evaluation(Recorded):
         self._solver = solver
         self.replaces_first = False  # whether phi is a module that training made of args[0]
         self._lent: Lent | None = None  # while the solver runs, and F is not recorded
+        # tensors of the arguments that objects refer to which a module among them keeps
+        self._uncopied: list[tuple[str, Tensor]] = []
         self.phi_tree: Tree
         self.given: Given = []
         self._phi: Tensors | None = None
@@ -204,9 +206,16 @@ class Evaluation(Recorded):
         held = tuple(frozen(modules))
         held_before = versions(held)
         trains = {id(p): n for m in modules for n, p in m.named_parameters() if p.requires_grad}
-        kept_by = (thing for m in modules for _, thing in kept_objects(m))
         reachable = captured_tensors(self.condition, self._solver, *self.tree.others)
-        reachable += captured_tensors(*kept_by)
+        through_modules = [
+            (f"{place}.{name}", tensor)
+            for module in modules
+            for place, thing in kept_objects(module)
+            for name, tensor in captured_tensors(thing)
+        ]
+        reachable += through_modules
+        ids = {id(t) for t in inputs}
+        self._uncopied = [(name, t) for name, t in through_modules if id(t) in ids]
         self._lent = Lent([t for _, t in reachable])
         with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
             returned = self._run(call, reachable)
@@ -594,6 +603,16 @@ class Evaluation(Recorded):
                 "tensor.detach().clone()",
                 anchor="captured-changed",
             )
+        for name, tensor in self._uncopied:
+            if any(tensor is t for t in self.captured):
+                raise InvalidSolutionError(
+                    "the condition's function computes with a parameter of a module that was "
+                    f"passed ({describe(tensor)}), and not with that of its copy, of which phi "
+                    f"was made: an object that the module keeps refers to it as {name}, and is "
+                    "not copied. Make its class a dataclass, or let it be handed the module when "
+                    "it is used",
+                    anchor="trained-elsewhere",
+                )
         for tensor in self.captured:
             if tensor.grad is not None and tensor not in self._lent:
                 self.method.reporting.say(

@@ -245,6 +245,63 @@ def test_what_is_one_thing_in_the_module_is_one_in_the_copy():
     assert solved.config is model.config  # nothing in it is another
 
 
+def test_functions_and_methods_that_a_module_keeps_are_of_its_copy():
+    class Closed(nn.Module):
+        def __init__(self, theta):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+            scale = theta * 2
+            self.first = lambda x, *, by=scale: x @ (self.weight * scale)
+            self.rest = functools.partial(torch.mul, self.weight)
+            self.bound = self.second
+
+        def second(self):
+            return self.rest(self.weight).sum()
+
+        def forward(self, x):
+            return self.first(x)
+
+    def value(model, X, y):
+        return (model(X) - y).square().sum() / 2 + RIDGE * model.bound() / 2
+
+    theta = new_theta()
+    model = Closed(theta)
+    solved = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.argmin(value))(model, X, Y)
+    assert not model.weight.any() and solved.first.__kwdefaults__.keys() == {"by"}
+    outer(solved).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+def test_an_object_that_computes_with_the_original_is_refused():
+    class Penalty:
+        def __init__(self, model):
+            self.model = model
+
+        def value(self):
+            return self.model.weight.square().sum()
+
+    def objective_of(model, X, y):
+        value = (model(X) - y).square().sum() / 2
+        return value + RIDGE / 2 * (model.penalty.value() + model.weight.square().sum())
+
+    model = Scaled("attribute")
+    model.scale, model.penalty = torch.ones(3, dtype=torch.float64), Penalty(model)
+    kept = r"and not with that of its copy.* as penalty\.model\.weight"
+    with pytest.raises(ig.InvalidSolutionError, match=kept):
+        ig.implicit(train, ig.argmin(objective_of))(model, X, Y)
+
+    def to_the_original(model, X, y):  # which is no accident
+        return objective(model, X, y) + (model.weight - original.weight).square().sum()
+
+    original = Scaled("attribute")
+    original.scale = torch.ones(3, dtype=torch.float64)
+    descent = ig.solvers.NewtonCG(tol=1e-12)
+    solved = ig.implicit(descent, ig.argmin(to_the_original))(original, X, Y)
+    solved.weight.sum().backward()
+    assert original.weight.grad is not None
+
+
 def test_theta_of_a_proximal_term_keeps_it_too():
     def loss(model, X, y):
         return (model(X) - y).square().sum() / 2
