@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -152,7 +153,8 @@ NAMES = {
 class Linked(nodes.GenericNodeVisitor):
     """Makes each `ig.NAME`, with or without arguments, a link to the API page.
 
-    On that page, which consists of docstrings, a `NAME` will do.
+    On that page, which consists of docstrings, a `NAME` will do. In tables, where long code would
+    squeeze the columns beside it, it may be broken after what joins its parts.
     """
 
     def __init__(self, document, docname: str) -> None:
@@ -164,8 +166,14 @@ class Linked(nodes.GenericNodeVisitor):
 
     def default_departure(self, node) -> None: ...
 
+    def visit_entry(self, node) -> None:
+        for literal in node.findall(nodes.literal):
+            first, *others = re.split(r"(?<=[_.(,=/])(?=\w)", literal.astext())
+            breaks = [(nodes.raw("", "<wbr>", format="html"), nodes.Text(part)) for part in others]
+            literal.children = [nodes.Text(first), *itertools.chain(*breaks)]
+
     def visit_literal(self, node) -> None:
-        name = re.match(r"[\w.]+", node.astext())
+        name = re.match(r"[\w.]+", node.astext().replace("<wbr>", ""))
         target = self.names.get(name[0]) if name else None
         if not target or isinstance(node.parent, nodes.reference):
             return

@@ -18,7 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from pictures import BLUE, GREY, ORANGE, band, interval, options, panels, progress, save, show
+from pictures import (
+    BLUE,
+    GREY,
+    ORANGE,
+    band,
+    interval,
+    options,
+    panels,
+    progress,
+    save,
+    show,
+    tiles,
+)
 from torch import Tensor
 from torch.func import grad
 from torch.nn.functional import conv2d
@@ -111,13 +123,8 @@ def draw(answers: dict[str, Tensor], curves: dict[str, list[list[float]]], basel
     """Some images and answers, and the error over the steps that are taken."""
     figure, (left, right) = panels(2)
     shown = {name: images for name, images in answers.items() if UNROLLED not in name}
-    rows = [torch.cat(list(images[:8, 0]), 1) for images in shown.values()]
-    left.imshow(torch.cat(rows), cmap="gray", vmin=-0.2, vmax=1.2)
-    left.set_yticks(
-        [8 * k + 3.5 for k in range(len(rows))], ["noisy", "best TV", "learned", "clean"]
-    )
-    left.set_xticks([])
-    left.grid(visible=False)
+    rows = zip(("noisy", "best TV", "learned", "clean"), shown.values(), strict=True)
+    tiles(left, {name: images[:8, 0] for name, images in rows}, vmin=-0.2, vmax=1.2)
     for (name, errors), color in zip(curves.items(), (BLUE, ORANGE), strict=True):
         band(right, np.arange(1, len(errors[0]) + 1) / FINER, errors, color, name)
     right.axhline(baseline, color=GREY, label="total variation, minimised")

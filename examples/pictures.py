@@ -66,6 +66,20 @@ def band(panel: Axes, x: Any, curves: Any, color: str, label: str, style: str = 
     panel.fill_between(x, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
 
 
+def tiles(panel: Axes, rows: dict[str, torch.Tensor], **how: Any) -> None:
+    """Named rows of small images, side by side; without limits, each from its least to its most."""
+    if not how:
+        rows = {name: x - x.amin((1, 2), keepdim=True) for name, x in rows.items()}
+        rows = {name: x / x.amax((1, 2), keepdim=True) for name, x in rows.items()}
+    high = next(iter(rows.values())).shape[1]
+    framed = [torch.nn.functional.pad(x, (1, 1, 1, 1), value=torch.nan) for x in rows.values()]
+    panel.imshow(torch.cat([torch.cat(list(x), 1) for x in framed]), cmap="gray", **how)
+    panel.set_yticks([(high + 2) * k + high / 2 + 0.5 for k in range(len(rows))], list(rows))
+    panel.set_xticks([])
+    panel.grid(visible=False)
+    panel.spines[:].set_visible(False)
+
+
 def save(figure: Figure, out: Path, name: str) -> Path:
     """Write the picture into the folder, in 128 colours to keep it small, and say where."""
     out.mkdir(parents=True, exist_ok=True)

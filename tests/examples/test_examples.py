@@ -393,3 +393,48 @@ def test_a_learned_reward_says_more_than_a_clone(tmp_path):
     few = {name: found[name][0][0] for name in (fitted_q.LEARNED, fitted_q.CLONED)}
     assert few[fitted_q.LEARNED] > few[fitted_q.CLONED] + 0.05
     assert picture(tmp_path, "fitted_q")
+
+
+def test_a_learned_regulariser_makes_the_better_density(tmp_path):
+    import density
+
+    scores = density.main(command_line(tmp_path, updates=12, seeds=1, test=60))
+    at = density.DOTS.index(density.SHOTS)
+    learned, *others = (scores[way][0][at] for way in (density.LEARNED, "kernel", "smooth"))
+    assert learned < min(others)
+    assert picture(tmp_path, "density")
+
+
+def test_hypergradient_of_the_regulariser():
+    import density
+
+    truth = torch.rand(3, density.PIXELS, dtype=torch.float64).softmax(-1)
+    counts = torch.randint(3, truth.shape).double()
+    condition = ig.argmin(density.objective, tasks=True)
+    solve = ig.implicit(density.fit, condition, linear_solver=ig.CG(rtol=1e-12))
+    assert_right(
+        lambda factor: density.divergence(truth, solve(counts, truth.log(), factor)),
+        torch.linalg.cholesky(density.ROUGHNESS),
+    )
+
+
+def test_evidence_finds_the_precision_if_its_gradient_is_whole(tmp_path):
+    import evidence
+
+    found = evidence.main(command_line(tmp_path, tasks=30, steps=25, seeds=1))["found"]
+    off = {name: (lam / evidence.TRUE).log().median().abs() for name, (lam,) in found.items()}
+    assert off[evidence.LEARNED] < off[evidence.PART] - 0.5
+    assert picture(tmp_path, "evidence")
+
+
+def test_hypergradient_of_the_evidence():
+    import evidence
+
+    torch.manual_seed(0)
+    (X, y), _ = evidence.world(4)
+    condition = ig.argmin(evidence.objective, tasks=True)
+    solve = ig.implicit(evidence.fit, condition, linear_solver=ig.CG(rtol=1e-12))
+    assert_right(
+        lambda log_lam: evidence.surprise(solve(log_lam.exp(), X, y), log_lam.exp(), X, y),
+        torch.zeros_like(evidence.TRUE),
+    )
