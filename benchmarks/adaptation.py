@@ -2,8 +2,9 @@
 
     python benchmarks/adaptation.py --out benchmarks/results
 
-Times are ratios to learn2learn's first-order adaptation step, measured in turn within one process
-on one thread: the median over all repeats and the quartiles around it. Memory is the most bytes of
+Times are ratios to learn2learn's first-order MAML, of a step and of a whole task (adaptation and
+meta-gradient), measured in turn within one process on one thread: medians over all repeats, and the
+quartiles of a step's. Memory is the most bytes of
 tensors alive at once in one task (adaptation and meta-gradient), as torch's allocator counts them.
 """
 
@@ -42,8 +43,9 @@ def learners(net: nn.Module) -> dict[str, nn.Module]:
     return {
         "FOMAML": maml(first_order=True),
         "MAML": maml(),
-        "iMAML": ig.imaml(maml(), lam=2.0, on_failure="ignore"),
-        "iMAML, Gauss-Newton": ig.imaml(
+        "iMAML": ig.imaml(maml()),
+        "iMAML, λ = 2": ig.imaml(maml(), lam=2.0, on_failure="ignore"),
+        "iMAML, λ = 2, Gauss-Newton": ig.imaml(
             maml(), lam=2.0, curvature="gauss_newton", on_failure="ignore"
         ),
     }
@@ -74,18 +76,25 @@ def measure_time(repeats: int, steps: int) -> list[Row]:
         ]
         for method in methods:
             ratios = [run[method][0] / run["FOMAML"][0] for run in runs]
+            whole = [_whole(run[method], steps) / _whole(run["FOMAML"], steps) for run in runs]
             low, middle, high = statistics.quantiles(ratios, n=4)
             rows.append(
                 {
                     "network": name,
+                    "steps": steps,
                     "method": method,
                     "step_ms": 1e3 * statistics.median(run[method][0] for run in runs),
                     "step_over_fomaml": middle,
                     "quartiles": f"{low:.3f} {high:.3f}",
                     "meta_gradient_ms": 1e3 * statistics.median(run[method][1] for run in runs),
+                    "task_over_fomaml": statistics.median(whole),
                 }
             )
     return rows
+
+
+def _whole(times: tuple[float, float], steps: int) -> float:
+    return steps * times[0] + times[1]
 
 
 def measure_memory() -> list[Row]:
@@ -135,16 +144,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for all results")
     parser.add_argument("--repeats", type=int, default=40, help="interleaved repeats")
-    parser.add_argument("--steps", type=int, default=16, help="adaptation steps when timing")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[5, 16], help="adaptation steps when timing"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    times, memory = measure_time(options.repeats, options.steps), measure_memory()
+    times = [row for steps in options.steps for row in measure_time(options.repeats, steps)]
+    memory = measure_memory()
     console = Console()
     write(times, options.out / "adaptation_time.csv", console)
     write(memory, options.out / "adaptation_memory.csv", console)
-    draw(times, memory, options.out / "adaptation.png")
+    longest = [row for row in times if row["steps"] == options.steps[-1]]
+    draw(longest, memory, options.out / "adaptation.png")
 
 
 if __name__ == "__main__":

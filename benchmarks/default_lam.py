@@ -80,10 +80,11 @@ def choices(steps: int, lr: float) -> dict[str, dict[str, Any]]:
     """Options of `imaml` by the name of a row."""
     stopped = ig.EarlyStopped(steps=steps, lr=lr, maxiter=PRODUCTS)
     middle = ig.EarlyStopped(maxiter=PRODUCTS)
-    cg, default = ig.CG(maxiter=PRODUCTS), ig.PositivePart(maxiter=PRODUCTS)
+    cg, positive = ig.CG(maxiter=PRODUCTS), ig.PositivePart(maxiter=PRODUCTS)
     return {
         "first-order MAML": {"linear_solver": ig.CG(maxiter=0)},
-        "lam=None, the default": {"linear_solver": default},
+        "lam=None, the default": {},
+        "lam=None, the default with five products": {"linear_solver": positive},
         "lam=None, MINRES": {"linear_solver": ig.MINRES(maxiter=PRODUCTS)},
         "lam=None, Gauss-Newton": {"linear_solver": cg, "curvature": "gauss_newton"},
         "lam=None, EarlyStopped(steps, lr), at the end": {"linear_solver": stopped},

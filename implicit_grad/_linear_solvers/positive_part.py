@@ -38,7 +38,7 @@ class PositivePart(Filtering):
         rtol: stop when the last products changed the result by less than this, relative; None
             means eps^(2/3) for the coarsest dtype among the tensors.
 
-    >>> PositivePart(maxiter=5)
+    >>> PositivePart(maxiter=3)
     PositivePart(maxiter=5, rtol=None)
     """
 

@@ -119,8 +119,9 @@ def imaml(
             these; by default all parameters. The others have the gradients that they owe to both
             losses, as in ANIL. λ for each parameter is then one for each of these:
             `LearnedLam(model.classifier)`.
-        linear_solver: by default `PositivePart(maxiter=5)`, which leaves out what negative
-            curvature the Hessian has, as it often does after a few steps; with a `lam`
+        linear_solver: by default `PositivePart(maxiter=3)`, which leaves out what negative
+            curvature the Hessian has, as it often does after a few steps (more products bring no
+            gradient that is nearer to MAML's: docs/benchmarks.md#without-a-lam); with a `lam`
             `CG(maxiter=5)`, the paper's.
             `EarlyStopped(maxiter=5)` is nearest to MAML's own gradient, the product over the steps,
             which it takes as a power around the step in the middle, whose graph is kept besides the
@@ -159,7 +160,7 @@ def imaml(
     [True, True]
     """
     if linear_solver is None:
-        linear_solver = PositivePart(maxiter=5) if lam is None else CG(maxiter=5)
+        linear_solver = PositivePart(maxiter=3) if lam is None else CG(maxiter=5)
     check_option(check, "imaml")
     linear_solver = as_linear_solver(
         linear_solver, "imaml", "CG(), EarlyStopped(), MINRES(), Neumann(), Exact()"

@@ -420,7 +420,7 @@ def test_the_interface_is_that_of_the_wrapped_maml():
 
 def test_the_defaults_are_five_products_and_one_step():
     maml, once = ig.imaml(l2l.algorithms.MAML(network(), lr=0.2)), []
-    assert maml.linear_solver == ig.PositivePart(maxiter=5) and maml.lam is None
+    assert maml.linear_solver == ig.PositivePart(maxiter=3) and maml.lam is None
     assert ig.imaml(network(), lam=2.0, lr=0.2).linear_solver == ig.CG(maxiter=5)
     for steps in ({}, {"steps": 1}):
         learner = maml.clone()
