@@ -126,7 +126,7 @@ class Environment:
         pins.write_text(f"torch{self.torch}\nnumpy{self.numpy}\n", encoding="utf-8")
         if self.learn2learn:
             return ["-r", ".ci/requirements.txt", "-c", str(pins)]
-        return ["-e", ".[torchopt,scipy,gurobi,plot,test]", "-c", str(pins)]
+        return ["-e", ".[torchopt,scipy,gurobi,cvxpy,plot,test]", "-c", str(pins)]
 
 
 ENVIRONMENTS = (
