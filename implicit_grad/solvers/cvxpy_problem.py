@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -231,8 +231,7 @@ class _ConeForm:
         vector = torch.cat([parts[start] for start in sorted(parts)])
         matrix = self._maps[name]
         assert matrix is not None
-        product: Tensor = matrix.to(like) @ vector[:, None]
-        return product[:, 0]
+        return matrix.times(vector)
 
 
 def _beyond(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -279,13 +278,28 @@ def _refuse(reduced: Sequence[Any]) -> None:
         )
 
 
-def _sparse(matrix: Any) -> Tensor | None:
+class _Sparse(NamedTuple):
+    """A matrix by its entries, whose products `vmap` and derivatives of any order go through."""
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    height: int
+
+    def times(self, vector: Tensor) -> Tensor:
+        """The product."""
+        rows, columns = self.rows.to(vector.device), self.columns.to(vector.device)
+        terms = self.values.to(vector) * vector[columns]
+        return vector.new_zeros(self.height).index_add(0, rows, terms)
+
+
+def _sparse(matrix: Any) -> _Sparse | None:
     if matrix is None:
         return None
     entries = matrix.tocoo()
-    places = torch.as_tensor(np.stack([entries.row, entries.col]).astype(np.int64))
+    rows, columns = (torch.as_tensor(i.astype(np.int64)) for i in (entries.row, entries.col))
     values = torch.as_tensor(entries.data.astype(np.float64))
-    return torch.sparse_coo_tensor(places, values, entries.shape, check_invariants=True).coalesce()
+    return _Sparse(rows, columns, values, entries.shape[0])
 
 
 def _in_columns(tensor: Tensor) -> Tensor:

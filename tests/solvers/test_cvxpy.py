@@ -158,10 +158,15 @@ def test_groups_that_are_zero_are_apexes_of_cones(kind):
     assert seen & {1, 2}
 
 
-def shrunk(y, lam, **options):
-    """The point nearest to y, shortened by lam: 0 if y is shorter."""
+def shrinking(least=None):
     x, at, by = cp.Variable(2, name="x"), cp.Parameter(2), cp.Parameter(nonneg=True)
-    layer = CVXPY(cp.Problem(cp.Minimize(cp.sum_squares(x - at) / 2 + by * cp.norm(x))), [at, by])
+    objective = cp.Minimize(cp.sum_squares(x - at) / 2 + by * cp.norm(x))
+    return CVXPY(cp.Problem(objective, [] if least is None else [x >= least]), [at, by])
+
+
+def shrunk(y, lam, least=None, **options):
+    """The point nearest to y, shortened by lam: 0 if y is shorter."""
+    layer = shrinking(least)
     return ig.implicit(layer, layer.condition, **options)(y, lam)["x"]
 
 
@@ -190,18 +195,47 @@ def test_small_problems_are_right_or_told_of(size, solved):
     assert (float((found - expected).norm()) < 1e-4) == solved
 
 
-def test_a_batch_some_of_which_are_at_the_apex():
+@pytest.mark.parametrize("least", [None, -0.5])
+def test_a_batch_some_of_which_are_at_the_apex(least):
     y = torch.tensor([[3.0, 4.0], [0.3, 0.4], [-6.0, 8.0]], requires_grad=True)
     lam = torch.tensor(1.0)
-    alone = torch.stack([shrunk(row, lam, on_failure="raise") for row in y])
-    batch = torch.func.vmap(lambda row: shrunk(row, lam, on_failure="raise"))(y)
-    v = torch.randn(3, 2)
+
+    def solve(row):
+        return shrunk(row, lam, least, on_failure="raise")
+
+    alone, batch, v = (
+        torch.stack([solve(row) for row in y]),
+        torch.func.vmap(solve)(y),
+        torch.randn(3, 2),
+    )
     one, other = (torch.autograd.grad((x * v).sum(), y)[0] for x in (alone, batch))
     close(one, other)
     close(other[1], torch.zeros(2))
     at_kink = torch.func.vmap(lambda row: shrunk(row, 5 * lam))
     with pytest.warns(ig.ImplicitGradWarning, match="by chance"):
         torch.autograd.grad(at_kink(y).sum(), y)
+
+
+def test_a_batch_whose_cones_are_0_to_the_bit():
+    """There the norm's gradient is 0, and the cone looks like one inequality that presses."""
+    layer, y, lam = shrinking(), torch.zeros(3, 2, requires_grad=True), torch.tensor(1.0)
+    nothing = {name: torch.zeros_like(t) for name, t in layer(torch.zeros(2), lam).items()}
+    solve = ig.implicit(lambda y, lam: nothing, layer.condition, on_failure="raise")
+    x = torch.func.vmap(lambda row: solve(row, lam)["x"])(y)
+    (found,) = torch.autograd.grad((x * torch.randn(3, 2)).sum(), y)
+    close(found, torch.zeros(3, 2))
+
+
+def test_a_batch_has_one_objective_and_one_inequality():
+    layer, y = shrinking(-0.5), torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    lam = torch.tensor([1.0, 2.0])
+    each = [layer(*row) for row in zip(y, lam, strict=True)]
+    together = {name: torch.stack([phi[name] for phi in each]) for name in each[0]}
+    batch = layer.condition.for_tasks()
+    one = [layer.condition.objective(*row) for row in zip(each, y, lam, strict=True)]
+    close(batch.objective(together, y, lam), torch.stack(one))
+    bounds, surfaces = torch.func.vmap(batch.inequality)(together, y, lam)
+    assert bounds.shape == (2, 2) and surfaces.shape == (2, 1)
 
 
 def test_vmap_and_float32():
