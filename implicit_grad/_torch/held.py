@@ -21,7 +21,9 @@ def parts_of(value: Any) -> Collection[Any]:
     Looked into are lists, tuples, deques, dicts, dataclasses, namespaces, partial functions and
     what functions refer to of those around them.
     """
-    if isinstance(value, dict):
+    if _is_tuple(value) or isinstance(value, (list, deque)):
+        pass
+    elif isinstance(value, dict):
         value = value.values()
     elif isinstance(value, functools.partial):
         value = (value.func, *value.args, *value.keywords.values())
@@ -29,7 +31,7 @@ def parts_of(value: Any) -> Collection[Any]:
         value = [cell.cell_contents for cell in _cells(value)]
     elif is_record(type(value)):  # type: ignore[arg-type]
         value = [getattr(value, name) for name in fields_of(value)]
-    elif not isinstance(value, (list, deque)) and not _is_tuple(value):
+    else:
         return ()
     return () if PLAIN.issuperset(map(type, value)) else value
 
