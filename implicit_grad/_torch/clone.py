@@ -107,6 +107,15 @@ def _ends(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
         yield from _ends(part, seen)
 
 
+def following(value: Any, memo: dict[int, Any]) -> Any:
+    """The value with copies in the place of what it refers to, as `copy.deepcopy`'s memo has them.
+
+    `copy.deepcopy` itself leaves functions as they are, and what they refer to.
+    """
+    modules = {i: copied for i, copied in memo.items() if isinstance(copied, nn.Module)}
+    return _Rebinding(modules, lambda tensor, _: memo.get(id(tensor), tensor)).rebound(value)
+
+
 class _Rebinding:
     """Puts others in the place of tensors and modules that modules hold besides their parts."""
 
@@ -119,9 +128,9 @@ class _Rebinding:
         held = vars(part)
         for name, value in list(held.items()):
             if name not in _OF_TORCH and type(value) not in PLAIN:
-                held[name] = self._rebound(value)
+                held[name] = self.rebound(value)
 
-    def _rebound(self, value: Any) -> Any:
+    def rebound(self, value: Any) -> Any:
         """A value with others in it; itself if there are none, and it does not hold itself."""
         if isinstance(value, (Tensor, Hole)):
             return self._put(value, False)
@@ -141,7 +150,7 @@ class _Rebinding:
             return done[id(value)]
         if can_hold_itself(value):
             done[id(value)] = _UNDER_WAY
-        others = [self._rebound(part) for part in parts]
+        others = [self.rebound(part) for part in parts]
         made = done.get(id(value), _UNDER_WAY)
         if made is not _UNDER_WAY:
             if can_hold_itself(value):
