@@ -31,9 +31,9 @@ def cloned(module: nn.Module) -> nn.Module:
 
     What is one in the module is one in the copy: a submodule under two names, a tensor in two
     places. Buffers stay the module's, so that it collects BatchNorm's statistics, unless they
-    require grad. Attributes and hooks are shared, too. (`copy.deepcopy` would cut the graph, and
-    fail on whatever has one; `functional_call` leaves fast weights in a submodule that has two
-    names.)
+    require grad. Attributes and hooks are shared, too, but for lists, functions and the like that
+    hold its parts. (`copy.deepcopy` would cut the graph, and fail on whatever has one;
+    `functional_call` leaves fast weights in a submodule that has two names.)
     """
     tensors: dict[int, Tensor] = {}
 
@@ -44,22 +44,22 @@ def cloned(module: nn.Module) -> nn.Module:
             tensors[id(tensor)] = tensor.clone()
         return tensors[id(tensor)]
 
-    return copied(module, put)
+    return copied(module, put, lambda tensor, _: tensor)
 
 
-def copied(module: nn.Module, put: Put, rebind: bool = False) -> nn.Module:
+def copied(module: nn.Module, put: Put, put_kept: Put | None = None) -> nn.Module:
     """A copy of a module whose parts are copies, with put(x, is_parameter) in the place of each x.
 
-    The xs are its parameters and buffers, or what another copy was given in their places. With
-    `rebind`, what it holds otherwise is put and copied too, in containers and records as well:
-    parts (a list of layers, a bound method), as `copy.deepcopy` would have it, and tensors.
+    The xs are its parameters and buffers, or what another copy was given in their places. Of what
+    it holds otherwise, containers, records and functions among them, tensors are what `put_kept`
+    makes of them (by default, as `put` does), and modules are the copies, as `copy.deepcopy` would
+    have it: parts in lists, bound methods.
     """
     modules: dict[int, nn.Module] = {}
     made = _copy_of(module, modules, put)
-    if rebind:
-        rebinding = _Rebinding(modules, put)
-        for part in modules.values():
-            rebinding.of(part)
+    rebinding = _Rebinding(modules, put_kept or put)
+    for part in modules.values():
+        rebinding.of(part)
     return made
 
 
@@ -107,6 +107,15 @@ def _ends(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
         yield from _ends(part, seen)
 
 
+def following(value: Any, memo: dict[int, Any]) -> Any:
+    """The value with copies in the place of what it refers to, as `copy.deepcopy`'s memo has them.
+
+    `copy.deepcopy` itself leaves functions as they are, and what they refer to.
+    """
+    modules = {i: copied for i, copied in memo.items() if isinstance(copied, nn.Module)}
+    return _Rebinding(modules, lambda tensor, _: memo.get(id(tensor), tensor)).rebound(value)
+
+
 class _Rebinding:
     """Puts others in the place of tensors and modules that modules hold besides their parts."""
 
@@ -119,9 +128,9 @@ class _Rebinding:
         held = vars(part)
         for name, value in list(held.items()):
             if name not in _OF_TORCH and type(value) not in PLAIN:
-                held[name] = self._rebound(value)
+                held[name] = self.rebound(value)
 
-    def _rebound(self, value: Any) -> Any:
+    def rebound(self, value: Any) -> Any:
         """A value with others in it; itself if there are none, and it does not hold itself."""
         if isinstance(value, (Tensor, Hole)):
             return self._put(value, False)
@@ -141,7 +150,7 @@ class _Rebinding:
             return done[id(value)]
         if can_hold_itself(value):
             done[id(value)] = _UNDER_WAY
-        others = [self._rebound(part) for part in parts]
+        others = [self.rebound(part) for part in parts]
         made = done.get(id(value), _UNDER_WAY)
         if made is not _UNDER_WAY:
             if can_hold_itself(value):

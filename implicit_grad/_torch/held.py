@@ -8,28 +8,31 @@ import functools
 import types
 from collections import deque
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+T = TypeVar("T")
 PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
 
 
 def parts_of(value: Any) -> Collection[Any]:
     """What it holds, if it is looked into; nothing if that is numbers and strings, maybe many.
 
-    Looked into are lists, tuples, deques, dicts, dataclasses, namespaces, partial functions and
-    what functions refer to of those around them.
+    Looked into are lists, tuples, deques, dicts, dataclasses, namespaces, partial functions, what
+    functions refer to of those around them, and solvers that `implicit` made.
     """
-    if isinstance(value, dict):
+    if _is_tuple(value) or isinstance(value, (list, deque)):
+        pass
+    elif isinstance(value, dict):
         value = value.values()
     elif isinstance(value, functools.partial):
         value = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, types.FunctionType):
         value = [cell.cell_contents for cell in _cells(value)]
-    elif is_record(type(value)):  # type: ignore[arg-type]
+    elif _is_opened(type(value)):
         value = [getattr(value, name) for name in fields_of(value)]
-    elif not isinstance(value, (list, deque)) and not _is_tuple(value):
+    else:
         return ()
     return () if PLAIN.issuperset(map(type, value)) else value
 
@@ -44,7 +47,7 @@ def refill(empty: Any, parts: Sequence[Any]) -> None:
     if isinstance(empty, dict):
         for key, part in zip(list(empty), parts, strict=True):
             empty[key] = part
-    elif is_record(type(empty)):  # type: ignore[arg-type]
+    elif _is_opened(type(empty)):
         for name, part in zip(fields_of(empty), parts, strict=True):
             object.__setattr__(empty, name, part)  # of a frozen one as well
     else:
@@ -101,6 +104,19 @@ def is_record(kind: type) -> bool:
     if issubclass(kind, types.SimpleNamespace):
         return True
     return dataclasses.is_dataclass(kind) and not issubclass(kind, _NO_RECORDS)
+
+
+_opened: set[type] = set()
+
+
+def opened(kind: type[T]) -> type[T]:
+    """Have objects of a class of ours looked into where a module keeps them, as records are."""
+    _opened.add(kind)
+    return kind
+
+
+def _is_opened(kind: type) -> bool:
+    return is_record(kind) or kind in _opened
 
 
 def fields_of(record: Any) -> tuple[str, ...]:

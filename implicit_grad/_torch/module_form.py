@@ -92,7 +92,7 @@ class Form:
             has_graph = not is_parameter and isinstance(x, Tensor) and x.grad_fn is not None
             return holes.get(id(x)) or (x.detach() if has_graph else x)
 
-        self._skeleton = copied(module, put, rebind=True)
+        self._skeleton = copied(module, put)
         self._normed = [
             name
             for name, part in self._skeleton.named_modules()
@@ -111,9 +111,7 @@ class Form:
     def filled(self, tensors: Iterable[Any]) -> nn.Module:
         """A module of this form with these tensors, as they are, in the place of its parameters."""
         found = list(tensors)
-        module = copied(
-            self._skeleton, lambda x, _: found[x.index] if type(x) is Hole else x, rebind=True
-        )
+        module = copied(self._skeleton, lambda x, _: found[x.index] if type(x) is Hole else x)
         for name in self._normed:
             _normalise(module.get_submodule(name))
         return module

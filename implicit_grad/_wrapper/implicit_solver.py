@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -19,8 +20,9 @@ from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._theorem.implicit_function import ImplicitFunction
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import captured_tensors
-from implicit_grad._torch.clone import kept_objects
+from implicit_grad._torch.clone import following, kept_objects
 from implicit_grad._torch.graph import depends_on
+from implicit_grad._torch.held import opened
 from implicit_grad._torch.isolation import uncompiled
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.transforms import (
@@ -63,6 +65,7 @@ class RootFinder(Protocol):
 Solver = Callable[..., Any] | Minimizer | RootFinder
 
 
+@opened
 class ImplicitSolver:
     """A solver whose output carries implicit gradients; made by `implicit`."""
 
@@ -77,6 +80,13 @@ class ImplicitSolver:
         if instance is None or not hasattr(self.solver, "__get__"):
             return self
         return ImplicitSolver(self.solver.__get__(instance, owner), self.setup, self.init)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ImplicitSolver:
+        """A copy whose functions compute with the copy of the module that keeps this solver."""
+        other = copy.copy(self)
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        followed: ImplicitSolver = following(other, memo)
+        return followed
 
     def __repr__(self) -> str:
         name = getattr(self.solver, "__qualname__", None) or repr(self.solver)

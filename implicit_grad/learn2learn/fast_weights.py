@@ -268,15 +268,17 @@ class Weights:
         if len(unused) == len(used):
             raise InvalidArgumentError(
                 "adapt: the loss does not depend on the learner's present weights; compute it "
-                "anew from this learner's output before each adapt. (A model that holds layers, "
-                "their methods or compiled functions otherwise than as submodules computes with "
-                "the weights of the model that was cloned.)",
+                "anew from this learner's output before each adapt. (A model whose layers are in "
+                "compiled functions, or in objects of classes of their own, computes with the "
+                "weights of the model that was cloned.)",
                 anchor="loss-of-other-weights",
             )
         if unused and not allow_unused:
             raise InvalidArgumentError(
                 f"adapt: the loss does not depend on {', '.join(unused)}; pass allow_unused=True "
-                "to leave unused parameters as they are",
+                "to leave unused parameters as they are. (If the model uses them otherwise than "
+                "as its attributes, as a tensor in a list, a clone computes with the model's own: "
+                "look them up when they are used.)",
                 anchor="unused-weights",
             )
 

@@ -273,6 +273,56 @@ def test_functions_and_methods_that_a_module_keeps_are_of_its_copy():
     torch.testing.assert_close(theta.grad, expected(there, there * 2))
 
 
+class Equilibrium(nn.Module):
+    """z = tanh(a·z + x·b)/2 for each element, solved by what it made when it was made itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.full((3,), 0.3, dtype=torch.float64))
+        self.b = nn.Parameter(torch.full((3,), 0.5, dtype=torch.float64))
+        self.solve = ig.implicit(self.iterate, ig.fixed_point(lambda z, x: self.step(z, x)))
+
+    def step(self, z, x):
+        return (self.a * z + x * self.b).tanh() / 2
+
+    def iterate(self, x):
+        z = torch.zeros_like(x)
+        for _ in range(60):
+            z = self.step(z, x)
+        return z.detach()
+
+    def forward(self, x):
+        return self.solve(x).sum(1)
+
+
+def test_a_solver_that_a_module_keeps_is_of_its_copy():
+    def value(model, ridge):
+        weights = model.a.square().sum() + model.b.square().sum()
+        return (model(X) - Y / 4).square().sum() / 2 + ridge * weights / 2
+
+    def solved(ridge):
+        solve = ig.implicit(ig.solvers.NewtonCG(tol=1e-11), ig.argmin(value))
+        return solve(Equilibrium(), ridge).b.square().sum()
+
+    ridge = torch.tensor(RIDGE, dtype=torch.float64, requires_grad=True)
+    solved(ridge).backward()
+    with torch.no_grad():
+        difference = (solved(ridge + 1e-4) - solved(ridge - 1e-4)) / 2e-4
+    torch.testing.assert_close(ridge.grad, difference, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("average", [copy.deepcopy, lambda m: swa_utils.AveragedModel(m).module])
+def test_a_solver_that_a_module_keeps_is_deeply_copied_with_it(average):
+    model = Equilibrium()
+    twin = average(model)
+    with torch.no_grad():
+        model.a.fill_(0.9)
+    assert torch.equal(twin(X), Equilibrium()(X))
+    twin(X).sum().backward()
+    assert model.a.grad is None and twin.a.grad is not None
+    assert copy.deepcopy(model.solve)(X).shape == X.shape  # which has no module to follow
+
+
 def test_an_object_that_computes_with_the_original_is_refused():
     class Penalty:
         def __init__(self, model):
@@ -543,12 +593,10 @@ def test_what_the_last_pass_left_is_no_start(start_kept):
 def test_long_plain_lists_are_not_gone_through(monkeypatch):
     from implicit_grad._torch import clone
 
-    model, seen, own = Scaled("attribute"), [], clone._Rebinding._rebound
+    model, seen, own = Scaled("attribute"), [], clone._Rebinding.rebound
     model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
     model.ids, model.vocabulary = list(range(1000)), {str(i): i for i in range(1000)}
-    monkeypatch.setattr(
-        clone._Rebinding, "_rebound", lambda self, x: seen.append(x) or own(self, x)
-    )
+    monkeypatch.setattr(clone._Rebinding, "rebound", lambda self, x: seen.append(x) or own(self, x))
     found = ig.implicit(train, ig.argmin(objective))(model, X, Y)
     assert found.ids == model.ids and found.vocabulary == model.vocabulary
     assert not any(isinstance(value, int) for value in seen)

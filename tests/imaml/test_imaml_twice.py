@@ -133,12 +133,12 @@ def test_second_derivatives_accumulate_once():
 )
 def test_a_number_of_steps_promises_no_solution(tolerance, promises):
     solver = ig.solvers.GradientDescent(lr=1e-3, steps=1, **tolerance)
-    maml = wrapped(nn.Linear(3, 2), lam=0.1, solver=solver, on_failure="raise")
-    learner = maml.clone()
+    options = {} if promises else {"on_failure": "raise"}
+    learner = wrapped(nn.Linear(3, 2), lam=0.1, solver=solver, **options).clone()
     if promises:
         with pytest.warns(ig.ImplicitGradWarning, match=r"tol=1e-09.* was asked for"):
             learner.adapt(lambda: 100 * error(learner, data()))
-        with pytest.raises(ig.LinearSolveError, match="does not solve the inner problem"):
+        with pytest.warns(ig.ImplicitGradWarning, match="does not solve the inner problem"):
             outer(learner).backward()
     else:
         learner.adapt(lambda: 100 * error(learner, data()))

@@ -1,5 +1,7 @@
 """Any module as a learner: its copies share what it shares, and adapt as learn2learn's do."""
 
+import functools
+import types
 import warnings
 
 import pytest
@@ -126,6 +128,50 @@ def copied(model):
     shared = [(a, b) for a, b in zip(twin.buffers(), model.buffers(), strict=True)]
     assert all((a is b) != b.requires_grad for a, b in shared)
     return twin
+
+
+HOLDERS = {
+    "list": lambda part: [part, torch.tanh],
+    "dict": lambda part: {"first": part},
+    "function": lambda part: lambda x: part(x),
+    "partial": lambda part: functools.partial(nn.Module.__call__, part),
+    "method": lambda part: part.forward,
+    "namespace": lambda part: types.SimpleNamespace(first=part),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_layers_that_are_held_otherwise_too_are_those_of_the_copy(kind):
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.held, self.seen = HOLDERS[kind](self.first), []
+
+        def forward(self, x):
+            held = self.held
+            if not callable(held):
+                held = (
+                    held.first
+                    if hasattr(held, "first")
+                    else next(iter(held.values() if isinstance(held, dict) else held))
+                )
+            self.seen.append(held(x))
+            return self.last(self.seen[-1].tanh())
+
+    torch.manual_seed(0)
+    model, x = Held(), torch.randn(5, 3)
+    model(x)
+    maml = ig.imaml(model, lam=1.0, lr=0.1)
+    learner = maml.clone()
+    before = learner.module.first.weight
+    for _ in range(2):
+        learner.adapt(learner(x).square().mean())
+    assert learner.module.first.weight is not before
+    after = learner.module.first(x)
+    learner(x).sum().backward()
+    assert torch.equal(model.seen[-1], after)  # a list of tensors is shared, as ever
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_what_is_one_in_the_model_is_one_in_its_copy():
