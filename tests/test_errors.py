@@ -164,6 +164,18 @@ BAD = {
         ARGUMENT,
         r"objective must return a scalar.*float64 tensor of shape \(4,\)",
     ),
+    "objective without an argument": (
+        with_condition(lambda: ig.argmin(lambda phi, theta: phi @ theta)),
+        ARGUMENT,
+        "called with phi .* and then with everything that the solver was called with",
+    ),
+    "objective that reads the module that was trained": (
+        lambda theta, X: ig.implicit(
+            lambda net, X: net, ig.argmin(lambda net, start, X: net(X).sum())
+        )(torch.nn.LayerNorm(3).double(), X),
+        ARGUMENT,
+        "or if the function reads that argument too, pass it by keyword",
+    ),
     "loss not scalar": (
         with_condition(lambda: ig.proximal(lambda phi, X: X @ phi, LAM)),
         ARGUMENT,

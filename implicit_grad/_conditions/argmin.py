@@ -240,7 +240,7 @@ class argmin(Condition):
         return argmin(function, self.strong_convexity, model=model)
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
-        stationarity = functools.partial(Stationarity, starts=_starts(call.start, phi))
+        stationarity = functools.partial(Stationarity, starts=_starts(call, phi))
         if self.batches is not None:
             data = self._over_batches(call)
             return data.snapshot(phi, variables, again, stationarity, self._sample)
@@ -276,8 +276,18 @@ class _Stacked(argmin):
 _Stacked.__name__ = argmin.__name__  # as messages call it
 
 
-def _starts(start: Any, phi: Any) -> Tensors:
-    """For each tensor of φ the one that its training starts from, if that is known."""
-    if start is None or pytree.structure(start) != pytree.structure(phi):
+def _starts(call: Call, phi: Any) -> Tensors:
+    """For each tensor of φ the one that its training started from, if that is known.
+
+    So it is for a module. A container with all the names and shapes of φ, handed in as the first
+    argument, is hardly anything else; being a guess, it only tells the way that φ went, and is cut
+    from any graph. (A single tensor in the shape of φ may be anything.)
+    """
+    first = call.args[0] if call.args and call.start is None else call.start
+    if first is None or pytree.structure(first) != pytree.structure(phi):
         return ()
-    return pytree.flatten(start)[0]
+    starts, there = pytree.flatten(first)[0], pytree.flatten(phi)[0]
+    if call.start is not None:
+        return starts
+    alike = all(s.shape == p.shape for s, p in zip(starts, there, strict=True))
+    return tuple(s.detach() for s in starts) if alike and len(starts) > 1 else ()

@@ -254,8 +254,9 @@ class CG(Iterative):
     longer than v/λ; if already the first direction is bent down, it is v/λ itself, as in
     first-order MAML. With `argmin` there is no such unit: `EarlyStopped` takes over, for at most 20
     products (or `maxiter`, if that is less). It is told how φ was trained if one of
-    `implicit_grad.solvers` did that. Else it takes a time of ‖φ‖/‖F‖, but at least 1 and at most
-    200 over the greatest curvature met. In either case vᵀx > 0.
+    `implicit_grad.solvers` did that. Else it takes a time of ‖φ − φ₀‖/‖F‖ where the first argument
+    is a module that was trained, or weights with all the names and shapes of φ, and so φ₀; else of
+    ‖φ‖/‖F‖, but at least 1 over the greatest curvature met; at most 200 over it. Always vᵀx > 0.
 
     >>> CG(maxiter=5).on_negative_curvature
     'stop'

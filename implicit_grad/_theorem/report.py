@@ -407,10 +407,12 @@ _STOPPED = (
 )
 _OWN_TIME = "the minimiser's own number of steps"
 _UNKNOWN_TIME = (
-    "with a time of |phi|/|F|, of 1 to 200 over the greatest curvature, for want of its own"
+    "with a time of |phi|/|F|, of 1 to 200 over the greatest curvature, for want of its own (far "
+    "too long after a few steps from weights that were there before: hand them in as the first "
+    "argument)"
 )
 _TIME_OF_WAY = (
-    "with a time of |phi - phi_0|/|F|, phi_0 the module as it was handed in, at most 200 over the "
+    "with a time of |phi - phi_0|/|F|, phi_0 what was handed in first, at most 200 over the "
     "greatest curvature, for want of its own"
 )
 

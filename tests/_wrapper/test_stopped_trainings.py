@@ -416,6 +416,29 @@ def test_by_default_a_few_steps_of_a_module_are_as_short_as_they_were(steps):
     assert (found[0] + steps * lr).abs().max() < 0.01 * steps * lr
 
 
+def test_by_default_a_few_steps_of_weights_in_a_dict_are_as_short_as_they_were():
+    """Where the dict of weights is handed in; a vector handed in might be anything."""
+    lr, start = 1e-3, {"x": 5 * torch.ones(1, dtype=F64), "y": 5 * torch.ones(1, dtype=F64)}
+    a = torch.tensor([0.3, 0.4], dtype=F64, requires_grad=True)
+
+    def value(phi, *args):
+        return bent(torch.cat(list(phi.values())), args[-1])
+
+    def step(start, a):
+        phi = {k: p.clone().requires_grad_() for k, p in start.items()}
+        slopes = torch.autograd.grad(value(phi, a), list(phi.values()))
+        return {k: p - lr * g for (k, p), g in zip(phi.items(), slopes, strict=True)}
+
+    solve = ig.implicit(step, ig.argmin(value))
+    with pytest.warns(ig.ImplicitGradWarning, match=r"a time of \|phi - phi_0\|/\|F\|"):
+        found = gradients(lambda a: sum(solve(start, a).values()).sum(), a)
+    assert (found[0] + lr).abs().max() < 0.01 * lr
+    unknown = ig.implicit(lambda a: step(start, a), ig.argmin(value))
+    with pytest.warns(ig.ImplicitGradWarning, match="far too long after a few steps"):
+        found = gradients(lambda a: sum(unknown(a).values()).sum(), a)
+    assert (found[0] + lr).abs().max() > lr
+
+
 def test_a_module_that_stays_where_it_was_has_a_gradient_all_the_same():
     solve = ig.implicit(
         lambda net, a: net, ig.argmin(lambda net, a: bent(net.phi, a)), on_failure="ignore"
