@@ -25,7 +25,7 @@ def python_blocks(text: str) -> list[str]:
 
 @pytest.fixture
 def hasty():
-    """Hypothesis as a reader has it, on a machine that is slow without chance: no test is in time."""
+    """Hypothesis by its default, on a machine so slow that no test is in time."""
     before = settings.get_current_profile_name()
     settings.register_profile("hasty", deadline=timedelta(microseconds=1), max_examples=3)
     settings.load_profile("hasty")
