@@ -218,7 +218,10 @@ def table(found: dict[str, tuple[str, str]]) -> str:
     lines = [
         f"# Derivatives of torch {torch.__version__.split('+')[0]}'s operations (float64, CPU)",
         "",
-        "Made by `benchmarks/census.py`; what the words mean stands there.",
+        "Made by `benchmarks/census.py`: derivatives against differences of those one order",
+        "below, on small samples, of which the worst counts. Missing: torch raises an error.",
+        "Wrong: it says nothing, and returns another number. Undecided: nothing to compare with,",
+        "as at a kink. The list is of what is missing or wrong.",
         "",
         "| derivative | " + " | ".join(VERDICTS) + " |",
         "|---|" + "--:|" * len(VERDICTS),

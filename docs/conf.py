@@ -35,6 +35,7 @@ autodoc_typehints = "none"  # the docstrings say what may be given, in words
 add_module_names = False
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
+napoleon_attr_annotations = False
 linkcheck_timeout = 20
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +161,7 @@ class Linked(nodes.GenericNodeVisitor):
     def __init__(self, document, docname: str) -> None:
         super().__init__(document)
         short = {name.split(".", 1)[1]: target for name, target in NAMES.items()}
+        del short["prox"]  # arguments have that name, too
         self.names = {**short, **NAMES} if docname == "api" else NAMES
 
     def default_visit(self, node) -> None: ...

@@ -2,16 +2,18 @@
 
 A property test of a solver of yours is its arguments, drawn by hypothesis, and one call:
 
-    from hypothesis import given
+    from hypothesis import given, settings
     from implicit_grad.testing import check_implicit, strategies as draw
 
+    @settings(deadline=None)
     @given(draw.tensors(8, 3), draw.tensors(8), draw.positive())
     def test_my_solver(X, y, lam):
         check_implicit(solve, (X, y, lam))
 
 When it fails, hypothesis finds the simplest arguments, and the message says which gradient is
-wrong, by how much, and why. `check_implicit` alone needs neither hypothesis nor pytest; for pytest
-there is a plug-in, `implicit_grad.testing.plugin`.
+wrong, by how much, and why. (Without the settings hypothesis also fails tests that take more than
+0.2 s, as checks of a solver may.) `check_implicit` alone needs neither hypothesis nor pytest; for
+pytest there is a plug-in, `implicit_grad.testing.plugin`.
 """
 
 from __future__ import annotations

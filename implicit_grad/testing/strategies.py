@@ -3,9 +3,10 @@
 Numbers are drawn by a seed, never one by one: an example that fails shrinks to small sizes, seed 0
 and round spectra.
 
-    from hypothesis import given
+    from hypothesis import given, settings
     from implicit_grad.testing import strategies as draw
 
+    @settings(deadline=None)
     @given(draw.problems())
     def test_all_problems(problem):
         check_implicit(my_implicit(problem.solver, problem.condition), problem.args)

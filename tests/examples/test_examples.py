@@ -353,16 +353,17 @@ def test_hypergradient_of_the_sources_weights():
 def test_the_obstacle_is_found_through_the_planner(tmp_path):
     import planner
 
-    found = planner.main(command_line(tmp_path, cars=2, steps=25, plans=12))
+    found = planner.main(command_line(tmp_path, cars=2, steps=20, plans=8))
     assert found["gradient"] < 1e-3
     by_hypergradient, *others = (found[name] for name in planner.METHODS)
     assert by_hypergradient[-1] < min(curve[-1] for curve in others) / 2
     assert picture(tmp_path, "planner")
 
 
-def test_an_energy_learned_by_steps_has_the_worse_minimum(tmp_path):
+def test_an_energy_learned_by_steps_has_the_worse_minimum(tmp_path, monkeypatch):
     import energy_model
 
+    monkeypatch.setattr(energy_model, "BATCH", 8)
     scores = energy_model.main(command_line(tmp_path, updates=28, seeds=1, test=50))
     (by_minimum,) = scores["learned by its minimum, minimised"]
     (by_steps,) = scores["learned by 5 steps, minimised"]
