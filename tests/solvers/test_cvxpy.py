@@ -318,6 +318,8 @@ def bad(kind):
         CVXPY(cp.Problem(cp.Minimize(cp.sum(x + cp.Variable(2, name="x")))), [])
     elif kind == "shape":
         CVXPY(good, [y])(torch.ones(3))
+    elif kind == "unbounded":
+        CVXPY(cp.Problem(cp.Minimize(y @ x)), [y])(torch.ones(2))
     elif kind == "infeasible":
         CVXPY(cp.Problem(distance, [x >= 0, x <= y]), [y])(-torch.ones(2))
     else:
@@ -340,6 +342,7 @@ REFUSED = {
     "names": "need names that differ",
     "shape": r"shapes, \[\(2,\)\], got \[\(3,\)\]",
     "infeasible": "the problem is infeasible",
+    "unbounded": "the problem is unbounded",
     "options": "None or a dict",
 }
 
