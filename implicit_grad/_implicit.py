@@ -118,9 +118,9 @@ def implicit(
         has_aux: whether the solver is a function that returns (phi, aux). The wrapped one then does
             so too. aux may be anything (a count of steps, a residual, a trained model): it comes
             back as it is, with its tensors detached, and no condition sees it.
-        polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller; with
-            Hessian products and a linear solver run to a tolerance, the gradient's error is then
-            second order in what the solver left unsolved.
+        polish: Newton steps to take from the solver's φ, each only if it makes ‖F‖ smaller and
+            leads to no kink; with Hessian products and a linear solver run to a tolerance, the
+            gradient's error is then second order in what the solver left unsolved.
         warm_start: start where the last call ended, for outer loops in which the arguments move
             little from call to call: True, or a `WarmStart()`, whose `at(key)` tells problems apart
             that share this solver. A solver of `implicit_grad.solvers` then starts at the last φ in

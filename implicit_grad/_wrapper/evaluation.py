@@ -20,6 +20,7 @@ from implicit_grad._errors import (
     GraphError,
     InvalidArgumentError,
     InvalidSolutionError,
+    Status,
     describe,
 )
 from implicit_grad._linear_solvers.base import Filter, LinearSolver
@@ -72,7 +73,7 @@ def newton_candidates(
     """
     solved = solve_newton(solver, around)
     if not (status := solved.status(around)).ok:
-        reporting.say(f"phi was not polished: {status.sentence}", status.anchor)
+        tell_unpolished(status, reporting)
         return
     for share in _LENGTHS:
         with torch.no_grad():
@@ -80,6 +81,11 @@ def newton_candidates(
                 torch.add(p, d, alpha=share).detach()
                 for p, d in zip(around.phi, solved.x, strict=False)
             )
+
+
+def tell_unpolished(why: Status, reporting: Reporting) -> None:
+    """Tell that φ stays as the solver found it."""
+    reporting.say(f"phi was not polished: {why.sentence}", why.anchor)
 
 
 def is_better(there: Linearization, here: Linearization) -> bool:
@@ -537,9 +543,14 @@ class Evaluation(Recorded):
         ):
             there, at_there = self._snapshot(candidate[: len(phi)], a)  # without multipliers
             with torch.enable_grad():
-                better = is_better(there.linearize(self.method.curvature), around)
-            if better:
+                moved = there.linearize(self.method.curvature)
+            if not is_better(moved, around):
+                continue
+            if moved.degenerate is None:
                 return candidate[: len(phi)], there, at_there
+            # where more constraints are touched there are more multipliers, to explain any slope
+            tell_unpolished(moved.degenerate, self.method.reporting)
+            break
         return phi, snapshot, at_phi
 
     def _snapshot(self, phi: Tensors, a: Tensors) -> tuple[Snapshot, Tensors]:

@@ -332,6 +332,31 @@ def test_tensors_may_have_any_strides(pair):
     same(pair(of_any_strides), of_any_strides(None))
 
 
+def sparse(group):
+    """An embedding's gradient arrives at φ, and data in rows and columns are an argument."""
+    table, args = torch.eye(3, dtype=torch.float64).to_sparse(), arguments()
+
+    def fitted(table, scale, lam):
+        return trained(scale, lam)
+
+    if group is None:
+        condition = ig.argmin(lambda w, table, *a: whole(w, *a))
+    else:
+        condition = ig.argmin(
+            lambda w, batch, table, *a: misfit(w, batch, *a),
+            batches=mine(group),
+            regularizer=lambda w, table, *a: penalty(w, *a),
+            group=group,
+        )
+    w = ig.implicit(fitted, condition)(table, *args)
+    seen = nn.functional.embedding(torch.tensor([0, 2]), w["a"], sparse=True)
+    return torch.stack(torch.autograd.grad(seen.square().sum(), args))
+
+
+def test_tensors_may_be_sparse(pair):
+    same(pair(sparse), sparse(None))
+
+
 def own_outer(group):
     """Each process has an outer loss of its own."""
     times = 1 + 2 * dist.get_rank(group)
@@ -529,6 +554,14 @@ def no_gradients(group, rank):
         return ig.implicit(trained, shared(group))(*arguments())
 
 
+def other_name(group, rank):
+    """Containers that differ in a key."""
+    scale, lam = arguments()
+    given = {"scale" if dist.get_rank(group) == rank else "rate": scale}
+    solve = ig.implicit(lambda given, lam: trained(*given.values(), lam), shared(group))
+    return solve(given, lam)
+
+
 def other_number(group, rank):
     return ig.implicit(trained, shared(group))(0.7 if dist.get_rank(group) == rank else 0.8, 1.3)
 
@@ -596,6 +629,7 @@ ERRORS = (
     (other_order, r"an argument is not the same .*belong into batches"),
     (other_gradients, r"do not do the same: .* with gradients of \[(0, 1)?\], and"),
     (no_gradients, r"do not do the same: .* without gradients.*same calls"),
+    (other_name, r"do not do the same: process 0 is at a call with 2 arguments"),
     (other_number, r"do not do the same: .*0\.[78], 1\.3"),
     (other_budget, r"a vector is not the same|do not do the same"),
     (other_curvature, "do not do the same"),

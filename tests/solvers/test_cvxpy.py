@@ -71,6 +71,14 @@ def test_a_lasso_is_that_of_proximal_steps():
     close(*(torch.autograd.grad(w @ v, args) for w in (one, other)))
 
 
+def coupled(v):
+    """A quadratic form that couples its unknowns."""
+    x, c = cp.Variable(3, name="x"), cp.Parameter(3)
+    matrix = torch.tensor([[3.0, 1.0, -1.0], [1.0, 2.0, 0.5], [-1.0, 0.5, 4.0]])
+    solve = wrapped(cp.quad_form(x, matrix.numpy()) / 2 + c @ x, [cp.sum(x) == 1], [c])
+    return lambda c: solve(c)["x"] @ v[:3], (torch.tensor([1.0, -2.0, 0.5]),)
+
+
 def second_order(v):
     X, y, r = cp.Variable((2, 2), name="X"), cp.Parameter((2, 2)), cp.Parameter(pos=True)
     solve = wrapped(cp.sum_squares(X - y), [cp.norm(X, "fro") <= r, X[0, 1] >= 0.1], [y, r])
@@ -119,7 +127,7 @@ def linear(v):
     )
 
 
-@pytest.mark.parametrize("problem", [second_order, exponential, linear])
+@pytest.mark.parametrize("problem", [coupled, second_order, exponential, linear])
 def test_cones_against_finite_differences(problem):
     outer, args = problem(torch.randn(4))
     args = tuple(a.requires_grad_() for a in args)
@@ -181,6 +189,27 @@ def test_a_kink_at_the_apex_is_told(lam):
         unit = y.detach() / 5
         P = torch.eye(2) - torch.outer(unit, unit)
         close(found, (torch.eye(2) - lam / 5 * P).sum(0) if lam < 5 else torch.zeros(2))
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1e5])
+def test_polish_takes_no_step_to_an_apex_that_does_not_press(unit):
+    """A cone far smaller than x looks like an apex, where multipliers explain any slope."""
+    x, y = cp.Variable(2, name="x"), cp.Parameter(2)
+    ball = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.norm(unit * x) <= unit])
+    layer = CVXPY(ball, [y])
+    solve = ig.implicit(layer, layer.condition, polish=1)
+    with pytest.warns(ig.ImplicitGradWarning, match="phi was not polished: .* by chance"):
+        found = solve(torch.tensor([3.0, 4.0]))["x"]
+    close(found, torch.tensor([0.6, 0.8]), 1e-4)
+
+
+@pytest.mark.parametrize("least", [-3.0, -0.5, 0.5, 0.99])
+def test_a_bound_may_share_the_pull_of_an_apex(least):
+    """x ≥ 0 holds y's first element; how much of it the cone holds is for no one to say."""
+    y = torch.tensor([-3.0, least], requires_grad=True)
+    x = shrunk(y, torch.tensor(1.0), least=0, on_failure="raise")
+    (found,) = torch.autograd.grad(x.sum(), y)
+    close(found, torch.zeros(2))
 
 
 @pytest.mark.parametrize(("size", "solved"), [(1e6, True), (1e-4, True), (1e-6, False)])
@@ -289,6 +318,8 @@ def bad(kind):
         CVXPY(cp.Problem(cp.Minimize(cp.sum(x + cp.Variable(2, name="x")))), [])
     elif kind == "shape":
         CVXPY(good, [y])(torch.ones(3))
+    elif kind == "unbounded":
+        CVXPY(cp.Problem(cp.Minimize(y @ x)), [y])(torch.ones(2))
     elif kind == "infeasible":
         CVXPY(cp.Problem(distance, [x >= 0, x <= y]), [y])(-torch.ones(2))
     else:
@@ -311,6 +342,7 @@ REFUSED = {
     "names": "need names that differ",
     "shape": r"shapes, \[\(2,\)\], got \[\(3,\)\]",
     "infeasible": "the problem is infeasible",
+    "unbounded": "the problem is unbounded",
     "options": "None or a dict",
 }
 
