@@ -33,7 +33,7 @@ from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.clone import kept_objects, kept_tensors
 from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
-from implicit_grad._torch.isolation import Ambient, isolated
+from implicit_grad._torch.isolation import Ambient, isolated, uncached
 from implicit_grad._torch.module_form import frozen, kept, mark_of, marked
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
@@ -217,7 +217,7 @@ class Evaluation(Recorded):
         ids = {id(t) for t in inputs}
         self._uncopied = [(name, t) for name, t in through_modules if id(t) in ids]
         self._lent = Lent([t for _, t in reachable])
-        with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
+        with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode(), uncached():
             returned = self._run(call, reachable)
         changed = zip(before, versions(lent), lent, self.wanted, strict=True)
         for old, new, tensor, wanted in changed:
