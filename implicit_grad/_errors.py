@@ -180,7 +180,8 @@ _SENTENCES = {
     Status.INNER_NOT_STATIONARY: (
         "phi does not solve the inner problem (its residual is not small), so the implicit "
         "gradient is not the derivative of this phi. Run the solver longer, or check that the "
-        "condition describes what the solver solves"
+        "condition describes what the solver solves (a minimum at a kink, as an L1 norm has it, is "
+        "for prox_gradient)"
     ),
     Status.DIVERGED: (
         "the terms of the Neumann series grow instead of shrinking: an eigenvalue of scale times "

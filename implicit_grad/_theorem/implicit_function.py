@@ -170,12 +170,6 @@ def _saved(ctx: Any) -> tuple[Tensors, Tensors]:
     try:
         saved = ctx.saved_tensors
     except RuntimeError as error:
-        if "backward through the graph a second time" in str(error):
-            raise GraphError(
-                "backward() went through the same call of a solver a second time, and what it "
-                "needs is freed: give the first backward() retain_graph=True, or call the solver "
-                "again. (torch.utils.checkpoint does that with phi: give it use_reentrant=False)"
-            ) from error
         if "modified by an inplace operation" not in str(error):
             raise
         raise GraphError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import parametrize
 
 from implicit_grad._torch.products import device_types, own_precision
 from implicit_grad._torch.pytree import Tensors
@@ -165,10 +166,32 @@ def isolated(ambient: Ambient) -> Iterator[None]:
     before = RandomState(ambient.devices)
     ambient.random.restore()
     try:
-        with _private_buffers(), differentiable_twice(), ambient.casts(), torch.enable_grad():
+        with (
+            _private_buffers(),
+            differentiable_twice(),
+            uncached(),
+            ambient.casts(),
+            torch.enable_grad(),
+        ):
             yield
     finally:
         before.restore()
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Nothing that `torch.nn.utils.parametrize.cached` around has kept is seen inside.
+
+    It knows modules by their ids only, which copies take over from one another.
+    """
+    if not parametrize._cache_enabled:
+        yield
+        return
+    before, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = before
 
 
 _lent: dict[torch.nn.Module, tuple[dict[str, torch.Tensor | None], int]] = {}

@@ -34,7 +34,7 @@ from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.clone import kept_objects, kept_tensors
 from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
-from implicit_grad._torch.isolation import Ambient, isolated
+from implicit_grad._torch.isolation import Ambient, isolated, uncached
 from implicit_grad._torch.module_form import frozen, kept, mark_of, marked
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
@@ -232,7 +232,7 @@ class Evaluation(Recorded):
         ids = {id(t) for t in inputs}
         self._uncopied = [(name, t) for name, t in through_modules if id(t) in ids]
         self._lent = Lent([t for _, t in reachable])
-        with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode():
+        with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode(), uncached():
             returned = self._run(call, reachable)
         changed = zip(before, versions(lent), lent, self.wanted, strict=True)
         for old, new, tensor, wanted in changed:
@@ -405,7 +405,7 @@ class Evaluation(Recorded):
             self.unread = [i for i, (t, wants) in wanted if wants and id(t) not in behind]
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = tuple(t for t in leaves if id(t) not in own)
-            self._check_captured()
+            self._check_captured(inputs)
             self.finding = self._found(2, self._checked, nodes)
             self._keep(phi, inputs)
         return tuple(t.detach() for t in self._phi)
@@ -611,7 +611,7 @@ class Evaluation(Recorded):
         found = {id(t) for module in modules for t in kept(module).values()}
         return {i for i, t in enumerate(inputs) if id(t) in found}
 
-    def _check_captured(self) -> None:
+    def _check_captured(self, inputs: Tensors) -> None:
         """Raise if the solver changed what the function captured; warn if that is not known."""
         assert self._lent is not None
         for tensor in self._lent.changed(self.captured):
@@ -631,8 +631,19 @@ class Evaluation(Recorded):
                     "it is used",
                     anchor="trained-elsewhere",
                 )
-        for tensor in self.captured:
-            if tensor.grad is not None and tensor not in self._lent:
+        unfound = [t for t in self.captured if t not in self._lent]
+        uncopied = self._of_modules(inputs) if unfound else set()
+        for tensor in unfound:
+            if id(tensor) in uncopied:
+                self.method.reporting.say(
+                    "the condition's function computes with a parameter of a module that was "
+                    f"passed ({describe(tensor)}), and not only with that of its copy, of which "
+                    "phi was made. If that is not meant, a hook, a weak reference or an object "
+                    "that the module keeps refers to the original: let it be handed the module "
+                    "when it is used, or make the module in the solver",
+                    anchor="trained-elsewhere",
+                )
+            elif tensor.grad is not None:
                 self.method.reporting.say(
                     f"the condition's function captured a tensor ({describe(tensor)}) that could "
                     "not be found before the solver ran: if the solver calls backward(), what that "
@@ -641,6 +652,12 @@ class Evaluation(Recorded):
                     anchor="found-too-late",
                 )
         self._lent = None
+
+    def _of_modules(self, inputs: Tensors) -> set[int]:
+        """The identities of parameters of modules among the arguments."""
+        call = self._call(inputs)
+        modules = pytree.modules((call.args, call.kwargs))
+        return {id(p) for module in modules for p in module.parameters()}
 
     def _check_dependence(self, leaves: Tensors, phi: Tensors) -> None:
         if not self.condition.must_depend_on_phi or not any(p.numel() for p in phi):

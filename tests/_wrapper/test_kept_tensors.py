@@ -352,6 +352,34 @@ def test_an_object_that_computes_with_the_original_is_refused():
     assert original.weight.grad is not None
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_hook_that_computes_with_the_original_is_told(backward):
+    model = Scaled("attribute")
+    model.scale, model.other = torch.ones(3, dtype=torch.float64), nn.Linear(3, 3).double()
+    other = model.other
+    model.part.register_forward_hook(lambda module, args, output: output + other(args[0]))
+
+    def value(model, X, y):
+        return objective(model, model.part(X), y) + model.other.weight.square().sum()
+
+    def fit(model, X, y):
+        weights = list(model.parameters())
+        optimizer = torch.optim.SGD(weights, lr=0.01)
+        loss = value(model, X, y)
+        if backward:
+            loss.backward()
+        else:
+            slopes = torch.autograd.grad(loss, weights, allow_unused=True)
+            for p, slope in zip(weights, slopes, strict=True):
+                p.grad = slope
+        optimizer.step()
+        return model
+
+    solve = ig.implicit(fit, ig.argmin(value), on_failure="raise")
+    with pytest.raises(ig.LinearSolveError, match="a hook, a weak reference or an object"):
+        solve(model, X, Y)
+
+
 def test_theta_of_a_proximal_term_keeps_it_too():
     def loss(model, X, y):
         return (model(X) - y).square().sum() / 2

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import implicit_grad as ig
 
@@ -798,3 +798,38 @@ def test_a_module_that_only_looks_like_the_first_argument_is_explained():
 def test_root_finders_say_what_to_give_for_a_module(solver):
     with pytest.raises(ig.InvalidArgumentError, match="named_parameters"):
         getattr(ig.solvers, solver)().find_root(lambda net: net, nn.Linear(2, 1))
+
+
+class Exponential(nn.Module):
+    def forward(self, x):
+        return x.exp()
+
+
+class Growing(nn.Module):
+    """x ↦ x·exp(weight), by a parametrization."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        parametrize.register_parametrization(self, "weight", Exponential(), unsafe=True)
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_cached_parametrizations_are_those_of_no_other_copy():
+    """torch's cache knows modules by ids, which the copies that we make take from one another."""
+    model, y = Growing(), torch.arange(1.0, 4.0, dtype=torch.float64)
+
+    def objective(w, model):
+        return (model(w) - y).square().sum() / 2
+
+    def solved(model):
+        return (y / model.weight).detach()
+
+    with parametrize.cached():
+        w = ig.implicit(solved, ig.argmin(objective))(model)
+        w.sum().backward()
+    by_weight = model.parametrizations.weight.original.grad
+    expected = -y / model.weight  # of y·exp(−original)
+    torch.testing.assert_close(by_weight, expected.detach())

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils import checkpoint
 
 import implicit_grad as ig
 
@@ -133,18 +132,3 @@ def test_arrays_are_described_with_dtype_and_shape():
 def test_a_list_of_numbers():
     with pytest.raises(ig.InvalidSolutionError, match=r"list of numbers.*torch.tensor"):
         solved([0.0, 0.0, 0.0])
-
-
-def test_a_second_backward_is_told_and_so_is_a_checkpoint_that_makes_one():
-    a = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    solve = ig.implicit(torch.clone, ig.argmin(lambda w, a: (w - a).square().sum()))
-    value = solve(a).sum()
-    value.backward(retain_graph=True)
-    value.backward()
-    with pytest.raises(ig.GraphError, match=r"a second time.*retain_graph=True"):
-        value.backward()
-
-    phi, x = solve(a), torch.ones(2, dtype=torch.float64, requires_grad=True)
-    again = checkpoint.checkpoint(lambda x: x * phi, x, use_reentrant=True)
-    with pytest.raises(ig.GraphError, match="use_reentrant=False"):
-        (again.sum() + phi.sum()).backward()
