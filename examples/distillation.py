@@ -11,19 +11,18 @@ mean of 10 draws), the mean digit of each class, and all 1,000. Each has the bes
 ridges on the test set; the learned pictures have the smallest one.
 """
 
-from collections.abc import Sequence
-from time import perf_counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import quiet  # noqa: F401
 import torch
+from compared import costs
 from pictures import BLUE, GREY, band, interval, options, progress, save, show
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import implicit_grad as ig
-from implicit_grad.testing import peak_memory
 
 Part = tuple[Tensor, Tensor]
 LABELS, RIDGE, LEARNED = torch.arange(10), 1e-3, "ten learned pictures"
@@ -119,26 +118,23 @@ def distill(train: Part, test: Part, steps: int) -> tuple[Tensor, list[float]]:
     return pictures.detach(), accuracies
 
 
-def costs(pictures: Tensor, train: Part, lengths: Sequence[int]) -> list[tuple[str, float, int]]:
-    """Error, memory and seconds of a hypergradient: ours, and unrolled for so many steps."""
+def gradients(pictures: Tensor, train: Part) -> dict[str, Callable[[], Tensor]]:
+    """Ways to a hypergradient: to the end, ours, and unrolled for so many steps."""
 
     def gradient(train_on: Any) -> Tensor:
         X = pictures.clone().requires_grad_()
         return torch.autograd.grad(cross_entropy(logits(train_on(X), train[0]), train[1]), X)[0]
 
-    exact = gradient(lambda X: solver(linear_solver=ig.CG(rtol=1e-10))(X, LABELS))
-    methods = {"implicit": lambda X: solver()(X, LABELS)}
-    for steps in lengths:
-        methods[f"unrolled, {steps} steps"] = lambda X, steps=steps: unrolled(X, LABELS, steps)
-    told = []
-    for name, train_on in methods.items():
-        begin = perf_counter()
-        error = float((gradient(train_on) - exact).norm() / exact.norm())
-        seconds = perf_counter() - begin
-        kib = peak_memory(lambda way=train_on: gradient(way)) // 1024
-        print(f"{name:22} error {error:.1e}, {kib:6} KiB, {seconds:.3f} s")
-        told.append((name, error, kib))
-    return told
+    exact = ig.CG(rtol=1e-10)
+    ways = {
+        "implicit, to 1e-10": lambda: gradient(lambda X: solver(linear_solver=exact)(X, LABELS)),
+        "implicit": lambda: gradient(lambda X: solver()(X, LABELS)),
+    }
+    for steps in LENGTHS:
+        ways[f"unrolled, {steps} steps"] = lambda steps=steps: gradient(
+            lambda X: unrolled(X, LABELS, steps)
+        )
+    return ways
 
 
 def draw(pictures: Tensor, curves: list[list[float]], scores: dict[str, list[float]]) -> Any:
@@ -182,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
             (LEARNED, accuracies[-1]),
         ):
             scores.setdefault(name, []).append(value)
-    costs(pictures, train, LENGTHS)
+    costs(gradients(pictures, train))
     print(f"test accuracy in %, mean ± 95 % interval over {chosen.seeds} splits, trained on")
     for name, values in scores.items():
         print(f"  {name:26}{show(values, 1)}")

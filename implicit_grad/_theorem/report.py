@@ -216,6 +216,8 @@ class Reporting:
             sentence, anchor = _sentence(report, solution, solved, around), report.status.anchor
             if judgement.unsolved and report.status is not Status.INNER_NOT_STATIONARY:
                 sentence = _BOTH.format(sentence)
+            if judgement.unsolved and (around.batches or 0) > 1:
+                sentence += _SUMMED
             if self.on_failure == "raise":
                 raise LinearSolveError(f"{sentence} ({_figures(report)})", report, anchor)
             # no figures here: Python shows a warning once only if its text does not change
@@ -394,6 +396,10 @@ _BOTH = (
     "inner problem (its residual is not small). See that the condition describes what the solver "
     "solves, and run the solver longer (testing.check_implicit tells which it is). Then, if it is "
     "still so: {}"
+)
+_SUMMED = (
+    ". The condition's objective is a sum over batches: where the solver averages within each, "
+    "divide by the number of batches, or the regularizer weighs too little"
 )
 _FLAT = (
     "the inner objective has zero curvature, to rounding, along a direction that the outer loss "

@@ -285,6 +285,27 @@ def test_arguments_that_only_the_regularizer_reads_are_not_told_of():
     ig.implicit(trained, in_batches())(*arguments())  # a warning would be an error
 
 
+def test_where_averages_were_meant_the_warning_says_that_it_is_a_sum():
+    """The regularizer weighs too little in it. Of one batch nothing is said."""
+    x = torch.randn(12, 3, dtype=torch.float64)
+    lam = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+
+    def misfit(w, batch, lam):
+        return (w - batch).square().sum(-1).mean()
+
+    def penalty(w, lam):
+        return lam * w.square().sum()
+
+    for batches in (x.split(4), [x]):
+        solve = ig.implicit(
+            lambda lam: x.mean(0) / (3 + lam),  # a minimum of neither
+            ig.argmin(misfit, batches=batches, regularizer=penalty),
+        )
+        with pytest.warns(ig.ImplicitGradWarning, match="does not solve") as said:
+            solve(lam).sum().backward()
+        assert ("a sum over batches" in str(said[0].message)) == (len(batches) > 1)
+
+
 class Noisy(Dataset):
     """Samples that change by draws of one's own choice."""
 

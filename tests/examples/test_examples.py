@@ -439,3 +439,148 @@ def test_hypergradient_of_the_evidence():
         lambda log_lam: evidence.surprise(solve(log_lam.exp(), X, y), log_lam.exp(), X, y),
         torch.zeros_like(evidence.TRUE),
     )
+
+
+def test_a_decay_for_each_layer_is_learned_through_a_loop(tmp_path, monkeypatch):
+    import layer_decay
+
+    monkeypatch.setattr(layer_decay, "GRID", layer_decay.GRID[:2])
+    found = layer_decay.main(command_line(tmp_path, epochs=30, steps=5, seeds=1))
+    learned, none = found["a learned decay for each layer"][0], found["no decay"][0]
+    assert learned > none
+    error, kib, _ = found["costs"]["EarlyStopped"]
+    assert error < 1 and kib < found["costs"]["unrolled"][1] / 4
+    assert picture(tmp_path, "layer_decay")
+
+
+def test_hypergradient_of_the_decays():
+    """Of one layer, which has a minimum; that of the CNN is held against all steps above."""
+    import layer_decay
+
+    parts = layer_decay.data(20, seed=0)
+    start = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    exact = ig.solvers.NewtonCG(maxiter=20, cg=30, tol=1e-10)
+    solve = layer_decay.differentiable(
+        parts.loader, 1, solver=exact, linear_solver=ig.CG(rtol=1e-9)
+    )
+    assert_right(
+        lambda logs: layer_decay.loss(solve(start, logs, parts.loader, 1), parts.valid),
+        torch.tensor([0.0], dtype=torch.float64),
+        step=1e-2,
+    )
+
+
+def test_large_losses_are_believed_less(tmp_path):
+    import weight_net
+
+    numbers = {"samples": 400, "epochs": 20, "steps": 6, "seeds": 1}
+    found = weight_net.main(command_line(tmp_path, **numbers))
+    assert found[weight_net.LEARNED][0] > found["all weights 1/2"][0] + 2
+    error, kib, _ = found["costs"]["EarlyStopped"]
+    assert error < 1 and kib < found["costs"]["unrolled"][1] / 4
+    assert picture(tmp_path, "weight_net")
+
+
+def test_hypergradient_of_the_weight_net(monkeypatch):
+    """Of one layer, and with a strong decay."""
+    import weight_net
+
+    monkeypatch.setattr(weight_net, "DECAY", 1.0)
+    parts, net = weight_net.noisy(60, 0), weight_net.WeightNet()
+    exact = ig.solvers.NewtonCG(maxiter=50, cg=200, tol=1e-12)
+    solve = weight_net.differentiable(60, 1, solver=exact, linear_solver=ig.CG(rtol=1e-12))
+    start = nn.Linear(65, 10).double()
+    assert_right_for(
+        lambda: weight_net.losses(solve(start, net, parts.train, 1), parts.clean).mean(),
+        net.parameters(),
+    )
+
+
+def test_steps_with_weights_held_fixed_go_down_their_integral():
+    import weight_net
+
+    net, values = weight_net.WeightNet(), torch.tensor([0.1, 1.0, 3.0]).double().requires_grad_()
+    (slope,) = torch.autograd.grad(net.integral(values).sum(), values)
+    torch.testing.assert_close(slope, net(values).detach())
+
+
+def test_a_backbone_learns_through_solved_heads(tmp_path, small_glyphs):
+    import solved_head
+
+    numbers = {"iterations": 16, "tasks": 4, "width": 8, "test": 20}
+    found = solved_head.main(command_line(tmp_path, **numbers))
+    for head in solved_head.HEADS:
+        assert found[head][-1] > found[head][0]
+    told = found["costs"]
+    assert told[solved_head.SOLVED][0] < 0.05 < told["5 unrolled steps"][0]
+    assert told[solved_head.SOLVED][1] < told["320 unrolled steps"][1] / 4
+    assert picture(tmp_path, "solved_head")
+
+
+def test_hypergradient_of_the_backbone_and_its_ridge():
+    import solved_head
+
+    exact = ig.solvers.NewtonCG(maxiter=50, cg=100, tol=1e-12)
+    head = solved_head.solved(exact, linear_solver=ig.CG(rtol=1e-12))
+    learner = solved_head.Learner(2, head).double()
+    images = torch.rand(2, 5, 2, 1, 28, 28, dtype=torch.float64)
+    assert_right_for(lambda: solved_head.loss(learner, images), learner.parameters(), step=1e-5)
+
+
+def test_what_is_hidden_in_a_plate_is_found(tmp_path, monkeypatch):
+    import simulator
+
+    monkeypatch.setattr(simulator, "LENGTHS", (100, 800))
+    found = simulator.main(command_line(tmp_path, size=8, iterations=60))
+    assert found["correlation"] > 0.6
+    assert found["by the implicit gradient"] < found["by differences"] / 10
+    for name, (error, *_) in found["costs"].items():
+        assert error < (1e-5 if name.startswith("implicit") else 0.5)
+    assert picture(tmp_path, "simulator")
+
+
+def test_hypergradient_of_the_conductivities():
+    import simulator
+
+    measured = simulator.Measured(6)
+    assert_right(measured.loss, 0.3 * torch.randn(6, 6, dtype=torch.float64))
+
+
+def test_the_ways_that_gradients_are_held_against():
+    """All of them, on a problem that is solved by hand: w = b / (1 + a), by gradient descent."""
+    import compared
+
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def step_loss(model: nn.Module, a: Tensor) -> Tensor:
+        w = model.weight[0, 0]
+        return (w - 3).square() / 2 + a * w.square() / 2
+
+    def outer(model: nn.Module) -> Tensor:
+        return model.weight[0, 0].square()
+
+    expected = -18 / (1 + a.detach()) ** 3
+
+    def unrolled() -> Tensor:
+        steps = [(a, 0.1)] * 200
+        value = compared.unrolled(model, step_loss, steps, outer, momentum=0.5)
+        return torch.autograd.grad(value, a)[0]
+
+    torch.testing.assert_close(unrolled(), expected)
+    torch.testing.assert_close(
+        compared.differences(lambda a: (3 / (1 + a)) ** 2, a), expected, rtol=1e-6, atol=0
+    )
+    pytest.importorskip("torchopt")
+    nn.init.constant_(model.weight, 2.0)
+    torch.testing.assert_close(compared.by_torchopt(model, step_loss, outer, a), expected)
+
+
+def test_a_way_is_measured_against_the_first(capsys):
+    import compared
+
+    ones = torch.ones(4, dtype=torch.float64)
+    told = compared.costs({"exact": lambda: ones.clone(), "half": lambda: ones / 2})
+    assert told["exact"][0] == 0 and told["half"][0] == 0.5
+    assert "half" in capsys.readouterr().out
