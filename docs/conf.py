@@ -52,7 +52,7 @@ PAGE_OF = {
     ROOT / "benchmarks/README.md": "benchmarks.md",
     ROOT / "benchmarks/results/census.md": "census.md",
     ROOT / "examples/README.md": "gallery.md",
-    ROOT / "docs/paper.md": "paper.md",
+    **{page: page.name for page in (ROOT / "docs").glob("*.md")},
 }
 
 
