@@ -142,7 +142,8 @@ def spectra(
     """Eigenvalues between 1 and `condition_number` in size.
 
     Args:
-        kind: "definite", "indefinite" (of both signs, where there are two) or "nonsymmetric" (positive).
+        kind: "definite", "indefinite" (of both signs, where there are two) or "nonsymmetric"
+            (positive).
         sizes: a strategy of how many; by default 1 to 4.
         condition_number: the greatest size, at least 1.
     """
