@@ -184,7 +184,7 @@ class InnerProblem:
 
     @property
     def args(self) -> tuple[Tensor, ...]:
-        """Tensors that require grad: new ones each time."""
+        """New tensors each time, which require grad."""
         dtype = self.operator.dtype
         n, lam = self.operator.size, torch.tensor(self.lam, dtype=dtype)
         b = normal(n, seed=self.seed + 1, dtype=dtype)
