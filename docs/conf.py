@@ -52,7 +52,7 @@ PAGE_OF = {
     ROOT / "benchmarks/README.md": "benchmarks.md",
     ROOT / "benchmarks/results/census.md": "census.md",
     ROOT / "examples/README.md": "gallery.md",
-    ROOT / "docs/paper.md": "paper.md",
+    **{page: page.name for page in (ROOT / "docs").glob("*.md")},
 }
 
 
@@ -170,7 +170,7 @@ class Linked(nodes.GenericNodeVisitor):
 
     def visit_entry(self, node) -> None:
         for literal in node.findall(nodes.literal):
-            first, *others = re.split(r"(?<=[_.(,=/])(?=\w)", literal.astext())
+            first, *others = re.split(r"(?<=[_.(,=/])(?<!\big\.)(?=\w)", literal.astext())
             breaks = [(nodes.raw("", "<wbr>", format="html"), nodes.Text(part)) for part in others]
             literal.children = [nodes.Text(first), *itertools.chain(*breaks)]
 

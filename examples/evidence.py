@@ -104,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"mean ± 95 % interval over {chosen.seeds} worlds")
     for name, color in COLORS.items():
         learned, (mean, half) = torch.stack(found[name]), interval(excess[name])
-        off = (learned / TRUE).median(1).values.tolist()
-        print(f"  {name:30}{show(excess[name])}   {show(off, 2)}")
+        print(f"  {name:30}{show(excess[name])}   {show((learned / TRUE).median(1).values, 2)}")
         right.barh(name.replace(", ", ",\n"), mean, xerr=half, color=color)
         left.plot(TRUE, learned.T, ".", color=color, alpha=0.5)
         left.plot(TRUE, learned.median(0).values, color=color, label=name)

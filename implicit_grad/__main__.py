@@ -53,6 +53,7 @@ def _findings() -> Iterator[Finding]:
     yield Finding(f"Python {platform.python_version()}, {platform.platform()}")
     versions = [f"{name} {_version(name)}" for name in ("torch", "numpy", "optree")]
     yield Finding(", ".join(versions))
+    yield Finding(f"torch is built for {_built_for()}")
     yield Finding(
         f"CPU: {os.cpu_count()} cores, of which torch uses {torch.get_num_threads()}, "
         f"{torch.backends.cpu.get_cpu_capability()}"
@@ -65,6 +66,11 @@ def _findings() -> Iterator[Finding]:
         for dtype, tolerance in _TOLERANCES.items():
             if not (device == "mps" and dtype == torch.float64):  # which it does not have
                 yield _gradients(device, dtype, tolerance)
+
+
+def _built_for() -> str:
+    built = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    return next((f"{name} {version}" for name, version in built.items() if version), "the CPU")
 
 
 def _version(name: str) -> str | None:

@@ -18,6 +18,8 @@ import implicit_grad as ig
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+FILES += [ROOT / folder / "README.md" for folder in ("examples", "benchmarks")]
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 # A fence may say what its code needs besides: ```python needs=scipy
 BLOCK = re.compile(
@@ -125,7 +127,9 @@ def anchors(page: Path) -> set[str]:
     return slugs | set(ANCHOR.findall(text))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *FILES], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_links_lead_somewhere(page):
     for link in LINK.findall(prose_of(page)):
         if link.startswith(("https://", "http://", "mailto:")):

@@ -55,6 +55,17 @@ def test_a_neighbour_that_does_not_work(monkeypatch, capsys, check, told):
     assert told in out and "1 of these do not work" in out
 
 
+@pytest.mark.parametrize(
+    ("cuda", "hip", "told"),
+    [("12.8", None, "CUDA 12.8"), (None, "6.4", "ROCm 6.4"), (None, None, "the CPU")],
+)
+def test_what_torch_is_built_for(monkeypatch, capsys, without_neighbours, cuda, hip, told):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    doctor.main()
+    assert f"torch is built for {told}\n" in capsys.readouterr().out
+
+
 def test_a_device_that_computes_wrongly(monkeypatch, capsys, without_neighbours):
     softplus = doctor.softplus
     monkeypatch.setattr(doctor, "softplus", lambda z: softplus(1.01 * z))

@@ -30,8 +30,8 @@ class NormalCG(Iterative, TogetherIfSmall):
 
     Two products an iteration and the condition number squared: the price of needing no symmetry and
     keeping no vectors. Half of the products are with A itself, which takes second derivatives of
-    the residual. `rtol` is that of the system itself, ‖rhs − M x‖ ≤ rtol ‖rhs‖; `maxiter` is a
-    limit, also without it.
+    the residual. `rtol` is that of the system itself, ‖rhs − M x‖ ≤ rtol ‖rhs‖, and so is
+    `atol`; `maxiter` is a limit, also without them.
 
     >>> NormalCG(rtol=1e-8).symmetric_only
     False

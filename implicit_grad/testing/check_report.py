@@ -96,7 +96,7 @@ class Cause(enum.Enum):
 
     @property
     def rank(self) -> int:
-        """Its place in the list: the lower, the more fundamental."""
+        """Its place in the list; the lower, the more fundamental."""
         return list(Cause).index(self)
 
     @property

@@ -21,7 +21,16 @@ Kind = Literal["definite", "indefinite", "nonsymmetric"]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A few-shot task: classes as clouds around random centres, to adapt on and to test on."""
+    """A few-shot task: classes as clouds around random centres, to adapt on and to test on.
+
+    Args:
+        ways: how many classes.
+        shots: examples of each class to adapt on.
+        queries: examples of each class to test on.
+        features: inputs of an example.
+        seed: of the centres and clouds.
+        dtype: of the inputs; labels are integers.
+    """
 
     ways: int = 2
     shots: int = 1
@@ -55,7 +64,15 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A small fully connected network; `module` makes it, the same one each time."""
+    """A small fully connected network; `module` makes it, the same one each time.
+
+    Args:
+        widths: inputs, units of the hidden layers, outputs.
+        activation: between the layers, "tanh", "softplus" or "sigmoid".
+        bias: whether layers have one.
+        seed: of the weights.
+        dtype: of the weights.
+    """
 
     widths: tuple[int, ...] = (1, 1)
     activation: Literal["tanh", "softplus", "sigmoid"] = "tanh"
@@ -150,7 +167,13 @@ class InnerProblem:
     - "root": the root of M(φ + b) + tanh(M(φ + b)) (b, M), nonsymmetric if M is;
     - "fixed_point": that of φ ↦ M φ/(2‖M‖) + b (b, M).
 
-    `form` is φ's: one "vector", or a "dict" of a vector and a number where there is room for two.
+    Args:
+        family: one of these.
+        operator: M, of shape (n, n).
+        seed: of b, of θ and of what else is drawn, of shape (n,).
+        lam: λ > 0, where there is one.
+        form: φ's: one "vector" of shape (n,), or a "dict" of a vector and a number where there is
+            room for two.
     """
 
     family: Family
@@ -161,7 +184,7 @@ class InnerProblem:
 
     @property
     def args(self) -> tuple[Tensor, ...]:
-        """Tensors that require grad: new ones each time."""
+        """New tensors each time, which require grad."""
         dtype = self.operator.dtype
         n, lam = self.operator.size, torch.tensor(self.lam, dtype=dtype)
         b = normal(n, seed=self.seed + 1, dtype=dtype)

@@ -63,14 +63,26 @@ def seeds() -> st.SearchStrategy[int]:
 def shapes(
     max_dims: int = 2, max_side: int = 3, min_side: int = 1
 ) -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes of tensors, `()` the simplest."""
+    """Shapes of tensors, `()` the simplest.
+
+    Args:
+        max_dims: the most dimensions.
+        max_side: the greatest size of one.
+        min_side: the least; 0 lets tensors be empty.
+    """
     return st.lists(st.integers(min_side, max_side), max_size=max_dims).map(tuple)
 
 
 def tensors(
     *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0
 ) -> st.SearchStrategy[Tensor]:
-    """Normal numbers of one shape, requiring grad."""
+    """Normal numbers of one shape, requiring grad.
+
+    Args:
+        shape: as `torch.randn` takes it.
+        dtype: of the tensor.
+        scale: their standard deviation.
+    """
     return seeds().map(
         lambda seed: (scale * normal(*shape, seed=seed, dtype=dtype)).requires_grad_()
     )
@@ -79,7 +91,12 @@ def tensors(
 def positive(
     least: float = 0.1, greatest: float = 10.0, dtype: torch.dtype = torch.float64
 ) -> st.SearchStrategy[Tensor]:
-    """A positive number in a tensor that requires grad, such as a λ; evenly by its logarithm."""
+    """A positive number in a tensor of shape () that requires grad, such as a λ.
+
+    Args:
+        least, greatest: ends of its range, in which it is spread evenly by its logarithm.
+        dtype: of floating point.
+    """
     return _logarithmic(least, greatest).map(
         lambda x: torch.tensor(x, dtype=dtype).requires_grad_()
     )
@@ -95,7 +112,15 @@ def trees(
     max_side: int = 3,
     depth: int = 2,
 ) -> Any:
-    """Containers of tensors: of those shapes, dtypes and nestings; one number is the simplest."""
+    """Containers of tensors that require grad; one number is the simplest.
+
+    Args:
+        dtypes: of which each tensor has one.
+        nestings: of "tensor", "list", "tuple" and "dict", what there may be at any depth.
+        max_parts: the most entries of a container.
+        max_dims, max_side: as for `shapes`.
+        depth: the most containers within each other.
+    """
     nesting: Nesting = draw(st.sampled_from(list(nestings))) if depth else "tensor"
     if nesting == "tensor":
         dtype, shape = draw(st.sampled_from(list(dtypes))), draw(shapes(max_dims, max_side))
@@ -114,7 +139,14 @@ def spectra(
     sizes: st.SearchStrategy[int] | None = None,
     condition_number: float = 10.0,
 ) -> tuple[float, ...]:
-    """Eigenvalues between 1 and `condition_number` in size; "indefinite" ones have both signs."""
+    """Eigenvalues between 1 and `condition_number` in size.
+
+    Args:
+        kind: "definite", "indefinite" (of both signs, where there are two) or "nonsymmetric"
+            (positive).
+        sizes: a strategy of how many; by default 1 to 4.
+        condition_number: the greatest size, at least 1.
+    """
     size = draw(st.integers(1, 4) if sizes is None else sizes)
     values = draw(st.lists(_logarithmic(1.0, condition_number), min_size=size, max_size=size))
     if kind == "indefinite":
@@ -131,7 +163,12 @@ def operators(
     condition_number: float = 10.0,
     dtype: torch.dtype = torch.float64,
 ) -> SpectralMatrix:
-    """Matrices with a drawn spectrum: a diagonal one is the simplest."""
+    """Matrices with a drawn spectrum: a diagonal one is the simplest.
+
+    Args:
+        kind, sizes, condition_number: as for `spectra`; "nonsymmetric" ones have at least 2 rows.
+        dtype: of the matrix.
+    """
     if kind == "nonsymmetric" and sizes is None:
         sizes = st.integers(2, 4)  # one number is symmetric
     spectrum = draw(spectra(kind, sizes, condition_number))
@@ -147,7 +184,12 @@ def problems(
     condition_number: float = 10.0,
     dtype: torch.dtype = torch.float64,
 ) -> InnerProblem:
-    """Inner problems with exact solutions and hypergradients; the objectives are convex."""
+    """Inner problems with exact solutions and hypergradients; the objectives are convex.
+
+    Args:
+        families: of which each problem is one: see `InnerProblem`.
+        sizes, condition_number, dtype: of its matrix, as for `operators`.
+    """
     family = draw(st.sampled_from(list(families)))
     general = family in ("root", "fixed_point") and draw(st.booleans())
     kind: Kind = "nonsymmetric" if general else "definite"
@@ -160,7 +202,14 @@ def problems(
 def tasks(
     max_ways: int = 4, max_shots: int = 3, max_features: int = 4, dtype: torch.dtype = torch.float64
 ) -> st.SearchStrategy[Task]:
-    """Few-shot tasks; the simplest has two classes and one example of each."""
+    """Few-shot tasks; the simplest has two classes and one example of each.
+
+    Args:
+        max_ways: the most classes, at least 2.
+        max_shots: the most examples of a class, to adapt on and to test on.
+        max_features: the most inputs.
+        dtype: of the inputs.
+    """
     few = functools.partial(st.integers, 1)
     return st.builds(
         Task,
@@ -180,7 +229,14 @@ def networks(
     max_width: int = 4,
     dtype: torch.dtype = torch.float64,
 ) -> st.SearchStrategy[Network]:
-    """Small smooth networks; the simplest is one linear layer."""
+    """Small smooth networks; the simplest is one linear layer.
+
+    Args:
+        inputs, outputs: how many; None: drawn, at most `max_width`.
+        max_layers: the most linear layers.
+        max_width: the most units of a hidden layer.
+        dtype: of the weights.
+    """
     width = st.integers(1, max_width)
     hidden = st.lists(width, max_size=max_layers - 1)
     ends = [width if n is None else st.just(n) for n in (inputs, outputs)]
