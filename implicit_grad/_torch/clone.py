@@ -100,7 +100,7 @@ def _ends(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
     if id(value) in seen:
         return
     seen[id(value)] = value  # which is kept alive, and its id taken
-    parts = parts_of(value)
+    parts = () if isinstance(value, Tensor) else parts_of(value)
     if not parts:
         yield value
     for part in parts:
