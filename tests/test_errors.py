@@ -166,14 +166,21 @@ BAD = {
     ),
     "objective without an argument": (
         with_condition(lambda: ig.argmin(lambda phi, theta: phi @ theta)),
-        ARGUMENT,
-        "called with phi .* and then with everything that the solver was called with",
+        SOLUTION,
+        "as f\\(phi, \\*arguments\\).*It is handed phi, and then everything",
+    ),
+    "objective without an argument, of a module of another type": (
+        lambda theta, X: ig.implicit(
+            lambda net, X: torch.nn.Sequential(net), ig.argmin(lambda net, X: net(X).sum())
+        )(torch.nn.LayerNorm(3).double(), X),
+        SOLUTION,
+        "as f\\(phi, \\*arguments\\).*It is handed phi, and then everything",
     ),
     "objective that reads the module that was trained": (
         lambda theta, X: ig.implicit(
             lambda net, X: net, ig.argmin(lambda net, start, X: net(X).sum())
         )(torch.nn.LayerNorm(3).double(), X),
-        ARGUMENT,
+        SOLUTION,
         "or if the function reads that argument too, pass it by keyword",
     ),
     "loss not scalar": (

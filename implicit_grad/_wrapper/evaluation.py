@@ -52,10 +52,6 @@ from implicit_grad._wrapper.warm import WarmCall
 
 _numbers = itertools.count()  # of runs of solvers, which tell their arguments apart
 _LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
-_CALLED = (
-    "It is called with phi (and a batch, where there are batches), and then with everything that "
-    "the solver was called with; a first argument is left out if it is a module in phi's own form"
-)
 _CALLED_WITHOUT_START = (
     "phi is a module like the first argument and is taken for it, trained, so that the function is "
     "called as f(phi, *the other arguments). If phi was not made of that argument, or if the "
@@ -579,11 +575,10 @@ class Evaluation(Recorded):
             try:
                 return condition.at(self.container(phi, inputs), phi, call, again)
             except TypeError as error:
-                if "positional argument" not in str(error):
+                if call.start is None or "positional argument" not in str(error):
                     raise
-                called = _CALLED if call.start is None else _CALLED_WITHOUT_START
-                raise InvalidArgumentError(
-                    f"the condition's function raised {error}. {called}"
+                raise InvalidSolutionError(
+                    f"the condition's function raised {error}. {_CALLED_WITHOUT_START}"
                 ) from error
 
     def _call(self, inputs: Tensors) -> Call:

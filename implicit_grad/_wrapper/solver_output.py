@@ -187,10 +187,10 @@ def _advice(error: Exception, phi: Any, args: Sequence[Any]) -> str | None:
         return None
     if isinstance(error, RuntimeError) and not speaks_of_form(error):
         return None
-    modules = pytree.modules(args)
+    modules, miscalled = pytree.modules(args), "positional argument" in str(error)
     if isinstance(phi, nn.Module):
         alike = any(type(phi) is type(module) for module in modules)
-        return _FIRST if alike and "positional argument" in str(error) else None
+        return (_FIRST if alike else _ALL) if miscalled else None
     if modules and not pytree.modules(phi):
         return _TRAINED.format(describe(modules[0]))
     if isinstance(phi, list) and all(torch.is_tensor(p) and not p.dim() for p in phi):
@@ -199,7 +199,7 @@ def _advice(error: Exception, phi: Any, args: Sequence[Any]) -> str | None:
         return _AUX
     if isinstance(error, RuntimeError):
         return "If that is not the shape or dtype that it computes with, return phi in another"
-    return None
+    return _ALL if miscalled else None
 
 
 def speaks_of_form(error: RuntimeError) -> bool:
@@ -212,6 +212,7 @@ _FIRST = (
     "phi is a module like one among the arguments. Only a module that is the first argument is "
     "left out of the call, as what phi was trained from: pass the module first, or by keyword"
 )
+_ALL = "It is handed phi, and then everything that the solver was called with"
 _TRAINED = (
     "The solver was handed {}: if that is what it trains, return the module itself (not its "
     "parameters, its state_dict() or a loss). The function is then handed it with phi in it, in "

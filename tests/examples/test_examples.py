@@ -530,8 +530,8 @@ def test_hypergradient_of_the_backbone_and_its_ridge():
 def test_what_is_hidden_in_a_plate_is_found(tmp_path, monkeypatch):
     import simulator
 
-    monkeypatch.setattr(simulator, "LENGTHS", (100, 800))
-    found = simulator.main(command_line(tmp_path, size=8, iterations=60))
+    monkeypatch.setattr(simulator, "LENGTHS", (300,))
+    found = simulator.main(command_line(tmp_path, size=6, iterations=40))
     assert found["correlation"] > 0.6
     assert found["by the implicit gradient"] < found["by differences"] / 10
     for name, (error, *_) in found["costs"].items():
