@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import textwrap
 from typing import Literal, NamedTuple
@@ -199,11 +200,12 @@ class Reporting:
             (fine and not self.inner_solved) or self.on_failure == "ignore"
         ):
             return  # nobody would read a report: measure nothing
-        judged_all = self._judged(solved, around)
+        along = _AlongResidual(around)
+        judged_all = self._judged(solved, around, along)
         if self.monitor is None and all(judgement.status.ok for judgement in judged_all):
             return  # and whatever else a report tells need not be found out
         reports = [
-            self._report(solution, solved, around, judgement)
+            self._report(solution, solved, around, judgement, solved.products + along.products)
             for solution, judgement in zip(solved.solutions, judged_all, strict=True)
         ]
         if self.monitor is not None:
@@ -223,7 +225,9 @@ class Reporting:
             # no figures here: Python shows a warning once only if its text does not change
             warn(sentence, anchor, place)
 
-    def _judged(self, solved: Solved, around: Linearization) -> list[_Judgement]:
+    def _judged(
+        self, solved: Solved, around: Linearization, along: _AlongResidual
+    ) -> list[_Judgement]:
         """What each task's solve, or the only one, came to."""
         flat, count = Flat(around.phi, around.n_tasks), len(solved.solutions)
         with torch.no_grad():
@@ -237,7 +241,7 @@ class Reporting:
                     [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
                 ).tolist()
         return [
-            self._judgement(solution, solved.solver, around, task, *row)
+            self._judgement(solution, solved.solver, around, along, task, *row)
             for task, (solution, row) in enumerate(zip(solved.solutions, rows, strict=True))
         ]
 
@@ -246,6 +250,7 @@ class Reporting:
         solution: LinearSolution,
         solver: LinearSolver,
         around: Linearization,
+        along: _AlongResidual,
         task: int,
         inner: float,
         size: float,
@@ -254,7 +259,7 @@ class Reporting:
         """How the solve ended, and whether φ solves what it was meant to."""
         status, unsolved = judged(solution, around), False
         if status.ok or status in _MAY_COME_OF_PHI:
-            unsolved = self._is_unsolved(solution, solver, around, task, inner, size)
+            unsolved = self._is_unsolved(solution, solver, around, along, task, inner, size)
             if unsolved and status.ok:
                 status = Status.INNER_NOT_STATIONARY
         return _Judgement(status, inner, outer_error, unsolved)
@@ -264,6 +269,7 @@ class Reporting:
         solution: LinearSolution,
         solver: LinearSolver,
         around: Linearization,
+        along: _AlongResidual,
         task: int,
         inner: float,
         size: float,
@@ -290,7 +296,7 @@ class Reporting:
         if inner <= _NEAR_ZERO * at_stake:
             return False
         # v need not have met the greatest curvatures, and so A may be larger: look along F
-        return not inner <= INNER_TOLERANCE * _size_along_residual(around, task) * size
+        return not inner <= INNER_TOLERANCE * along.sizes[task] * size
 
     def _report(
         self,
@@ -298,13 +304,14 @@ class Reporting:
         solved: Solved,
         around: Linearization,
         judgement: _Judgement,
+        products: int,
     ) -> Report:
         least, _ = solution.extremes or (None, None)
         ritz = ritz_values(solution.coefficients)
         return Report(
             status=judgement.status,
             iterations=solution.iterations,
-            products=solved.products,
+            products=products,
             linear_residual=solution.residual,
             inner_residual=judgement.inner,
             min_curvature=least,
@@ -351,15 +358,25 @@ def _at_stake(around: Linearization) -> float:
     return shares / length(w) / math.sqrt(around.n_tasks or 1)
 
 
-def _size_along_residual(around: Linearization, task: int) -> float:
-    """‖AᵀF‖/‖F‖ ≤ ‖A‖, of one task of a batch."""
-    with torch.no_grad():
-        F = tuple(t.detach() for t in around.residual)
-        flat = Flat(F, around.n_tasks)
-        there, product = (
-            flat.ravel(t).view(around.n_tasks or 1, -1)[task] for t in (F, around.transposed(F))
-        )
-        return float(norm(product)) / float(norm(there))
+class _AlongResidual:
+    """‖AᵀF‖/‖F‖ ≤ ‖A‖ of each task, by one product for all of them, where anyone asks."""
+
+    def __init__(self, around: Linearization) -> None:
+        self._around, self.products = around, 0
+
+    @functools.cached_property
+    def sizes(self) -> list[float]:
+        self.products += 1
+        around = self._around
+        with torch.no_grad():
+            F = tuple(t.detach() for t in around.residual)
+            flat = Flat(F, around.n_tasks)
+            rows = around.n_tasks or 1
+            there, there_to = (
+                flat.ravel(t).view(rows, -1).double() for t in (F, around.transposed(F))
+            )
+            sizes: list[float] = (there_to.norm(dim=1) / there.norm(dim=1)).tolist()
+            return sizes
 
 
 def solve_and_report(

@@ -109,7 +109,8 @@ def test_in_proximal_and_in_imaml_it_is_the_formula():
             return self.phi
 
     model = Point()
-    learner = ig.imaml(model, lr=0.25, on_failure="raise").clone()
+    solver = ig.PositivePart(maxiter=4)  # the default, with a product for each curvature
+    learner = ig.imaml(model, lr=0.25, linear_solver=solver, on_failure="raise").clone()
     learner.adapt(lambda: loss(learner(), weights), steps=2)  # so λ is 2, without a word
     (learner() @ v).backward()
     torch.testing.assert_close(model.phi.grad, lam * v * inverse)

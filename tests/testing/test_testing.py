@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -597,28 +598,36 @@ def test_numbers_and_tensors(lam, X):
 # ---------------------------------------------------------------- the package
 
 
-BRIEF = settings(max_examples=3, database=None, phases=[hypothesis.Phase.generate])
+@pytest.fixture
+def brief() -> Iterator[None]:
+    """Few examples for property tests with settings of their own."""
+    before = settings.get_current_profile_name()
+    phases = [hypothesis.Phase.generate]
+    settings.register_profile("brief", max_examples=3, database=None, phases=phases)
+    settings.load_profile("brief")
+    yield
+    settings.load_profile(before)
 
 
-def test_the_snippet_of_the_docstring_runs():
+def test_the_snippet_of_the_docstring_runs(brief):
     text = textwrap.dedent(ig.testing.__doc__.split("call:\n")[1].split("When it fails")[0])
     names = {"solve": ig.implicit(ridge, ig.argmin(objective))}
     exec(text, names)
-    test = BRIEF(names["test_my_solver"])
+    test = names["test_my_solver"]
     test()
     names["solve"] = ig.implicit(lambda X, y, lam: ridge(X, y, 2 * lam), ig.argmin(objective))
     with pytest.raises(GradientCheckError, match="WRONG_CONDITION"):
         test()
 
 
-def test_the_snippet_of_the_readme_runs():
+def test_the_snippet_of_the_readme_runs(brief):
     blocks, names = python_blocks(README.read_text(encoding="utf-8")), {"__name__": "readme"}
     (last,) = (k for k, block in enumerate(blocks) if "check_implicit" in block)
     for block in blocks[: last + 1]:
         exec(compile(block, str(README), "exec"), names)
     snippet = blocks[last][blocks[last].index("from hypothesis") :]
-    assert len(snippet.strip().splitlines()) == 5
-    test, fit = BRIEF(names["test_my_solver"]), names["fit"]
+    assert len(snippet.strip().splitlines()) == 6
+    test, fit = names["test_my_solver"], names["fit"]
     test()
     names["solve"].solver = lambda X, y, lam: fit(X, y, 2 * lam)
     with pytest.raises(GradientCheckError, match="WRONG_CONDITION"):
