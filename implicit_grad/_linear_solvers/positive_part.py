@@ -39,7 +39,7 @@ class PositivePart(Filtering):
             means eps^(2/3) for the coarsest dtype among the tensors.
 
     >>> PositivePart(maxiter=3)
-    PositivePart(maxiter=5, rtol=None)
+    PositivePart(maxiter=3, rtol=None)
     """
 
     maxiter: int = 20
