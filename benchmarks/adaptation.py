@@ -43,11 +43,11 @@ def learners(net: nn.Module) -> dict[str, nn.Module]:
     return {
         "FOMAML": maml(first_order=True),
         "MAML": maml(),
-        "iMAML": ig.imaml(maml()),
-        "iMAML, λ = 2": ig.imaml(maml(), lam=2.0, on_failure="ignore"),
-        "iMAML, λ = 2, Gauss-Newton": ig.imaml(
+        "iMAML": ig.imaml(maml(), lam=2.0, on_failure="ignore"),
+        "iMAML, Gauss-Newton": ig.imaml(
             maml(), lam=2.0, curvature="gauss_newton", on_failure="ignore"
         ),
+        "iMAML, no lam": ig.imaml(maml()),
     }
 
 
