@@ -334,11 +334,13 @@ def test_loaders_that_augment_at_random_are_refused(draw):
         gradients(in_batches(DataLoader(Noisy(draw), batch_size=5)), curvature="finite_difference")
 
 
+def draw_from_torch():  # a function that can be sent to a worker process
+    return torch.randn((), dtype=torch.float64)
+
+
 @pytest.mark.parametrize(("workers", "keep"), [(0, 0), (0, 2), (1, 2)])
 def test_draws_from_torchs_generator_are_repeated_in_each_pass(keep, workers):
-    noisy = DataLoader(
-        Noisy(lambda: torch.randn((), dtype=torch.float64)), batch_size=5, num_workers=workers
-    )
+    noisy = DataLoader(Noisy(draw_from_torch), batch_size=5, num_workers=workers)
     torch.manual_seed(3)
     (x, y), state = map(torch.cat, zip(*noisy, strict=True)), torch.get_rng_state()
 
