@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import operator
 import types
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from implicit_grad._torch.held import PLAIN, can_hold_itself, parts_of, refill, with_parts
+from implicit_grad._torch.held import PLAIN, can_hold_itself, parts_of, refill, shallow, with_parts
 
 # What stands in the place of something, or it itself; and whether that is a parameter.
 Put = Callable[[Any, bool], Any]
@@ -145,7 +144,7 @@ class _Rebinding:
         done = self._done
         self._met.append(value)
         if done.get(id(value)) is _UNDER_WAY:
-            done[id(value)] = copy.copy(value)  # to be filled below, where it was met first
+            done[id(value)] = shallow(value)  # to be filled below, where it was met first
         if id(value) in done:
             return done[id(value)]
         if can_hold_itself(value):

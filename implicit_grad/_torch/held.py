@@ -39,12 +39,20 @@ def parts_of(value: Any) -> Collection[Any]:
 
 def can_hold_itself(value: Any) -> bool:
     """Whether what is looked into is made first, and filled then."""
-    return not isinstance(value, (tuple, functools.partial, types.FunctionType))
+    return not isinstance(value, (tuple, functools.partial))
+
+
+def shallow(value: Any) -> Any:
+    """A copy that holds the same, of what can hold itself; `copy.copy` makes none of functions."""
+    return _function_like(value) if isinstance(value, types.FunctionType) else copy.copy(value)
 
 
 def refill(empty: Any, parts: Sequence[Any]) -> None:
     """Let a shallow copy of what can hold itself hold these parts in the place of its own."""
-    if isinstance(empty, dict):
+    if isinstance(empty, types.FunctionType):
+        for cell, part in zip(_cells(empty), parts, strict=True):
+            cell.cell_contents = part
+    elif isinstance(empty, dict):
         for key, part in zip(list(empty), parts, strict=True):
             empty[key] = part
     elif _is_opened(type(empty)):
@@ -62,11 +70,9 @@ def with_parts(value: Any, parts: Sequence[Any]) -> Any:
         return functools.partial(
             parts[0], *parts[1 : n + 1], **dict(zip(value.keywords, parts[n + 1 :], strict=True))
         )
-    if isinstance(value, types.FunctionType):
-        return _with_cells(value, parts)
     if _is_tuple(value):
         return tuple(parts) if type(value) is tuple else value._make(parts)
-    other = copy.copy(value)
+    other = shallow(value)
     refill(other, parts)
     return other
 
@@ -76,15 +82,14 @@ def _cells(function: types.FunctionType) -> list[types.CellType]:
     return [cell for cell in function.__closure__ or () if cell != types.CellType()]
 
 
-def _with_cells(function: types.FunctionType, values: Sequence[Any]) -> types.FunctionType:
-    """The function with other values in those variables."""
-    found = iter(values)
+def _function_like(function: types.FunctionType) -> types.FunctionType:
+    """The function with variables of its own, of the same values."""
     closure = tuple(
-        cell if cell == types.CellType() else types.CellType(next(found))
+        cell if cell == types.CellType() else types.CellType(cell.cell_contents)
         for cell in function.__closure__ or ()
     )
     code, defaults = function.__code__, function.__defaults__
-    other = types.FunctionType(code, function.__globals__, None, defaults, closure)
+    other = types.FunctionType(code, function.__globals__, function.__name__, defaults, closure)
     other.__kwdefaults__, other.__qualname__ = function.__kwdefaults__, function.__qualname__
     other.__dict__.update(function.__dict__)
     return other

@@ -42,6 +42,15 @@ def holding_itself(scale):
     return made
 
 
+def recursive(scale):
+    """A function that refers to itself."""
+
+    def found(depth):
+        return found(depth - 1) if depth else scale
+
+    return found
+
+
 def found_around(model):
     """The scale, on the way through all that holds itself."""
     made, record = model.made["around"][1]
@@ -78,6 +87,7 @@ KEPT = {
         lambda m: m.made(),
     ),
     "itself": (lambda m, s: setattr(m, "made", holding_itself(s)), found_around),
+    "recursive": (lambda m, s: setattr(m, "made", recursive(s)), lambda m: m.made(2)),
     "part": (lambda m, s: setattr(m.part, "scale", s), lambda m: m.part.scale),
     "buffer": (lambda m, s: m.register_buffer("scale", s), lambda m: m.scale),
 }
