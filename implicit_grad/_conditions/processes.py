@@ -299,7 +299,7 @@ def _bits(tensors: Iterable[Tensor]) -> int:
     if not found:
         return 0
     sizes = [t.numel() * t.element_size() for t in found]
-    counts = [-(-size // 8) for size in sizes]
+    counts = [2 * -(-size // 16) for size in sizes]  # each begins where complex128 may
     words = torch.zeros(sum(counts), dtype=torch.int64, device=found[0].device)
     for part, size, t in zip(torch.split(words, counts), sizes, found, strict=True):
         part.view(torch.uint8)[:size].view(t.dtype).copy_(t.reshape(-1))

@@ -666,7 +666,9 @@ def test_processes_that_differ_or_fail_end_in_an_error_in_all(pair, way, expecte
     ],
     ids=["places", "many places", "a sign", "tensors", "numbers"],
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.complex128], ids=str
+)
 def test_bits_tell_places_apart(one, other, dtype):
     sides = [[t if t.dtype is torch.bool else t.to(dtype) for t in side] for side in (one, other)]
     assert _bits(sides[0]) == _bits([t.clone() for t in sides[0]]) != _bits(sides[1])
