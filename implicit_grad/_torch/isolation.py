@@ -180,18 +180,20 @@ def isolated(ambient: Ambient) -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Nothing that `torch.nn.utils.parametrize.cached` around has kept is seen inside.
+    """Nothing that `torch.nn.utils.parametrize.cached` around has kept is seen inside, or kept.
 
-    It knows modules by their ids only, which copies take over from one another.
+    It knows modules by their ids only, which copies take over from one another, and not by weights,
+    which change while a solver trains.
     """
     if not parametrize._cache_enabled:
         yield
         return
-    before, parametrize._cache = parametrize._cache, {}
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
         yield
     finally:
-        parametrize._cache = before
+        parametrize._cache_enabled, parametrize._cache = before
 
 
 _lent: dict[torch.nn.Module, tuple[dict[str, torch.Tensor | None], int]] = {}

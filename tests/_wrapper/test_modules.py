@@ -833,3 +833,17 @@ def test_cached_parametrizations_are_those_of_no_other_copy():
     by_weight = model.parametrizations.weight.original.grad
     expected = -y / model.weight  # of y·exp(−original)
     torch.testing.assert_close(by_weight, expected.detach())
+
+
+def test_minimisers_train_what_a_cache_around_would_have_kept():
+    y, lam = torch.arange(1.0, 4.0, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+
+    def objective(model, lam):
+        return (model.weight - y).square().sum() / 2 + lam * model.weight.square().sum() / 2
+
+    lam.requires_grad_()
+    with parametrize.cached():
+        model = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.argmin(objective))(Growing(), lam)
+    model.weight.sum().backward()
+    torch.testing.assert_close(model.weight.detach(), y / 1.5)
+    torch.testing.assert_close(lam.grad, -(y / 1.5**2).sum())
