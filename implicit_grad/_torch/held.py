@@ -20,7 +20,7 @@ def parts_of(value: Any) -> Collection[Any]:
     """What it holds, if it is looked into; nothing if that is numbers and strings, maybe many.
 
     Looked into are lists, tuples, deques, dicts, dataclasses, namespaces, partial functions, what
-    functions refer to of those around them, and solvers that `implicit` made.
+    functions refer to of those around them or have as defaults, and solvers that `implicit` made.
     """
     if _is_tuple(value) or isinstance(value, (list, deque)):
         pass
@@ -29,7 +29,8 @@ def parts_of(value: Any) -> Collection[Any]:
     elif isinstance(value, functools.partial):
         value = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, types.FunctionType):
-        value = [cell.cell_contents for cell in _cells(value)]
+        around = [cell.cell_contents for cell in _cells(value)]
+        value = [*around, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     elif _is_opened(type(value)):
         value = [getattr(value, name) for name in fields_of(value)]
     else:
@@ -50,8 +51,11 @@ def shallow(value: Any) -> Any:
 def refill(empty: Any, parts: Sequence[Any]) -> None:
     """Let a shallow copy of what can hold itself hold these parts in the place of its own."""
     if isinstance(empty, types.FunctionType):
-        for cell, part in zip(_cells(empty), parts, strict=True):
-            cell.cell_contents = part
+        found = iter(parts)
+        for cell in _cells(empty):
+            cell.cell_contents = next(found)
+        empty.__defaults__ = tuple(next(found) for _ in empty.__defaults__ or ())
+        empty.__kwdefaults__ = {name: next(found) for name in empty.__kwdefaults__ or ()}
     elif isinstance(empty, dict):
         for key, part in zip(list(empty), parts, strict=True):
             empty[key] = part
@@ -88,8 +92,8 @@ def _function_like(function: types.FunctionType) -> types.FunctionType:
         cell if cell == types.CellType() else types.CellType(cell.cell_contents)
         for cell in function.__closure__ or ()
     )
-    code, defaults = function.__code__, function.__defaults__
-    other = types.FunctionType(code, function.__globals__, function.__name__, defaults, closure)
+    name, defaults = function.__name__, function.__defaults__
+    other = types.FunctionType(function.__code__, function.__globals__, name, defaults, closure)
     other.__kwdefaults__, other.__qualname__ = function.__kwdefaults__, function.__qualname__
     other.__dict__.update(function.__dict__)
     return other

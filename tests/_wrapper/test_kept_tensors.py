@@ -88,6 +88,14 @@ KEPT = {
     ),
     "itself": (lambda m, s: setattr(m, "made", holding_itself(s)), found_around),
     "recursive": (lambda m, s: setattr(m, "made", recursive(s)), lambda m: m.made(2)),
+    "default argument": (
+        lambda m, s: setattr(m, "made", lambda x=s: x),
+        lambda m: m.made(),
+    ),
+    "default by name": (
+        lambda m, s: setattr(m, "made", lambda *, x=s: x),
+        lambda m: m.made(),
+    ),
     "part": (lambda m, s: setattr(m.part, "scale", s), lambda m: m.part.scale),
     "buffer": (lambda m, s: m.register_buffer("scale", s), lambda m: m.scale),
 }
