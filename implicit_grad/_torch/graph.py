@@ -81,11 +81,6 @@ def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
                 yield node
 
 
-def depends_on(value: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether the value is one of the tensors, or was computed from one with gradients."""
-    return any(value is t for t in tensors) or any(True for _ in between([value], tensors))
-
-
 def kind_of_graph(values: Sequence[Tensor]) -> frozenset[str]:
     """Which operations are behind the values."""
     return frozenset(node.name() for node in walk(values))

@@ -337,8 +337,8 @@ class Evaluation(Recorded):
                 if tensor.grad_fn is not None:
                     raise GraphError(
                         f"the solver's backward() went through the history of {name} "
-                        f"({describe(tensor)}), which a function captured: pass it to the solver "
-                        "as an argument, which arrives there detached",
+                        f"({describe(tensor)}), which a function captured or an object keeps: "
+                        "pass it to the solver as an argument, which arrives there detached",
                         anchor="captured-history",
                     ) from error
             raise

@@ -20,8 +20,7 @@ from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._theorem.implicit_function import ImplicitFunction
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import captured_tensors
-from implicit_grad._torch.clone import following, kept_objects
-from implicit_grad._torch.graph import depends_on
+from implicit_grad._torch.clone import following
 from implicit_grad._torch.held import opened
 from implicit_grad._torch.isolation import uncompiled
 from implicit_grad._torch.pytree import Tensors, Tree
@@ -155,8 +154,6 @@ class ImplicitSolver:
         inputs, tree = pytree.flatten((*opened, self.setup.condition.parameters))
         if tree.has_others:
             check_objects(tree.others, [p for m in modules for p in m.parameters()])
-        for module in modules:
-            check_kept_objects(module)
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 
@@ -305,25 +302,6 @@ def check_objects(objects: Iterable[object], in_modules: Iterable[Tensor]) -> No
                     f"{name} ({describe(tensor)}), which must not reach the solver: pass the "
                     "tensor itself, make the class a dataclass, or register it in "
                     "torch.utils._pytree or optree"
-                )
-
-
-def check_kept_objects(module: torch.nn.Module) -> None:
-    """Raise if an object that a module among the arguments keeps holds a tensor with a history.
-
-    What goes back to the module's own parameters, its last forward pass left.
-    """
-    own = list(module.parameters())
-    for place, thing in kept_objects(module):
-        if callable(thing):
-            continue  # as above
-        for name, tensor in captured_tensors(thing):
-            if tensor.grad_fn is not None and not depends_on(tensor, own):
-                raise InvalidArgumentError(
-                    f"implicit: an argument, {describe(module)}, keeps {describe(thing)} as "
-                    f"{place}, which holds a tensor with a history as {name} "
-                    f"({describe(tensor)}), which must not reach the solver: let the module keep "
-                    "the tensor itself, or in a list, dict or dataclass"
                 )
 
 
