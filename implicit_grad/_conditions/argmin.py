@@ -280,8 +280,9 @@ def _starts(call: Call, phi: Any) -> Tensors:
     """For each tensor of φ the one that its training started from, if that is known.
 
     So it is for a module. A container with all the names and shapes of φ, handed in as the first
-    argument, is hardly anything else; being a guess, it only tells the way that φ went, and is cut
-    from any graph. (A single tensor in the shape of φ may be anything.)
+    argument, is hardly anything else if no gradient is asked for (else decays for each parameter,
+    it may be); being a guess, it only tells the way that φ went, and is no argument's own tensor.
+    (A single tensor in the shape of φ may be anything.)
     """
     first = call.args[0] if call.args and call.start is None else call.start
     if first is None or pytree.structure(first) != pytree.structure(phi):
@@ -289,5 +290,6 @@ def _starts(call: Call, phi: Any) -> Tensors:
     starts, there = pytree.flatten(first)[0], pytree.flatten(phi)[0]
     if call.start is not None:
         return starts
-    alike = all(s.shape == p.shape for s, p in zip(starts, there, strict=True))
+    pairs = zip(starts, there, strict=True)
+    alike = all(s.shape == p.shape and not s.requires_grad for s, p in pairs)
     return tuple(s.detach() for s in starts) if alike and len(starts) > 1 else ()

@@ -255,8 +255,9 @@ class CG(Iterative):
     first-order MAML. With `argmin` there is no such unit: `EarlyStopped` takes over, for at most 20
     products (or `maxiter`, if that is less). It is told how φ was trained if one of
     `implicit_grad.solvers` did that. Else it takes a time of ‖φ − φ₀‖/‖F‖ where the first argument
-    is a module that was trained, or weights with all the names and shapes of φ, and so φ₀; else of
-    ‖φ‖/‖F‖, but at least 1 over the greatest curvature met; at most 200 over it. Always vᵀx > 0.
+    is a module that was trained, or weights without grad in a container with all the names and
+    shapes of φ, and so φ₀; else of ‖φ‖/‖F‖, but at least 1 over the greatest curvature met; at most
+    200 over it. Always vᵀx > 0.
 
     >>> CG(maxiter=5).on_negative_curvature
     'stop'

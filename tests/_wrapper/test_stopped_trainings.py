@@ -439,6 +439,19 @@ def test_by_default_a_few_steps_of_weights_in_a_dict_are_as_short_as_they_were()
     assert (found[0] + lr).abs().max() > lr
 
 
+def test_decays_like_the_weights_are_not_taken_for_their_start():
+    start = {"x": 5 * torch.ones(1, dtype=F64), "y": 5 * torch.ones(1, dtype=F64)}
+    decays = {name: torch.zeros(1, dtype=F64, requires_grad=True) for name in start}
+
+    def value(phi, decays):
+        decayed = sum((decays[name] * phi[name].square()).sum() for name in phi)
+        return bent(torch.cat(list(phi.values())), torch.tensor([0.3, 0.4], dtype=F64)) + decayed
+
+    solve = ig.implicit(lambda decays: {k: 0.99 * t for k, t in start.items()}, ig.argmin(value))
+    with pytest.warns(ig.ImplicitGradWarning, match="far too long after a few steps"):
+        sum(solve(decays).values()).sum().backward()
+
+
 def test_a_module_that_stays_where_it_was_has_a_gradient_all_the_same():
     solve = ig.implicit(
         lambda net, a: net, ig.argmin(lambda net, a: bent(net.phi, a)), on_failure="ignore"
