@@ -147,7 +147,7 @@ def draw(pictures: Tensor, curves: list[list[float]], scores: dict[str, list[flo
     for digit, panel in enumerate(left.subplots(2, 5).flat):
         picture = pictures[digit]
         panel.set_title(str(digit), fontsize=9)
-        panel.imshow(picture.view(8, 8), cmap="RdBu_r", vmin=-extreme, vmax=extreme)
+        panel.imshow(picture.view(8, 8).numpy(), cmap="RdBu_r", vmin=-extreme, vmax=extreme)
         panel.axis("off")
     panel = right.subplots()
     band(panel, range(len(curves[0])), curves, BLUE, LEARNED)

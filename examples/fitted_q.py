@@ -136,7 +136,7 @@ def draw(theta: Tensor, places: Tensor, gains: dict[str, list[list[float]]], sho
     figure, (left, middle, right) = panels(3, width=3.6)
     grid = torch.cartesian_prod(*2 * [torch.linspace(0, 1, 60).double()])
     for panel, values in ((left, reward(grid)), (middle, features(grid) @ theta)):
-        image = values.reshape(60, 60).T
+        image = values.reshape(60, 60).T.numpy()
         panel.imshow(image, origin="lower", extent=(0, 1, 0, 1), cmap="RdBu", norm=CenteredNorm())
         panel.grid(visible=False)
     left.plot(*places.unbind(-1), color="black", linewidth=1)

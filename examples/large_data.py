@@ -105,7 +105,7 @@ def picture(accuracies: list[float], weights: Tensor) -> Any:
     figure, (left, right) = panels(2)
     left.plot(range(len(accuracies)), accuracies, color=BLUE)
     left.set(xlabel="outer step", ylabel="validation accuracy, %")
-    right.bar(range(SOURCES), weights, color=[RED] * WRONG + [BLUE] * (SOURCES - WRONG))
+    right.bar(range(SOURCES), weights.tolist(), color=[RED] * WRONG + [BLUE] * (SOURCES - WRONG))
     right.axhline(0.5, color=GREY, linestyle=":")
     right.set(xlabel="source (red: wrong labels)", ylabel="learned weight")
     return figure

@@ -165,7 +165,7 @@ def draw(scores: dict[str, list[float]], learned: dict[str, Tensor]) -> Any:
     left.set(yticks=range(len(scores)), yticklabels=list(scores), xlabel="excess test error")
     left.invert_yaxis()
     for panel, name in ((middle, "element + low rank"), (right, "Bayes")):
-        image = panel.imshow(learned[name].abs().clamp_min(1e-2), norm=LogNorm(1e-2, 1e1))
+        image = panel.imshow(learned[name].abs().clamp_min(1e-2).numpy(), norm=LogNorm(1e-2, 1e1))
         panel.set(title=f"|Λ|, {name}", xticks=[], yticks=[])
         panel.grid(False)
     figure.colorbar(image, ax=right, shrink=0.8)

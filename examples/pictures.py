@@ -73,7 +73,8 @@ def tiles(panel: Axes, rows: dict[str, torch.Tensor], **how: Any) -> None:
         rows = {name: x / x.amax((1, 2), keepdim=True) for name, x in rows.items()}
     high = next(iter(rows.values())).shape[1]
     framed = [torch.nn.functional.pad(x, (1, 1, 1, 1), value=torch.nan) for x in rows.values()]
-    panel.imshow(torch.cat([torch.cat(list(x), 1) for x in framed]), cmap="gray", **how)
+    whole = torch.cat([torch.cat(list(x), 1) for x in framed])
+    panel.imshow(whole.numpy(), cmap="gray", **how)
     panel.set_yticks([(high + 2) * k + high / 2 + 0.5 for k in range(len(rows))], list(rows))
     panel.set_xticks([])
     panel.grid(visible=False)

@@ -155,7 +155,7 @@ def draw(measured: Measured, found: Tensor, curves: dict[str, Any]) -> Any:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     truth, guess, right = figure.subplots(1, 3)
     for panel, field, title in ((truth, measured.truth, "hidden"), (guess, found, "found")):
-        image = panel.imshow(field, cmap="viridis", vmin=-2.5, vmax=0.5)
+        image = panel.imshow(field.numpy(), cmap="viridis", vmin=-2.5, vmax=0.5)
         panel.set_title(title, fontsize=9)
         panel.axis("off")
     rows, columns = torch.broadcast_tensors(*measured.where)
