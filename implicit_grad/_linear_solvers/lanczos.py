@@ -112,9 +112,9 @@ def of_one(operator: Operator) -> Operator:
 def _orthogonal(product: Tensor, basis: Tensor) -> Tensor:
     """The product without its parts along the basis; twice is enough (Giraud et al., 2005)."""
     if len(product) == 1:
-        rows, rest = basis[:, 0], product[0]
+        rows, rest = basis[:, 0], product[0].clone()  # in place: new memory costs as much as sums
         for _ in range(2):
-            rest = rest - (rows @ rest) @ rows
+            rest.addmv_(rows.mT, rows @ rest, alpha=-1)
         return rest[None]
     for _ in range(2):
         parts = (basis * product).sum(-1, keepdim=True)
