@@ -201,7 +201,7 @@ class Reporting:
         ):
             return  # nobody would read a report: measure nothing
         along = _AlongResidual(around)
-        judged_all = self._judged(solved, around, along)
+        judged_all = self._judged(solved, along)
         if self.monitor is None and all(judgement.status.ok for judgement in judged_all):
             return  # and whatever else a report tells need not be found out
         reports = [
@@ -225,10 +225,9 @@ class Reporting:
             # no figures here: Python shows a warning once only if its text does not change
             warn(sentence, anchor, place)
 
-    def _judged(
-        self, solved: Solved, around: Linearization, along: _AlongResidual
-    ) -> list[_Judgement]:
+    def _judged(self, solved: Solved, along: _AlongResidual) -> list[_Judgement]:
         """What each task's solve, or the only one, came to."""
+        around = along.around
         flat, count = Flat(around.phi, around.n_tasks), len(solved.solutions)
         with torch.no_grad():
             F, phi, u = (
@@ -240,41 +239,27 @@ class Reporting:
                 rows = torch.stack(
                     [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
                 ).tolist()
-        return [
-            self._judgement(solution, solved.solver, around, along, task, *row)
-            for task, (solution, row) in enumerate(zip(solved.solutions, rows, strict=True))
-        ]
-
-    def _judgement(
-        self,
-        solution: LinearSolution,
-        solver: LinearSolver,
-        around: Linearization,
-        along: _AlongResidual,
-        task: int,
-        inner: float,
-        size: float,
-        outer_error: float,
-    ) -> _Judgement:
-        """How the solve ended, and whether φ solves what it was meant to."""
-        status, unsolved = judged(solution, around), False
-        if status.ok or status in _MAY_COME_OF_PHI:
-            unsolved = self._is_unsolved(solution, solver, around, along, task, inner, size)
-            if unsolved and status.ok:
-                status = Status.INNER_NOT_STATIONARY
-        return _Judgement(status, inner, outer_error, unsolved)
+        found = []
+        for task, (solution, row) in enumerate(zip(solved.solutions, rows, strict=True)):
+            status, unsolved, (inner, size, outer_error) = judged(solution, around), False, row
+            if status.ok or status in _MAY_COME_OF_PHI:
+                unsolved = self._is_unsolved(solution, solved.solver, along, task, inner, size)
+                if unsolved and status.ok:
+                    status = Status.INNER_NOT_STATIONARY
+            found.append(_Judgement(status, inner, outer_error, unsolved))
+        return found
 
     def _is_unsolved(
         self,
         solution: LinearSolution,
         solver: LinearSolver,
-        around: Linearization,
         along: _AlongResidual,
         task: int,
         inner: float,
         size: float,
     ) -> bool:
         """Whether φ is farther from a solution than was meant."""
+        around = along.around
         least, greatest = solution.extremes or (None, None)
         size_of_A = solution.norm
         if size_of_A is None and least is not None and greatest is not None:
@@ -362,12 +347,12 @@ class _AlongResidual:
     """‖AᵀF‖/‖F‖ ≤ ‖A‖ of each task, by one product for all of them, where anyone asks."""
 
     def __init__(self, around: Linearization) -> None:
-        self._around, self.products = around, 0
+        self.around, self.products = around, 0
 
     @functools.cached_property
     def sizes(self) -> list[float]:
         self.products += 1
-        around = self._around
+        around = self.around
         with torch.no_grad():
             F = tuple(t.detach() for t in around.residual)
             flat = Flat(F, around.n_tasks)
