@@ -601,9 +601,7 @@ class Evaluation(Recorded):
 
     def kept(self, inputs: Tensors) -> set[int]:
         """Places of inputs that modules among the arguments keep besides their parameters."""
-        call = self._call(inputs)
-        modules = pytree.modules((call.args, call.kwargs))
-        found = {id(t) for module in modules for t in kept(module).values()}
+        found = {id(t) for module in self._modules_among(inputs) for t in kept(module).values()}
         return {i for i, t in enumerate(inputs) if id(t) in found}
 
     def _check_captured(self, inputs: Tensors) -> None:
@@ -650,9 +648,11 @@ class Evaluation(Recorded):
 
     def _of_modules(self, inputs: Tensors) -> set[int]:
         """The identities of parameters of modules among the arguments."""
+        return {id(p) for module in self._modules_among(inputs) for p in module.parameters()}
+
+    def _modules_among(self, inputs: Tensors) -> list[nn.Module]:
         call = self._call(inputs)
-        modules = pytree.modules((call.args, call.kwargs))
-        return {id(p) for module in modules for p in module.parameters()}
+        return pytree.modules((call.args, call.kwargs))
 
     def _check_dependence(self, leaves: Tensors, phi: Tensors) -> None:
         if not self.condition.must_depend_on_phi or not any(p.numel() for p in phi):
