@@ -195,6 +195,7 @@ class LinearSolution:
         filter_error: where x is another function of M times rhs than M⁻¹rhs (`EarlyStopped`,
             `PositivePart`), an estimate of its relative error as that; None for solutions.
         rounding: `Operator.rounding`, where the residual was recomputed.
+        is_flat: whether the negative curvature that was met cannot be told from 0.
     """
 
     x: Tensor
@@ -210,6 +211,7 @@ class LinearSolution:
     norm: float | None = None
     rounding: float | None = None
     filter_error: float | None = None
+    is_flat: bool = False
 
     def of_negated(self) -> LinearSolution:
         """The solution of M x = rhs, found as that of (−M) x = −rhs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, get_args
@@ -25,6 +26,7 @@ from implicit_grad._linear_solvers.base import (
 from implicit_grad._linear_solvers.cg_batched import first_order, solve_tasks
 from implicit_grad._linear_solvers.early_stopped import UNKNOWN_TIME, instead_of_minimum
 from implicit_grad._linear_solvers.error_bounds import ErrorWatch
+from implicit_grad._linear_solvers.flat import MAY_BE_FLAT, is_flat, is_solved, unknown_curvature
 from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, SLACK, Budget, Iterative, Run
 from implicit_grad._linear_solvers.lanczos import of_one
 from implicit_grad._linear_solvers.minres import MINRES
@@ -59,6 +61,8 @@ class ConjugateGradients(Run):
         self.precondition = precondition
         self.coefficients: list[tuple[float, float, float]] = []
         self.warm = False
+        self.quotients: list[float] = []  # of each iteration
+        self.residuals: list[float] = []  # after each
         self._claim: _Claim | None = None
         # With a fixed budget a look at the residual may come one product late: nothing is expected
         # to end the run. Elsewhere that would cost a product, which takes longer than a look.
@@ -101,6 +105,7 @@ class ConjugateGradients(Run):
             if not math.isfinite(pMp):
                 return self.fail(Status.NONFINITE_OPERATOR)
             self.meet(pMp / pp)
+            self.quotients.append(pMp / pp)
             if pMp <= 0:
                 return self._stop_at_negative_curvature()
             alpha = self._rz / pMp
@@ -127,6 +132,7 @@ class ConjugateGradients(Run):
         """Take note of an iteration and the residual it left; whether the run ends with it."""
         gain, before, self._rz = alpha * self._rz, self._rz, rz
         self.coefficients.append((alpha, rz / before, rz))
+        self.residuals.append(math.sqrt(rr))
         if math.sqrt(rr) <= self.budget.target:
             self.status = Status.CONVERGED
             return True
@@ -259,6 +265,10 @@ class CG(Iterative):
     shapes of φ, and so φ₀; else of ‖φ‖/‖F‖, but at least 1 over the greatest curvature met; at most
     200 over it. Always vᵀx > 0.
 
+    Curvature of either sign that is no more than φ's own slope explains, ‖F‖/‖φ‖, is left alone
+    where all else is solved: φ is then unique but for a change that the outer loss does not see, as
+    in factors U Vᵀ or weights before a normalisation.
+
     >>> CG(maxiter=5).on_negative_curvature
     'stop'
     """
@@ -331,12 +341,32 @@ class CG(Iterative):
             warm, run = run, ConjugateGradients(operator, rhs, budget, precondition)
             run.iterate()
             run.follow(warm)
-        solution = self._finish(run, operator, budget, verify)
+        solution = self._finish(run, verify)
+        again = self._before_flat(run)
+        if again is not None:
+            run, solution = again, self._finish(again, verify)
         if run.status in _NOT_POSITIVE:
             solution = self._substitute(solution, operator, rhs, unit, verify)
         if slot is not None and solution.status.ok:
             slot.put(solution.x * unit)
         return solution
+
+    def _before_flat(self, run: ConjugateGradients) -> ConjugateGradients | None:
+        """A run to where only flatness was left, if it solves what this one did not."""
+        if run.status not in MAY_BE_FLAT or run.extremes is None or self.is_asked or run.warm:
+            return None
+        (unknown,) = unknown_curvature(run.operator, 1)
+        if not is_flat(*run.extremes, unknown):
+            return None
+        curved = itertools.takewhile(lambda quotient: quotient > unknown, run.quotients)
+        left = [size for _, size in zip(curved, run.residuals, strict=False)]
+        if not left:
+            return None
+        near = dataclasses.replace(run.budget, target=SLACK * min(left))
+        again = ConjugateGradients(run.operator, run.rhs, near, run.precondition)
+        again.iterate()
+        again.follow(run)
+        return again if is_solved(norm(again.residual), norm(again.x), unknown) else None
 
     def _stopped(self, solution: LinearSolution, operator: Operator, rhs: Tensor) -> LinearSolution:
         """The last iterate, or, for want of a unit, what a training that was stopped makes of v."""
@@ -390,11 +420,9 @@ class CG(Iterative):
             return lambda r: -precondition(r)  # of a negative definite matrix's inverse
         return precondition
 
-    def _finish(
-        self, run: ConjugateGradients, operator: Operator, budget: Budget, verify: bool
-    ) -> LinearSolution:
+    def _finish(self, run: ConjugateGradients, verify: bool) -> LinearSolution:
         """The run's solution; the residual is recomputed where something was promised about it."""
-        promised = not budget.fixed or operator.rtol_error is not None
+        promised = not run.budget.fixed or run.operator.rtol_error is not None
         return run.solution(run.refine() if verify or promised else None)
 
     def _substitute(

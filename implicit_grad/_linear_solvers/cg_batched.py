@@ -23,6 +23,7 @@ from implicit_grad._linear_solvers.base import (
     waited_for,
 )
 from implicit_grad._linear_solvers.early_stopped import instead_of_minimum
+from implicit_grad._linear_solvers.flat import MAY_BE_FLAT, is_flat, is_solved, unknown_curvature
 from implicit_grad._linear_solvers.iterative import LOST, PATIENCE, RESTART_GAIN, SLACK, Iterative
 
 # Where a number can be read from the device only by waiting for it, iterations taken between two
@@ -36,7 +37,10 @@ def solve_tasks(
     """Solve operator · x = rhs, where both have a row for each task."""
     run = _Run(rules, operator, rhs)
     run.iterate(run.status == run.budget.exhausted)
-    residual = run.refine() if verify or not run.budget.fixed else None
+    promised = verify or not run.budget.fixed
+    residual = run.refine() if promised else None
+    if run.before_flat() and promised:
+        residual = run.refine()
     return run.solutions(residual)
 
 
@@ -57,12 +61,13 @@ def first_order(operator: Operator, rhs: Tensor) -> tuple[Tensor, list[LinearSol
 
 @dataclasses.dataclass(frozen=True)
 class _Iteration:
-    """CG's coefficients of one iteration, and the tasks that took it."""
+    """CG's coefficients of one iteration, the tasks that took it, and pᵀMp/pᵀp."""
 
     alpha: Tensor
     beta: Tensor
     rz: Tensor
     taken: Tensor
+    quotient: Tensor
 
     def told(self) -> Tensor:
         return torch.stack([self.alpha, self.beta, self.rz, self.taken.double()])
@@ -72,7 +77,7 @@ class _Run:
     """The iterates of all tasks, as rows, and what the recurrences carry."""
 
     def __init__(self, rules: Iterative, operator: Operator, rhs: Tensor) -> None:
-        self.operator = operator
+        self.rules, self.operator = rules, operator
         # along rows, aminmax and norms are many times slower
         largest = rhs.amax(1).maximum(-rhs.amin(1)) if rhs.shape[1] else rhs.new_zeros(len(rhs))
         finite = torch.isfinite(largest)
@@ -122,7 +127,8 @@ class _Run:
             pMp, pp = dots(p, product), dots(p, p)
             finite = torch.isfinite(pMp)
             going = going & self._end(going & ~finite, Status.NONFINITE_OPERATOR)
-            self._meet(pMp / pp, going)
+            quotient = pMp / pp
+            self._meet(quotient, going)
             going = going & self._end(going & (pMp <= 0), Status.NEGATIVE_CURVATURE)
             alpha = rz / pMp
             lost = alpha * pp.sqrt() * self.greatest * eps > LOST * self.size
@@ -134,7 +140,7 @@ class _Run:
             rr, before = dots(r, r), rz
             rz, z = self._preconditioned(r, rr)
             beta = torch.where(going, rz / before, 0.0)
-            self.steps.append(_Iteration(alpha * scale, beta, rz / scale, going))
+            self.steps.append(_Iteration(alpha * scale, beta, rz / scale, going, quotient))
             going = going & self._end(going & (rr.sqrt() <= self.target), Status.CONVERGED)
             gain = alpha * before
             energy, gains = energy + gain, torch.cat([gains[1:], gain[None]])
@@ -166,6 +172,42 @@ class _Run:
         """Remember the quotients pᵀMp/pᵀp of the tasks that go on."""
         self.least = torch.where(going, self.least.minimum(quotients), self.least)
         self.greatest = torch.where(going, self.greatest.maximum(quotients), self.greatest)
+
+    def before_flat(self) -> bool:
+        """Run tasks again, to where only flatness was left, if that solves what they did not."""
+        failed = torch.isin(self.status, self.status.new_tensor(MAY_BE_FLAT))
+        if self.rules.is_asked or not self.steps or not bool(failed.any()):
+            return False
+        unknown = torch.tensor(unknown_curvature(self.operator, len(self.rhs))).to(self.least)
+        quotients = torch.stack([s.quotient for s in self.steps])  # NaN of tasks that have ended
+        least, greatest = quotients.nan_to_num(math.inf).amin(0), quotients.nan_to_num(-1.0).amax(0)
+        told = torch.stack([least, greatest, unknown], 1).tolist()
+        which = failed & torch.tensor([is_flat(*row) for row in told], device=failed.device)
+        if not bool(which.any()):
+            return False
+        flat = (quotients <= unknown).long().cummax(0).values.bool()
+        taken = torch.stack([s.taken for s in self.steps])
+        squares = torch.stack([s.rz for s in self.steps]).masked_fill(flat | ~taken, math.inf)
+        before = self.x, self.residual, self.status, self.target
+        iterations, rows = self.iterations, which[:, None]
+        self.x, self.residual = self.x.masked_fill(rows, 0.0), self.rhs.where(rows, self.residual)
+        self.target = torch.where(which, SLACK * squares.amin(0).sqrt(), self.target)
+        self.iterations = iterations.masked_fill(which, 0)
+        self.restarted = self.restarted | which
+        self.iterate(which)
+        self.iterations = torch.where(which, iterations + self.iterations, self.iterations)
+        left, length = dots(self.residual, self.residual).sqrt(), dots(self.x, self.x).sqrt()
+        which = which & is_solved(left, length, unknown)
+        after = self.x, self.residual, self.status, self.target
+        self.x, self.residual, self.status, self.target = (
+            torch.where(which[:, None] if new.dim() == 2 else which, new, old)
+            for old, new in zip(before, after, strict=True)
+        )
+        for task in which.nonzero().flatten().tolist():
+            self.stopped.pop(task, None)
+        self.least = torch.where(which, least, self.least)  # and not what a substitute met
+        self.greatest = torch.where(which, greatest, self.greatest)
+        return bool(which.any())
 
     def _limit(self, started: Tensor) -> None:
         """After negative curvature, keep x no longer than the first-order solution."""

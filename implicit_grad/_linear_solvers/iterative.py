@@ -66,8 +66,12 @@ class Iterative(LinearSolver):
     @property
     def is_truncation(self) -> bool:
         """Whether it is for a fixed number of iterations, and no tolerance was asked for."""
-        asked = self.rtol is not None or self.atol != 0.0
-        return self.truncates and self.maxiter is not None and not asked
+        return self.truncates and self.maxiter is not None and not self.is_asked
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the tolerance is the user's own."""
+        return self.rtol is not None or self.atol != 0.0
 
     def target(self, operator: Operator, rhs: Tensor) -> float:
         """The relative residual at which an iteration ends."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from implicit_grad._errors import GraphError, Status
 from implicit_grad._linear_solvers.base import LinearSolution, LinearSolver, Operator
+from implicit_grad._linear_solvers.flat import told_flat
 from implicit_grad._theorem.linearization import Linearization, SwitchedToDifferences
 from implicit_grad._torch.pytree import Flat, Tensors
 
@@ -58,7 +59,8 @@ def judged(solution: LinearSolution, around: Linearization) -> Status:
     if not solution.status.ok:
         return solution.status
     filtered = solution.filter_error is not None  # then φ need not be a minimum
-    if around.is_hessian and not (solution.substitute or filtered) and least < 0:
+    met = least < 0 and not (solution.is_flat or solution.substitute or filtered)
+    if around.is_hessian and met:
         return Status.NEGATIVE_CURVATURE  # whatever the system's solution is, φ is no minimum
     return around.degenerate or solution.status
 
@@ -126,6 +128,8 @@ def _solve(
         except SwitchedToDifferences:
             continue
         x, solutions = (found.x, [found]) if isinstance(found, LinearSolution) else found
+        if around.is_hessian:
+            solutions = told_flat(solutions, operator, vector)
         if around.said_symmetric and solver.symmetric_only:
             solutions = _held_to_symmetry(solutions, operator, vector)
         products, convex = system.products, system.convex

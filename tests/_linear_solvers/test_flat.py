@@ -1,0 +1,221 @@
+"""Minima that are unique but for a change that nobody sees: the derivative is that of the rest.
+
+φ solves each problem as far as a good optimiser gets, ‖F‖ about 1e-7, and not to rounding. The
+curvature along what nobody sees is then of that order, and of any sign. What is right follows from
+the dense pseudo-inverse at a solution that Newton's method has polished.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import implicit_grad as ig
+from implicit_grad._errors import Status
+from implicit_grad._linear_solvers.base import Operator, Times
+from implicit_grad._linear_solvers.cg import CG
+from implicit_grad._linear_solvers.flat import told_flat
+
+F64 = torch.float64
+AWAY = 1e-8
+Objective = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor], Tensor]
+Made = tuple[Objective, Loss, Loss, Loss]  # with a start, and outer losses
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def factors(seed: int) -> Made:
+    """U Vᵀ near a matrix: any invertible Q may stand between U and V."""
+    target = normal(8, 3, seed=seed) @ normal(3, 7, seed=seed + 1) + normal(8, 7, seed=seed + 2) / 4
+    seen = normal(8, 7, seed=seed + 3)
+
+    def product(phi: Tensor) -> Tensor:
+        return phi[:24].view(8, 3) @ phi[24:].view(3, 7)
+
+    def objective(phi: Tensor, a: Tensor) -> Tensor:
+        return (a.exp() * (product(phi) - target).square()).sum()
+
+    left, values, right = torch.linalg.svd(target)
+    start = torch.cat([
+        (left[:, :3] * values[:3].sqrt()).flatten(),
+        (values[:3].sqrt()[:, None] * right[:3]).flatten(),
+    ])  # fmt: skip
+    return (
+        objective,
+        lambda a: start,
+        lambda phi: (seen * product(phi)).sum(),
+        lambda phi: phi[0] - phi[30],
+    )
+
+
+def directions(seed: int) -> Made:
+    """The least eigenvector, as the minimum of Rayleigh's quotient, which no length changes."""
+    values = torch.arange(1, 7, dtype=F64)
+    basis = torch.linalg.qr(normal(6, 6, seed=seed)).Q
+
+    def matrix(a: Tensor) -> Tensor:
+        return basis @ torch.diag(values) @ basis.T + (a[:6, :6] + a[:6, :6].T) / 10
+
+    def objective(phi: Tensor, a: Tensor) -> Tensor:
+        return phi @ matrix(a) @ phi / phi.square().sum()
+
+    return (
+        objective,
+        lambda a: 2 * torch.linalg.eigh(matrix(a))[1][:, 0],
+        lambda phi: phi[1] / phi.norm(),
+        lambda phi: phi.norm(),
+    )
+
+
+PROBLEMS = [factors, directions]
+
+
+def polished(objective: Objective, phi: Tensor, a: Tensor) -> Tensor:
+    """A minimum near φ, to rounding, by Newton's method on what is not flat; damped at first."""
+    for damping in (3.0, 1.0, 0.3, *(12 * [0.0])):
+        hessian = torch.func.hessian(objective)(phi, a)
+        hessian = hessian + damping * torch.eye(len(phi), dtype=F64)
+        inverse = torch.linalg.pinv(hessian, rtol=1e-6, hermitian=True)
+        phi = phi - inverse @ torch.func.grad(objective)(phi, a)
+    assert torch.func.grad(objective)(phi, a).norm() < 1e-12
+    values = torch.linalg.eigvalsh(torch.func.hessian(objective)(phi, a))
+    assert values[0] > -1e-9 and values[values > 1e-6][0] > 1e-2
+    return phi
+
+
+def right(objective: Objective, loss: Loss, phi: Tensor, a: Tensor) -> Tensor:
+    """−(∂F/∂a)ᵀ H⁺ ∂loss/∂φ."""
+    hessian = torch.func.hessian(objective)(phi, a)
+    inverse = torch.linalg.pinv(hessian, rtol=1e-6, hermitian=True)
+    mixed = torch.func.jacrev(torch.func.grad(objective), argnums=1)(phi, a)
+    return -torch.einsum("i,i...->...", inverse @ torch.func.grad(loss)(phi), mixed)
+
+
+def nearly(phi: Tensor, seed: int) -> Tensor:
+    """φ as an optimiser leaves it."""
+    return phi + AWAY * normal(*phi.shape, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("make", PROBLEMS)
+@pytest.mark.parametrize(
+    "solver",
+    [ig.CG(), ig.CG(maxiter=300), ig.CG(preconditioner=lambda r: 0.5 * r)],
+    ids=["CG", "CG, 300 products", "preconditioned"],
+)
+def test_what_nobody_sees_does_not_count(solver, make, seed):
+    check_unseen(solver, make, seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_minres_tells_of_no_saddle(seed):
+    check_unseen(ig.MINRES(), factors, seed)
+
+
+def check_unseen(solver: CG | ig.MINRES, make: Callable[[int], Made], seed: int) -> None:
+    """The gradient is right, and nothing is warned of."""
+    objective, start, unseeing, _ = make(10 * seed)
+    a = 0.3 * normal(8, 7, seed=seed + 1000)
+    phi = polished(objective, start(a), a)
+    monitor = ig.Monitor()
+    solve = ig.implicit(
+        lambda a: nearly(phi, seed), ig.argmin(objective), linear_solver=solver, monitor=monitor
+    )
+    a.requires_grad_()
+    (gradient,) = torch.autograd.grad(unseeing(solve(a)), a)
+    exact = right(objective, unseeing, phi, a.detach())
+    assert (gradient - exact).norm() <= 1e-5 * exact.norm()
+    assert monitor.last is not None and monitor.last.status.ok
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("make", PROBLEMS)
+@pytest.mark.parametrize("solver", [ig.CG(), ig.MINRES()], ids=["CG", "MINRES"])
+def test_what_the_outer_loss_sees_is_told(solver, make, seed):
+    objective, start, _, seeing = make(10 * seed)
+    a = 0.3 * normal(8, 7, seed=seed + 1000)
+    phi = polished(objective, start(a), a)
+    monitor = ig.Monitor()
+    solve = ig.implicit(
+        lambda a: nearly(phi, seed),
+        ig.argmin(objective),
+        linear_solver=solver,
+        monitor=monitor,
+        on_failure="ignore",
+    )
+    torch.autograd.grad(seeing(solve(a.requires_grad_())), a)
+    assert monitor.last is not None and not monitor.last.status.ok
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_tasks_end_as_they_would_alone(make):
+    objective, start, unseeing, seeing = make(0)
+    each = [0.3 * normal(8, 7, seed=seed + 1000) for seed in range(4)]
+    minima = torch.stack([nearly(polished(objective, start(a), a), seed=3) for a in each])
+    losses = [unseeing, unseeing, seeing, unseeing]
+
+    def gradients(solve, phi, a):
+        total = sum((loss(p) for loss, p in zip(losses, solve(a), strict=True)), torch.zeros(()))
+        return torch.autograd.grad(total, a)[0]
+
+    monitors = ig.Monitor(), ig.Monitor()
+    a = torch.stack(each).requires_grad_()
+    together = ig.implicit(
+        lambda a: minima,
+        ig.argmin(torch.vmap(objective), tasks=True),
+        monitor=monitors[0],
+        on_failure="ignore",
+    )
+    alone = ig.implicit(
+        lambda a, phi: phi,
+        ig.argmin(lambda phi, a, _: objective(phi, a)),
+        monitor=monitors[1],
+        on_failure="ignore",
+    )
+    batch = gradients(together, minima, a)
+    loop = gradients(lambda a: [alone(b, p) for b, p in zip(a, minima, strict=True)], minima, a)
+    statuses = [[r.status for r in monitor.reports] for monitor in monitors]
+    assert [s.ok for s in statuses[0]] == [True, True, False, True]
+    assert sorted(statuses[0]) == sorted(statuses[1])  # the loop's backward passes come last first
+    for mine, other in zip(batch[[0, 1, 3]], loop[[0, 1, 3]], strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+def saddle(least: float, slope: float) -> Operator:
+    """A matrix with one small negative curvature, at a φ with ‖φ‖ = 1 and ‖F‖ = slope."""
+    matrix = torch.diag(torch.cat([torch.linspace(1, 2, 9, dtype=F64), torch.tensor([least])]))
+    spans = [Times(1 / slope if slope else math.inf)]
+    product = matrix.to(F64).matmul
+    return Operator(product, product, spans=lambda _: spans, is_hessian=True)
+
+
+@pytest.mark.parametrize(
+    ("least", "slope", "flat"),
+    [
+        (-1e-8, 1e-7, True),
+        (-1e-6, 1e-7, False),  # a curvature that F does not explain
+        (-1e-8, 0.0, False),  # a saddle itself
+        (-1e-4, 1e-3, False),  # nor does a phi that solves nothing explain it
+    ],
+)
+def test_a_saddle_is_one_still(least, slope, flat):
+    operator = saddle(least, slope)
+    rhs = torch.ones(10, dtype=F64)
+    rhs[-1] = 1e-9
+    found = CG().solve(operator, rhs)
+    assert (found.status is Status.CONVERGED) == flat
+    told = told_flat([ig.MINRES().solve(operator, rhs)], operator, rhs)[0]
+    assert told.extremes is not None and told.extremes[0] < 0
+    assert told.is_flat == flat
+
+
+def test_a_tolerance_that_was_asked_for_is_kept():
+    operator = saddle(-1e-8, 1e-7)
+    rhs = torch.ones(10, dtype=F64)
+    rhs[-1] = 1e-9
+    assert CG(rtol=1e-12).solve(operator, rhs).status is Status.NEGATIVE_CURVATURE
