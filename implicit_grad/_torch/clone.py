@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import types
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -56,7 +55,7 @@ def copied(module: nn.Module, put: Put, put_kept: Put | None = None) -> nn.Modul
     """
     modules: dict[int, nn.Module] = {}
     made = _copy_of(module, modules, put)
-    rebinding = _Rebinding(modules, put_kept or put)
+    rebinding = Rebinding(modules, put_kept or put)
     for part in modules.values():
         rebinding.of(part)
     return made
@@ -64,7 +63,7 @@ def copied(module: nn.Module, put: Put, put_kept: Put | None = None) -> nn.Modul
 
 def replace_kept(module: nn.Module, put: Put) -> None:
     """put(x, False) in the place of each tensor x that a module keeps besides its parameters."""
-    rebinding = _Rebinding({}, put)
+    rebinding = Rebinding({}, put)
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None:
@@ -106,16 +105,7 @@ def _ends(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
         yield from _ends(part, seen)
 
 
-def following(value: Any, memo: dict[int, Any]) -> Any:
-    """The value with copies in the place of what it refers to, as `copy.deepcopy`'s memo has them.
-
-    `copy.deepcopy` itself leaves functions as they are, and what they refer to.
-    """
-    modules = {i: copied for i, copied in memo.items() if isinstance(copied, nn.Module)}
-    return _Rebinding(modules, lambda tensor, _: memo.get(id(tensor), tensor)).rebound(value)
-
-
-class _Rebinding:
+class Rebinding:
     """Puts others in the place of tensors and modules that modules hold besides their parts."""
 
     def __init__(self, modules: dict[int, nn.Module], put: Put) -> None:
@@ -135,8 +125,6 @@ class _Rebinding:
             return self._put(value, False)
         if isinstance(value, nn.Module):
             return self._modules.get(id(value), value)
-        if isinstance(value, types.MethodType) and id(value.__self__) in self._modules:
-            return types.MethodType(value.__func__, self._modules[id(value.__self__)])
         parts = parts_of(value)
         return self._with_others(value, parts) if parts else value
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import types
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ def parts_of(value: Any) -> Collection[Any]:
     """What it holds, if it is looked into; nothing if that is numbers and strings, maybe many.
 
     Looked into are lists, tuples, deques, dicts, dataclasses, namespaces, partial functions, what
-    functions refer to of those around them or have as defaults, and solvers that `implicit` made.
+    functions refer to of those around them or have as defaults, the objects of bound methods, and
+    solvers that `implicit` made.
     """
     if _is_tuple(value) or isinstance(value, (list, deque)):
         pass
@@ -28,10 +29,12 @@ def parts_of(value: Any) -> Collection[Any]:
         value = value.values()
     elif isinstance(value, functools.partial):
         value = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        value = (value.__self__,)
     elif isinstance(value, types.FunctionType):
         around = [cell.cell_contents for cell in _cells(value)]
         value = [*around, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    elif _is_opened(type(value)):
+    elif is_opened(type(value)):
         value = [getattr(value, name) for name in fields_of(value)]
     else:
         return ()
@@ -40,7 +43,7 @@ def parts_of(value: Any) -> Collection[Any]:
 
 def can_hold_itself(value: Any) -> bool:
     """Whether what is looked into is made first, and filled then."""
-    return not isinstance(value, (tuple, functools.partial))
+    return not isinstance(value, (tuple, functools.partial, types.MethodType))
 
 
 def shallow(value: Any) -> Any:
@@ -59,7 +62,7 @@ def refill(empty: Any, parts: Sequence[Any]) -> None:
     elif isinstance(empty, dict):
         for key, part in zip(list(empty), parts, strict=True):
             empty[key] = part
-    elif _is_opened(type(empty)):
+    elif is_opened(type(empty)):
         for name, part in zip(fields_of(empty), parts, strict=True):
             object.__setattr__(empty, name, part)  # of a frozen one as well
     else:
@@ -74,6 +77,8 @@ def with_parts(value: Any, parts: Sequence[Any]) -> Any:
         return functools.partial(
             parts[0], *parts[1 : n + 1], **dict(zip(value.keywords, parts[n + 1 :], strict=True))
         )
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, parts[0])
     if _is_tuple(value):
         return tuple(parts) if type(value) is tuple else value._make(parts)
     other = shallow(value)
@@ -115,21 +120,27 @@ def is_record(kind: type) -> bool:
     return dataclasses.is_dataclass(kind) and not issubclass(kind, _NO_RECORDS)
 
 
-_opened: set[type] = set()
+_opened: dict[type, tuple[str, ...]] = {}
 
 
-def opened(kind: type[T]) -> type[T]:
-    """Have objects of a class of ours looked into where a module keeps them, as records are."""
-    _opened.add(kind)
-    return kind
+def opened(*names: str) -> Callable[[type[T]], type[T]]:
+    """Have these attributes of a class of ours looked into where a module keeps its objects."""
+
+    def of(kind: type[T]) -> type[T]:
+        _opened[kind] = names
+        return kind
+
+    return of
 
 
-def _is_opened(kind: type) -> bool:
+def is_opened(kind: type) -> bool:
+    """Whether objects of the class are looked into by their fields."""
     return is_record(kind) or kind in _opened
 
 
 def fields_of(record: Any) -> tuple[str, ...]:
     """The names of a record's fields, and of what else it holds."""
     fields = dataclasses.fields(record) if dataclasses.is_dataclass(record) else ()
-    held = dict.fromkeys([*(field.name for field in fields), *getattr(record, "__dict__", ())])
+    others: Iterable[str] = _opened.get(type(record), getattr(record, "__dict__", ()))
+    held = dict.fromkeys([*(field.name for field in fields), *others])
     return tuple(name for name in held if hasattr(record, name))

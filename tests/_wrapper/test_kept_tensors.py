@@ -645,10 +645,10 @@ def test_what_the_last_pass_left_is_no_start(start_kept):
 def test_long_plain_lists_are_not_gone_through(monkeypatch):
     from implicit_grad._torch import clone
 
-    model, seen, own = Scaled("attribute"), [], clone._Rebinding.rebound
+    model, seen, own = Scaled("attribute"), [], clone.Rebinding.rebound
     model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
     model.ids, model.vocabulary = list(range(1000)), {str(i): i for i in range(1000)}
-    monkeypatch.setattr(clone._Rebinding, "rebound", lambda self, x: seen.append(x) or own(self, x))
+    monkeypatch.setattr(clone.Rebinding, "rebound", lambda self, x: seen.append(x) or own(self, x))
     found = ig.implicit(train, ig.argmin(objective))(model, X, Y)
     assert found.ids == model.ids and found.vocabulary == model.vocabulary
     assert not any(isinstance(value, int) for value in seen)
