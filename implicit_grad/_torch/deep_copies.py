@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from implicit_grad._errors import describe
+from implicit_grad._torch.captured import captured_tensors
 from implicit_grad._torch.clone import Rebinding
 from implicit_grad._torch.held import PLAIN, fields_of, parts_of
+from implicit_grad._warnings import warn
 
 Memo = dict[int, Any]
 _settling = threading.RLock()
@@ -31,7 +34,7 @@ class Followed:
         kept = {name: getattr(self, name) for name in fields_of(self)}
         other = object.__new__(type(self))
         memo[id(self)] = memo[id(other)] = other  # that is it, in what is copied, too
-        seen: set[int] = set()
+        seen: Memo = {}
         waits = any(_waits(value, memo, seen) for value in kept.values())
         made = copy.deepcopy(vars(self), memo)
         late = {name: made.pop(name) for name in kept}
@@ -95,6 +98,7 @@ class _Waiting:
                 _put(other, vars(other)["_late"].values, following)
                 del vars(other)["_late"]
             self._memo, self._copies = None, []
+        following.tell()
 
 
 def _put(other: Followed, late: dict[str, Any], following: _Following) -> None:
@@ -107,27 +111,57 @@ class _Following(Rebinding):
     def __init__(self, memo: Memo) -> None:
         super().__init__({}, lambda tensor, _: tensor)
         self._memo = memo
+        self._others: list[Any] = []  # that are not looked into
 
     def rebound(self, value: Any) -> Any:
         copied = self._memo.get(id(value), value)
         if isinstance(copied, Followed) and id(value) in self._memo:
             return copied  # whose functions follow as well
+        if _is_other(copied):
+            self._others.append(copied)
         return super().rebound(copied)
 
+    def tell(self) -> None:
+        """Warn of objects that refer to what was copied, and not to the copy."""
+        for thing in self._others:
+            for name, tensor in captured_tensors(thing):
+                if id(tensor) in self._memo:
+                    warn(
+                        "the copy of a solver that copy.deepcopy made may compute with the "
+                        f"original: {describe(thing)}, to which its functions refer, holds "
+                        f"{describe(tensor)} of what was copied, as {name}, and was not copied. "
+                        "Let what is copied keep that object, too, or make its class a dataclass",
+                        anchor="holds-the-original",
+                    )
+                    break
 
+
+def _is_other(value: Any) -> bool:
+    if type(value) in PLAIN or isinstance(value, (*_NEVER_COPIED, *_LOOKED_INTO)):
+        return False
+    return not parts_of(value)
+
+
+_LOOKED_INTO = (Tensor, nn.Module, Followed, types.FunctionType)
 _PASSED = (types.FunctionType, types.MethodType, functools.partial, tuple)
 _NEVER_COPIED = (type, types.ModuleType, types.BuiltinFunctionType)
 
 
-def _waits(value: Any, memo: Memo, seen: set[int], referred_to: bool = False) -> bool:
+def _waits(value: Any, memo: Memo, seen: Memo, referred_to: bool = False) -> bool:
     """Whether functions in it may refer to what is copied, or completed, only later."""
     if type(value) in PLAIN or id(value) in seen or isinstance(value, _NEVER_COPIED):
         return False
-    seen.add(id(value))
+    seen[id(value)] = value  # which is kept alive, and its id taken
     if isinstance(value, (Tensor, nn.Module, Followed)):
         return referred_to and id(value) not in memo
     parts = parts_of(value)
-    if not isinstance(value, _PASSED) and (referred_to or (parts and id(value) in memo)):
-        return True
-    referred_to = referred_to or isinstance(value, types.FunctionType)
+    if not isinstance(value, _PASSED):
+        held = getattr(value, "__dict__", {}).values()
+        if referred_to or (id(value) in memo if parts else any(map(_is_function, held))):
+            return True
+    referred_to = referred_to or _is_function(value)
     return any(_waits(part, memo, seen, referred_to) for part in parts)
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, types.FunctionType)

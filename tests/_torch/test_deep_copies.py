@@ -215,6 +215,65 @@ def test_what_is_not_copied_stays_shared(form):
         close(outcome(solve, [root.b.weight]), expected(root.b.weight.item(), 1))
 
 
+def referred_to(function: Callable, name: str) -> object:
+    return inspect.getclosurevars(function).nonlocals[name]
+
+
+class Loss:
+    """An object that is not looked into."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part
+
+    def __call__(self, phi: Tensor, x: Tensor) -> Tensor:
+        return squares(phi, x * self.part.weight)
+
+
+class Minimizer:
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self.read = read
+
+    def minimize(self, objective, init):
+        return (init * self.read()).detach() / (1 + RIDGE)
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_an_object_that_refers_to_the_original_is_told_of(later):
+    def referring(solve):
+        root = pair("cell", later)
+        root.a.solve = solve(root.b)
+        return root
+
+    def of_loss(b):
+        loss = Loss(b)
+        return ig.implicit(b.closed, ig.argmin(lambda phi, x: loss(phi, x)))
+
+    def of_minimizer(b):
+        return ig.implicit(Minimizer(lambda: b.weight), ig.argmin(lambda phi, x: Loss(b)(phi, x)))
+
+    for solve, name in (
+        (of_loss, r"Loss.* as part\.weight"),
+        (of_minimizer, r"Minimizer.* as read"),
+    ):
+        root = referring(solve)
+        with pytest.warns(ig.ImplicitGradWarning, match=name) as told:
+            copy.deepcopy(root).a.solve(X)
+        assert [w.filename for w in told] == [__file__]
+
+    root = referring(of_loss)  # what is copied too is no reason
+    root.kept = referred_to(root.a.solve.setup.condition.objective, "loss")
+    twin = copy.deepcopy(root)
+    scramble(root)
+    close(outcome(twin.a.solve, [twin.b.weight]), expected(2.0, 1))
+    root = referring(lambda b: ig.implicit(b.closed, ig.argmin(Loss(b))))
+    twin = copy.deepcopy(root)
+    scramble(root)
+    close(outcome(twin.a.solve, [twin.b.weight]), expected(2.0, 1))
+    elsewhere = Loss(Part(2.0))  # and what is not copied at all
+    root = referring(lambda b: solver_of([lambda: elsewhere.part.weight]))
+    close(outcome(copy.deepcopy(root).a.solve, [elsewhere.part.weight]), expected(2.0, 1))
+
+
 class Keeping(Part):
     """A model with a solver that is its own method, under the condition of another."""
 
@@ -260,10 +319,6 @@ def test_solvers_that_refer_to_each_other():
     twin.kept[1] = lambda x: 0 * x
     assert not twin.a.solve(X).any()
     close(outcome(root.a.solve, [root.b.weight]), expected(root.b.weight.item(), 1))
-
-
-def referred_to(function: Callable, name: str) -> object:
-    return inspect.getclosurevars(function).nonlocals[name]
 
 
 def test_what_two_solvers_refer_to_is_one_in_the_copy():
