@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from implicit_grad._torch.held import PLAIN, can_hold_itself, parts_of, refill, shallow, with_parts
+from implicit_grad._torch.held import (
+    PLAIN,
+    PLAIN_OR_NESTED,
+    can_hold_itself,
+    parts_of,
+    refill,
+    shallow,
+    with_parts,
+)
 
 # What stands in the place of something, or it itself; and whether that is a parameter.
 Put = Callable[[Any, bool], Any]
@@ -79,7 +87,7 @@ def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def kept_objects(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What it keeps besides tensors and modules that is not looked into."""
     for name, thing in _kept(module):
-        if type(thing) not in PLAIN and not isinstance(thing, (Tensor, nn.Module, type)):
+        if type(thing) not in PLAIN_OR_NESTED and not isinstance(thing, (Tensor, nn.Module, type)):
             yield name, thing
 
 
@@ -125,16 +133,19 @@ class Rebinding:
             return self._put(value, False)
         if isinstance(value, nn.Module):
             return self._modules.get(id(value), value)
+        if id(value) in self._done:
+            return self._again(value)
         parts = parts_of(value)
         return self._with_others(value, parts) if parts else value
+
+    def _again(self, value: Any) -> Any:
+        if self._done[id(value)] is _UNDER_WAY:
+            self._done[id(value)] = shallow(value)  # to be filled below, where it was met first
+        return self._done[id(value)]
 
     def _with_others(self, value: Any, parts: Collection[Any]) -> Any:
         done = self._done
         self._met.append(value)
-        if done.get(id(value)) is _UNDER_WAY:
-            done[id(value)] = shallow(value)  # to be filled below, where it was met first
-        if id(value) in done:
-            return done[id(value)]
         if can_hold_itself(value):
             done[id(value)] = _UNDER_WAY
         others = [self.rebound(part) for part in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
+PLAIN_OR_NESTED = PLAIN | {list, tuple, dict}
+_LEVELS = 4
 
 
 def parts_of(value: Any) -> Collection[Any]:
@@ -38,7 +41,31 @@ def parts_of(value: Any) -> Collection[Any]:
         value = [getattr(value, name) for name in fields_of(value)]
     else:
         return ()
-    return () if PLAIN.issuperset(map(type, value)) else value
+    return () if _are_plain(value) else value
+
+
+def _are_plain(values: Collection[Any]) -> bool:
+    """Whether these, and what lists, tuples and dicts among them hold, are numbers and strings.
+
+    There may be very many, so no Python code runs for each. Where lists hold each other, all ways
+    through them are far more than they are: then it is not known, and they are looked into.
+    """
+    most = 16 * len(values) + 1000
+    for _ in range(_LEVELS):
+        kinds = set(map(type, values))
+        if kinds <= PLAIN:
+            return True
+        if not kinds <= PLAIN_OR_NESTED:
+            return False
+        if kinds & PLAIN:
+            values = [value for value in values if type(value) not in PLAIN]
+        if sum(map(len, values)) > most:
+            return False
+        held: Iterable[Any] = values
+        if dict in kinds:
+            held = (value.values() if type(value) is dict else value for value in values)
+        values = list(itertools.chain.from_iterable(held))
+    return False
 
 
 def can_hold_itself(value: Any) -> bool:

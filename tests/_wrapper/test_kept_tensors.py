@@ -648,7 +648,39 @@ def test_long_plain_lists_are_not_gone_through(monkeypatch):
     model, seen, own = Scaled("attribute"), [], clone.Rebinding.rebound
     model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
     model.ids, model.vocabulary = list(range(1000)), {str(i): i for i in range(1000)}
+    model.pairs = [(i, str(i), {"near": [i - 1, i + 1]}) for i in range(1000)]
     monkeypatch.setattr(clone.Rebinding, "rebound", lambda self, x: seen.append(x) or own(self, x))
     found = ig.implicit(train, ig.argmin(objective))(model, X, Y)
     assert found.ids == model.ids and found.vocabulary == model.vocabulary
-    assert not any(isinstance(value, int) for value in seen)
+    assert found.pairs == model.pairs
+    seen = list(map(type, seen))
+    assert int not in seen and tuple not in seen
+
+
+def test_a_tensor_among_lists_that_hold_each_other_is_found():
+    nodes = [{"id": i, "near": []} for i in range(100)]
+    for node in nodes:
+        node["near"] += nodes
+    theta, model = new_theta(), Scaled("attribute")
+    model.nodes = nodes  # 100 ** 2 ways through two of them
+    nodes[-1]["scale"] = theta * 2
+    model.find = lambda m: m.nodes[0]["near"][-1]["scale"]
+    outer(ig.implicit(train, ig.argmin(objective))(model, X, Y)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+@pytest.mark.parametrize("levels", range(7))
+def test_a_tensor_deep_in_lists_of_numbers_is_found(levels):
+    def nested(depth, end):
+        return [0, {"n": (1, end)}] if depth == 0 else [0, {"n": (1, nested(depth - 1, end))}]
+
+    def within(made, depth):
+        return made[1]["n"][1] if depth < 0 else within(made[1]["n"][1], depth - 1)
+
+    theta, model = new_theta(), Scaled("attribute")
+    model.made = nested(levels, theta * 2)
+    model.find = lambda m: within(m.made, levels - 1)
+    outer(ig.implicit(train, ig.argmin(objective))(model, X, Y)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
