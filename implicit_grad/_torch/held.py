@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -74,8 +74,16 @@ def can_hold_itself(value: Any) -> bool:
 
 
 def shallow(value: Any) -> Any:
-    """A copy that holds the same, of what can hold itself; `copy.copy` makes none of functions."""
-    return _function_like(value) if isinstance(value, types.FunctionType) else copy.copy(value)
+    """A copy that holds the same, of what can hold itself.
+
+    `copy.copy` makes none of functions, and calls the `__setitem__` of a user's dict.
+    """
+    if isinstance(value, types.FunctionType):
+        return _function_like(value)
+    sets = type(value).__setitem__ if isinstance(value, dict) else None
+    if isinstance(sets, types.FunctionType) and not hasattr(value, "__copy__"):
+        return _dict_like(value)
+    return copy.copy(value)
 
 
 def refill(empty: Any, parts: Sequence[Any]) -> None:
@@ -88,7 +96,7 @@ def refill(empty: Any, parts: Sequence[Any]) -> None:
         empty.__kwdefaults__ = {name: next(found) for name in empty.__kwdefaults__ or ()}
     elif isinstance(empty, dict):
         for key, part in zip(list(empty), parts, strict=True):
-            empty[key] = part
+            _put(empty, key, part)
     elif is_opened(type(empty)):
         for name, part in zip(fields_of(empty), parts, strict=True):
             object.__setattr__(empty, name, part)  # of a frozen one as well
@@ -128,6 +136,20 @@ def _function_like(function: types.FunctionType) -> types.FunctionType:
     other = types.FunctionType(function.__code__, function.__globals__, name, defaults, closure)
     other.__kwdefaults__, other.__qualname__ = function.__kwdefaults__, function.__qualname__
     other.__dict__.update(function.__dict__)
+    return other
+
+
+def _put(into: dict[Any, Any], key: Any, part: Any) -> None:
+    """As it is: a `__setitem__` of the user's may refuse it, or make something else of it."""
+    (OrderedDict if isinstance(into, OrderedDict) else dict).__setitem__(into, key, part)
+
+
+def _dict_like(value: dict[Any, Any]) -> Any:
+    """The dict with places of its own, of the same class."""
+    other = type(value).__new__(type(value))
+    getattr(other, "__dict__", {}).update(getattr(value, "__dict__", {}))
+    for key, part in value.items():
+        _put(other, key, part)
     return other
 
 

@@ -36,6 +36,30 @@ class Holder:
         self.scale = scale
 
 
+class ReadOnly(dict):
+    """A dict of settings, as configuration libraries have them."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.frozen = True
+
+    def __setitem__(self, key, value):
+        raise TypeError("settings are read-only")
+
+
+def ordered_read_only(scale):
+    class InOrder(collections.OrderedDict):
+        __slots__ = ()
+
+        def __setitem__(self, key, value):
+            raise TypeError("settings are read-only")
+
+    made = InOrder()
+    for key, value in (("other", 0), ("s", scale)):
+        collections.OrderedDict.__setitem__(made, key, value)
+    return made
+
+
 def holding_itself(scale):
     made = {"s": scale, "around": [(0,)]}
     made["around"].append((made, Record(made["around"])))
@@ -69,6 +93,14 @@ KEPT = {
         lambda m: m.made["s"],
     ),
     "named": (lambda m, s: setattr(m, "made", Pair(0, s)), lambda m: m.made.second),
+    "read-only": (
+        lambda m, s: setattr(m, "made", ReadOnly(s=s)),
+        lambda m: m.made.frozen and m.made["s"],
+    ),
+    "read-only in order": (
+        lambda m, s: setattr(m, "made", ordered_read_only(s)),
+        lambda m: list(m.made.values())[1],
+    ),
     "default": (
         lambda m, s: setattr(m, "made", collections.defaultdict(list, s=[s])),
         lambda m: m.made["s"][0],
