@@ -13,9 +13,12 @@ from implicit_grad._torch.held import (
     PLAIN,
     PLAIN_OR_NESTED,
     can_hold_itself,
+    is_weak,
     parts_of,
+    referent,
     refill,
     shallow,
+    weakly_to,
     with_parts,
 )
 
@@ -103,7 +106,7 @@ def _kept(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _ends(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
-    if id(value) in seen:
+    if id(value) in seen or is_weak(value):
         return
     seen[id(value)] = value  # which is kept alive, and its id taken
     parts = () if isinstance(value, Tensor) else parts_of(value)
@@ -129,6 +132,9 @@ class Rebinding:
 
     def rebound(self, value: Any) -> Any:
         """A value with others in it; itself if there are none, and it does not hold itself."""
+        if is_weak(value):
+            there = self._modules.get(id(referent(value)))
+            return value if there is None else weakly_to(there, value)
         if isinstance(value, (Tensor, Hole)):
             return self._put(value, False)
         if isinstance(value, nn.Module):
@@ -164,6 +170,8 @@ _UNDER_WAY = object()
 
 def _copy_of(module: nn.Module, modules: dict[int, nn.Module], put: Put) -> nn.Module:
     """The one copy of a module; `modules` are those that are copied already."""
+    if is_weak(module):
+        return weakly_to(_copy_of(referent(module), modules, put), module)  # type: ignore[no-any-return]
     if id(module) in modules:
         return modules[id(module)]
     modules[id(module)] = made = object.__new__(type(module))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from implicit_grad._errors import describe
 from implicit_grad._torch.captured import captured_tensors
 from implicit_grad._torch.clone import Rebinding
-from implicit_grad._torch.held import PLAIN, fields_of, parts_of
+from implicit_grad._torch.held import PLAIN, fields_of, is_weak, parts_of
 from implicit_grad._warnings import warn
 
 Memo = dict[int, Any]
@@ -109,7 +109,7 @@ class _Following(Rebinding):
     """Puts copies in the place of what functions refer to, as a memo has them."""
 
     def __init__(self, memo: Memo) -> None:
-        super().__init__({}, lambda tensor, _: tensor)
+        super().__init__(memo, lambda tensor, _: tensor)
         self._memo = memo
         self._others: list[Any] = []  # that are not looked into
 
@@ -137,9 +137,9 @@ class _Following(Rebinding):
 
 
 def _is_other(value: Any) -> bool:
-    if type(value) in PLAIN or isinstance(value, (*_NEVER_COPIED, *_LOOKED_INTO)):
+    if type(value) in PLAIN or is_weak(value):
         return False
-    return not parts_of(value)
+    return not isinstance(value, (*_NEVER_COPIED, *_LOOKED_INTO)) and not parts_of(value)
 
 
 _LOOKED_INTO = (Tensor, nn.Module, Followed, types.FunctionType)
@@ -149,9 +149,13 @@ _NEVER_COPIED = (type, types.ModuleType, types.BuiltinFunctionType)
 
 def _waits(value: Any, memo: Memo, seen: Memo, referred_to: bool = False) -> bool:
     """Whether functions in it may refer to what is copied, or completed, only later."""
-    if type(value) in PLAIN or id(value) in seen or isinstance(value, _NEVER_COPIED):
+    if type(value) in PLAIN or id(value) in seen:
         return False
     seen[id(value)] = value  # which is kept alive, and its id taken
+    if is_weak(value):
+        return referred_to
+    if isinstance(value, _NEVER_COPIED):
+        return False
     if isinstance(value, (Tensor, nn.Module, Followed)):
         return referred_to and id(value) not in memo
     parts = parts_of(value)

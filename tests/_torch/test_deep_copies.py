@@ -115,6 +115,8 @@ FORMS: dict[str, Callable[[nn.Module], Callable[[], Tensor]]] = {
     "namespace": lambda part: called(types.SimpleNamespace(p=part), lambda made: made.p),
     "itself": holding_itself,
     "solver": by_a_solver,
+    "weak reference": lambda part: called(weakref.ref(part), lambda made: made()),
+    "proxy": lambda part: called(weakref.proxy(part), lambda made: made),
 }
 
 

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import operator
 import types
 import weakref
 
@@ -377,6 +378,63 @@ def test_a_solver_that_a_module_keeps_is_deeply_copied_with_it(average):
     twin(X).sum().backward()
     assert model.a.grad is None and twin.a.grad is not None
     assert copy.deepcopy(model.solve)(X).shape == X.shape  # which has no module to follow
+
+
+# how a part may refer to the whole without keeping it alive
+WEAK_TIES = {
+    "reference": (weakref.ref, lambda part: part.whole()),
+    "proxy": (weakref.proxy, lambda part: part.whole),  # as which torch registers a module
+    "in a list": (lambda whole: [weakref.ref(whole)], lambda part: part.whole[0]()),
+    "proxy in a dict": (lambda whole: {"w": weakref.proxy(whole)}, lambda part: part.whole["w"]),
+    "in a function": (lambda whole: weakly(weakref.ref(whole)), lambda part: part.whole()),
+}
+
+
+def weakly(reference):
+    return lambda: reference()
+
+
+class Tied(nn.Module):
+    """x ↦ xᵀw, as a part computes it that has its weights from the whole."""
+
+    def __init__(self, tie: str) -> None:
+        super().__init__()
+        made, self.find = WEAK_TIES[tie]
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.part = nn.Module()
+        self.part.whole = made(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.find(self.part).weight
+
+
+@pytest.mark.parametrize("tie", WEAK_TIES)
+def test_weak_references_to_a_module_are_to_its_copy(tie):
+    def value(model, X, y, ridge):
+        return (model(X) - y).square().sum() / 2 + ridge * model.weight.square().sum() / 2
+
+    def in_closed_form(ridge):
+        return torch.linalg.solve(X.T @ X + ridge * torch.eye(3, dtype=X.dtype), X.T @ Y)
+
+    ridge, model = torch.tensor(RIDGE, dtype=torch.float64, requires_grad=True), Tied(tie)
+    solved = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.argmin(value))(model, X, Y, ridge)
+    outer(solved).backward()
+    there = ridge.detach().clone().requires_grad_()
+    loss = (X_VAL @ in_closed_form(there) - Y_VAL).square().sum()
+    torch.testing.assert_close(ridge.grad, torch.autograd.grad(loss, there)[0])
+
+    learner = ig.imaml(model, lr=0.1).clone()
+    assert learner.module.find(learner.module.part).weight is learner.module.weight
+
+
+def test_weak_references_to_what_is_gone_stay():
+    model, gone = Scaled("attribute"), Holder(0)
+    model.scale = torch.ones(3, dtype=torch.float64)
+    model.ties = [weakref.ref(gone), weakref.proxy(gone)]
+    del gone
+    gc.collect()
+    solved = ig.implicit(train, ig.argmin(objective))(model, X, Y)
+    assert all(map(operator.is_, solved.ties, model.ties))
 
 
 def test_an_object_that_computes_with_the_original_is_refused():
