@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from implicit_grad._errors import describe
 from implicit_grad._torch.captured import captured_tensors
-from implicit_grad._torch.clone import Rebinding
-from implicit_grad._torch.held import PLAIN, fields_of, is_weak, parts_of
+from implicit_grad._torch.held import PLAIN, fields_of, parts_of
+from implicit_grad._torch.rebinding import Rebinding, Steps
+from implicit_grad._torch.weak import WEAK
 from implicit_grad._warnings import warn
 
 Memo = dict[int, Any]
@@ -113,13 +114,13 @@ class _Following(Rebinding):
         self._memo = memo
         self._others: list[Any] = []  # that are not looked into
 
-    def rebound(self, value: Any) -> Any:
+    def _step(self, value: Any) -> tuple[Any, Steps | None]:
         copied = self._memo.get(id(value), value)
         if isinstance(copied, Followed) and id(value) in self._memo:
-            return copied  # whose functions follow as well
+            return copied, None  # whose functions follow as well
         if _is_other(copied):
             self._others.append(copied)
-        return super().rebound(copied)
+        return super()._step(copied)
 
     def tell(self) -> None:
         """Warn of objects that refer to what was copied, and not to the copy."""
@@ -137,7 +138,7 @@ class _Following(Rebinding):
 
 
 def _is_other(value: Any) -> bool:
-    if type(value) in PLAIN or is_weak(value):
+    if type(value) in PLAIN or type(value) in WEAK:
         return False
     return not isinstance(value, (*_NEVER_COPIED, *_LOOKED_INTO)) and not parts_of(value)
 
@@ -152,7 +153,7 @@ def _waits(value: Any, memo: Memo, seen: Memo, referred_to: bool = False) -> boo
     if type(value) in PLAIN or id(value) in seen:
         return False
     seen[id(value)] = value  # which is kept alive, and its id taken
-    if is_weak(value):
+    if type(value) in WEAK:
         return referred_to
     if isinstance(value, _NEVER_COPIED):
         return False

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import types
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
@@ -139,25 +137,6 @@ def _function_like(function: types.FunctionType) -> types.FunctionType:
     other.__kwdefaults__, other.__qualname__ = function.__kwdefaults__, function.__qualname__
     other.__dict__.update(function.__dict__)
     return other
-
-
-def is_weak(value: Any) -> bool:
-    """Whether it is a weak reference or a proxy, which `isinstance` takes for its object."""
-    return type(value) in (weakref.ReferenceType, *weakref.ProxyTypes)
-
-
-def referent(weak: Any) -> Any:
-    """What a weak reference or a proxy stands for; None if that is gone."""
-    if type(weak) is weakref.ReferenceType:
-        return weak()
-    with contextlib.suppress(ReferenceError):
-        return weak.__init__.__self__  # a bound method knows its object
-    return None
-
-
-def weakly_to(target: Any, like: Any) -> Any:
-    """A weak reference, or a proxy, of the kind of another."""
-    return (weakref.ref if type(like) is weakref.ReferenceType else weakref.proxy)(target)
 
 
 def _put(into: dict[Any, Any], key: Any, part: Any) -> None:

@@ -733,18 +733,49 @@ def test_what_the_last_pass_left_is_no_start(start_kept):
 
 
 def test_long_plain_lists_are_not_gone_through(monkeypatch):
-    from implicit_grad._torch import clone
+    from implicit_grad._torch.rebinding import Rebinding
 
-    model, seen, own = Scaled("attribute"), [], clone.Rebinding.rebound
+    model, seen, own = Scaled("attribute"), [], Rebinding._step
     model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
     model.ids, model.vocabulary = list(range(1000)), {str(i): i for i in range(1000)}
     model.pairs = [(i, str(i), {"near": [i - 1, i + 1]}) for i in range(1000)]
-    monkeypatch.setattr(clone.Rebinding, "rebound", lambda self, x: seen.append(x) or own(self, x))
+    monkeypatch.setattr(Rebinding, "_step", lambda self, x: seen.append(x) or own(self, x))
     found = ig.implicit(train, ig.argmin(objective))(model, X, Y)
     assert found.ids == model.ids and found.vocabulary == model.vocabulary
     assert found.pairs == model.pairs
     seen = list(map(type, seen))
     assert int not in seen and tuple not in seen
+
+
+LINKS = {
+    "record": (Record, lambda link: link.scale),
+    "list": (lambda link: [link], lambda link: link[0]),
+    "tuple": (lambda link: (link, 0), lambda link: link[0]),
+    "dict": (lambda link: {"next": link}, lambda link: link["next"]),
+    "partial": (lambda link: functools.partial(torch.clone, link), lambda link: link.args[0]),
+    "function": (lambda link: lambda: link, lambda link: link()),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_tensor_at_the_end_of_a_long_chain_is_found(kind):
+    theta, model = new_theta(), Scaled("attribute")
+    (link, follow), model.chain = LINKS[kind], theta * 2
+    for _ in range(2_000):
+        model.chain = link(model.chain)
+
+    def end_of(model):
+        end = model.chain
+        while not torch.is_tensor(end):
+            end = follow(end)
+        return end
+
+    model.find = end_of
+    outer(ig.implicit(train, ig.argmin(objective))(model, X, Y)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+    learner = ig.imaml(model, lr=0.1).clone()
+    assert end_of(learner.module) is end_of(model)
 
 
 def test_a_tensor_among_lists_that_hold_each_other_is_found():
