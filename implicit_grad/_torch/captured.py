@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from implicit_grad._torch.graph import leaves_behind
+from implicit_grad._torch.held import fields_of, is_opened
 from implicit_grad._torch.pytree import Tensors, versions
 
 # The search goes this deep, and ends after so many objects: there may be a data set among them.
@@ -65,6 +66,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("", value.func), ("args", value.args), ("", value.keywords))
     elif inspect.ismethod(value):
         yield from (("", value.__func__), ("", value.__self__))
+    elif is_opened(type(value)):
+        yield from ((name, getattr(value, name)) for name in fields_of(value))
     elif not inspect.isbuiltin(value):
         yield from list(vars(value).items()) if hasattr(value, "__dict__") else ()
         for slot in _slots(type(value)):  # type: ignore[arg-type]

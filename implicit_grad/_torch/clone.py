@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import operator
-import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from implicit_grad._torch.held import PLAIN, can_hold_itself, parts_of, refill, shallow, with_parts
+from implicit_grad._torch.held import PLAIN, PLAIN_OR_NESTED, parts_of
+from implicit_grad._torch.rebinding import Put, Rebinding
+from implicit_grad._torch.weak import WEAK, referent, weakly_to
 
-# What stands in the place of something, or it itself; and whether that is a parameter.
-Put = Callable[[Any, bool], Any]
 # Torch's own part of a module, in which a copy finds what is its own already.
 _OF_TORCH = frozenset((*vars(nn.Module()), "_flat_weights"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Hole:
-    """Stands in the place of a tensor."""
-
-    index: int
 
 
 def cloned(module: nn.Module) -> nn.Module:
@@ -56,20 +46,28 @@ def copied(module: nn.Module, put: Put, put_kept: Put | None = None) -> nn.Modul
     """
     modules: dict[int, nn.Module] = {}
     made = _copy_of(module, modules, put)
-    rebinding = _Rebinding(modules, put_kept or put)
+    rebinding = Rebinding(modules, put_kept or put)
     for part in modules.values():
-        rebinding.of(part)
+        _rebind(part, rebinding)
     return made
 
 
 def replace_kept(module: nn.Module, put: Put) -> None:
     """put(x, False) in the place of each tensor x that a module keeps besides its parameters."""
-    rebinding = _Rebinding({}, put)
+    rebinding = Rebinding({}, put)
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = put(buffer, False)
-        rebinding.of(part)
+        _rebind(part, rebinding)
+
+
+def _rebind(part: nn.Module, rebinding: Rebinding) -> None:
+    """Let a module hold what comes of what it holds besides its parts."""
+    held = vars(part)
+    for name, value in list(held.items()):
+        if name not in _OF_TORCH and type(value) not in PLAIN:
+            held[name] = rebinding.rebound(value)
 
 
 def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -80,7 +78,7 @@ def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def kept_objects(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What it keeps besides tensors and modules that is not looked into."""
     for name, thing in _kept(module):
-        if type(thing) not in PLAIN and not isinstance(thing, (Tensor, nn.Module, type)):
+        if type(thing) not in PLAIN_OR_NESTED and not isinstance(thing, (Tensor, nn.Module, type)):
             yield name, thing
 
 
@@ -96,75 +94,22 @@ def _kept(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _ends(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
-    if id(value) in seen:
-        return
-    seen[id(value)] = value  # which is kept alive, and its id taken
-    parts = () if isinstance(value, Tensor) else parts_of(value)
-    if not parts:
-        yield value
-    for part in parts:
-        yield from _ends(part, seen)
-
-
-def following(value: Any, memo: dict[int, Any]) -> Any:
-    """The value with copies in the place of what it refers to, as `copy.deepcopy`'s memo has them.
-
-    `copy.deepcopy` itself leaves functions as they are, and what they refer to.
-    """
-    modules = {i: copied for i, copied in memo.items() if isinstance(copied, nn.Module)}
-    return _Rebinding(modules, lambda tensor, _: memo.get(id(tensor), tensor)).rebound(value)
-
-
-class _Rebinding:
-    """Puts others in the place of tensors and modules that modules hold besides their parts."""
-
-    def __init__(self, modules: dict[int, nn.Module], put: Put) -> None:
-        self._modules, self._put = modules, put
-        self._done: dict[int, Any] = {}  # what came of what can be met again, or _UNDER_WAY
-        self._met: list[Any] = []  # is kept alive, and their ids taken
-
-    def of(self, part: nn.Module) -> None:
-        held = vars(part)
-        for name, value in list(held.items()):
-            if name not in _OF_TORCH and type(value) not in PLAIN:
-                held[name] = self.rebound(value)
-
-    def rebound(self, value: Any) -> Any:
-        """A value with others in it; itself if there are none, and it does not hold itself."""
-        if isinstance(value, (Tensor, Hole)):
-            return self._put(value, False)
-        if isinstance(value, nn.Module):
-            return self._modules.get(id(value), value)
-        if isinstance(value, types.MethodType) and id(value.__self__) in self._modules:
-            return types.MethodType(value.__func__, self._modules[id(value.__self__)])
-        parts = parts_of(value)
-        return self._with_others(value, parts) if parts else value
-
-    def _with_others(self, value: Any, parts: Collection[Any]) -> Any:
-        done = self._done
-        self._met.append(value)
-        if done.get(id(value)) is _UNDER_WAY:
-            done[id(value)] = shallow(value)  # to be filled below, where it was met first
-        if id(value) in done:
-            return done[id(value)]
-        if can_hold_itself(value):
-            done[id(value)] = _UNDER_WAY
-        others = [self.rebound(part) for part in parts]
-        made = done.get(id(value), _UNDER_WAY)
-        if made is not _UNDER_WAY:
-            if can_hold_itself(value):
-                refill(made, others)
-            return made
-        same = all(map(operator.is_, others, parts))
-        done[id(value)] = value if same else with_parts(value, others)
-        return done[id(value)]
-
-
-_UNDER_WAY = object()
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or type(value) in WEAK:
+            continue
+        seen[id(value)] = value  # which is kept alive, and its id taken
+        parts = () if isinstance(value, Tensor) else parts_of(value)
+        if not parts:
+            yield value
+        pending += [part for part in parts if type(part) not in PLAIN][::-1]
 
 
 def _copy_of(module: nn.Module, modules: dict[int, nn.Module], put: Put) -> nn.Module:
     """The one copy of a module; `modules` are those that are copied already."""
+    if type(module) in WEAK:
+        return weakly_to(_copy_of(referent(module), modules, put), module)  # type: ignore[no-any-return]
     if id(module) in modules:
         return modules[id(module)]
     modules[id(module)] = made = object.__new__(type(module))

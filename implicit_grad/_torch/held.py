@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import types
-from collections import deque
-from collections.abc import Collection, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 T = TypeVar("T")
 PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
+PLAIN_OR_NESTED = PLAIN | {list, tuple, dict}
+_LEVELS = 4
 
 
 def parts_of(value: Any) -> Collection[Any]:
     """What it holds, if it is looked into; nothing if that is numbers and strings, maybe many.
 
     Looked into are lists, tuples, deques, dicts, dataclasses, namespaces, partial functions, what
-    functions refer to of those around them or have as defaults, and solvers that `implicit` made.
+    functions refer to of those around them or have as defaults, the objects of bound methods, and
+    solvers that `implicit` made.
     """
     if _is_tuple(value) or isinstance(value, (list, deque)):
         pass
@@ -28,24 +32,58 @@ def parts_of(value: Any) -> Collection[Any]:
         value = value.values()
     elif isinstance(value, functools.partial):
         value = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        value = (value.__self__,)
     elif isinstance(value, types.FunctionType):
         around = [cell.cell_contents for cell in _cells(value)]
         value = [*around, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    elif _is_opened(type(value)):
+    elif is_opened(type(value)):
         value = [getattr(value, name) for name in fields_of(value)]
     else:
         return ()
-    return () if PLAIN.issuperset(map(type, value)) else value
+    return () if _are_plain(value) else value
+
+
+def _are_plain(values: Collection[Any]) -> bool:
+    """Whether these, and what lists, tuples and dicts among them hold, are numbers and strings.
+
+    There may be very many, so no Python code runs for each. Where lists hold each other, all ways
+    through them are far more than they are: then it is not known, and they are looked into.
+    """
+    most = 16 * len(values) + 1000
+    for _ in range(_LEVELS):
+        kinds = set(map(type, values))
+        if kinds <= PLAIN:
+            return True
+        if not kinds <= PLAIN_OR_NESTED:
+            return False
+        if kinds & PLAIN:
+            values = [value for value in values if type(value) not in PLAIN]
+        if sum(map(len, values)) > most:
+            return False
+        held: Iterable[Any] = values
+        if dict in kinds:
+            held = (value.values() if type(value) is dict else value for value in values)
+        values = list(itertools.chain.from_iterable(held))
+    return False
 
 
 def can_hold_itself(value: Any) -> bool:
     """Whether what is looked into is made first, and filled then."""
-    return not isinstance(value, (tuple, functools.partial))
+    return not isinstance(value, (tuple, functools.partial, types.MethodType))
 
 
 def shallow(value: Any) -> Any:
-    """A copy that holds the same, of what can hold itself; `copy.copy` makes none of functions."""
-    return _function_like(value) if isinstance(value, types.FunctionType) else copy.copy(value)
+    """A copy that holds the same, of what can hold itself.
+
+    `copy.copy` makes none of functions, and calls the `__setitem__` of a user's dict.
+    """
+    if isinstance(value, types.FunctionType):
+        return _function_like(value)
+    sets = type(value).__setitem__ if isinstance(value, dict) else None
+    if isinstance(sets, types.FunctionType) and not hasattr(value, "__copy__"):
+        return _dict_like(value)
+    return copy.copy(value)
 
 
 def refill(empty: Any, parts: Sequence[Any]) -> None:
@@ -58,8 +96,8 @@ def refill(empty: Any, parts: Sequence[Any]) -> None:
         empty.__kwdefaults__ = {name: next(found) for name in empty.__kwdefaults__ or ()}
     elif isinstance(empty, dict):
         for key, part in zip(list(empty), parts, strict=True):
-            empty[key] = part
-    elif _is_opened(type(empty)):
+            _put(empty, key, part)
+    elif is_opened(type(empty)):
         for name, part in zip(fields_of(empty), parts, strict=True):
             object.__setattr__(empty, name, part)  # of a frozen one as well
     else:
@@ -74,6 +112,8 @@ def with_parts(value: Any, parts: Sequence[Any]) -> Any:
         return functools.partial(
             parts[0], *parts[1 : n + 1], **dict(zip(value.keywords, parts[n + 1 :], strict=True))
         )
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, parts[0])
     if _is_tuple(value):
         return tuple(parts) if type(value) is tuple else value._make(parts)
     other = shallow(value)
@@ -99,6 +139,20 @@ def _function_like(function: types.FunctionType) -> types.FunctionType:
     return other
 
 
+def _put(into: dict[Any, Any], key: Any, part: Any) -> None:
+    """As it is: a `__setitem__` of the user's may refuse it, or make something else of it."""
+    (OrderedDict if isinstance(into, OrderedDict) else dict).__setitem__(into, key, part)
+
+
+def _dict_like(value: dict[Any, Any]) -> Any:
+    """The dict with places of its own, of the same class."""
+    other = type(value).__new__(type(value))
+    getattr(other, "__dict__", {}).update(getattr(value, "__dict__", {}))
+    for key, part in value.items():
+        _put(other, key, part)
+    return other
+
+
 def _is_tuple(value: Any) -> bool:
     return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_make"))
 
@@ -115,21 +169,27 @@ def is_record(kind: type) -> bool:
     return dataclasses.is_dataclass(kind) and not issubclass(kind, _NO_RECORDS)
 
 
-_opened: set[type] = set()
+_opened: dict[type, tuple[str, ...]] = {}
 
 
-def opened(kind: type[T]) -> type[T]:
-    """Have objects of a class of ours looked into where a module keeps them, as records are."""
-    _opened.add(kind)
-    return kind
+def opened(*names: str) -> Callable[[type[T]], type[T]]:
+    """Have these attributes of a class of ours looked into where a module keeps its objects."""
+
+    def of(kind: type[T]) -> type[T]:
+        _opened[kind] = names
+        return kind
+
+    return of
 
 
-def _is_opened(kind: type) -> bool:
+def is_opened(kind: type) -> bool:
+    """Whether objects of the class are looked into by their fields."""
     return is_record(kind) or kind in _opened
 
 
 def fields_of(record: Any) -> tuple[str, ...]:
     """The names of a record's fields, and of what else it holds."""
     fields = dataclasses.fields(record) if dataclasses.is_dataclass(record) else ()
-    held = dict.fromkeys([*(field.name for field in fields), *getattr(record, "__dict__", ())])
+    others: Iterable[str] = _opened.get(type(record), getattr(record, "__dict__", ()))
+    held = dict.fromkeys([*(field.name for field in fields), *others])
     return tuple(name for name in held if hasattr(record, name))

@@ -19,7 +19,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from implicit_grad._errors import InvalidArgumentError
-from implicit_grad._torch.clone import Hole, copied, kept_tensors, refresh_recurrent, replace_kept
+from implicit_grad._torch.clone import copied, kept_tensors, refresh_recurrent, replace_kept
+from implicit_grad._torch.rebinding import Hole
 
 # What these hold besides Python's modules cannot be copied.
 _WHOLE = (torch.jit.ScriptModule, DistributedDataParallel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from implicit_grad._linear_solvers.minres import MINRES
 from implicit_grad._theorem.implicit_function import ImplicitFunction
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import captured_tensors
-from implicit_grad._torch.clone import following
+from implicit_grad._torch.deep_copies import Followed
 from implicit_grad._torch.held import opened
 from implicit_grad._torch.isolation import uncompiled
 from implicit_grad._torch.pytree import Tensors, Tree
@@ -64,8 +63,8 @@ class RootFinder(Protocol):
 Solver = Callable[..., Any] | Minimizer | RootFinder
 
 
-@opened
-class ImplicitSolver:
+@opened("solver", "setup", "init", "__wrapped__")
+class ImplicitSolver(Followed):
     """A solver whose output carries implicit gradients; made by `implicit`."""
 
     def __init__(self, solver: Solver, setup: Setup, init: Callable[..., Any] | None) -> None:
@@ -79,13 +78,6 @@ class ImplicitSolver:
         if instance is None or not hasattr(self.solver, "__get__"):
             return self
         return ImplicitSolver(self.solver.__get__(instance, owner), self.setup, self.init)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ImplicitSolver:
-        """A copy whose functions compute with the copy of the module that keeps this solver."""
-        other = copy.copy(self)
-        vars(other).update(copy.deepcopy(vars(self), memo))
-        followed: ImplicitSolver = following(other, memo)
-        return followed
 
     def __repr__(self) -> str:
         name = getattr(self.solver, "__qualname__", None) or repr(self.solver)

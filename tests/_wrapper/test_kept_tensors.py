@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import operator
 import types
 import weakref
 
@@ -34,6 +35,30 @@ class Holder:
 
     def __init__(self, scale):
         self.scale = scale
+
+
+class ReadOnly(dict):
+    """A dict of settings, as configuration libraries have them."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.frozen = True
+
+    def __setitem__(self, key, value):
+        raise TypeError("settings are read-only")
+
+
+def ordered_read_only(scale):
+    class InOrder(collections.OrderedDict):
+        __slots__ = ()
+
+        def __setitem__(self, key, value):
+            raise TypeError("settings are read-only")
+
+    made = InOrder()
+    for key, value in (("other", 0), ("s", scale)):
+        collections.OrderedDict.__setitem__(made, key, value)
+    return made
 
 
 def holding_itself(scale):
@@ -69,6 +94,14 @@ KEPT = {
         lambda m: m.made["s"],
     ),
     "named": (lambda m, s: setattr(m, "made", Pair(0, s)), lambda m: m.made.second),
+    "read-only": (
+        lambda m, s: setattr(m, "made", ReadOnly(s=s)),
+        lambda m: m.made.frozen and m.made["s"],
+    ),
+    "read-only in order": (
+        lambda m, s: setattr(m, "made", ordered_read_only(s)),
+        lambda m: list(m.made.values())[1],
+    ),
     "default": (
         lambda m, s: setattr(m, "made", collections.defaultdict(list, s=[s])),
         lambda m: m.made["s"][0],
@@ -345,6 +378,63 @@ def test_a_solver_that_a_module_keeps_is_deeply_copied_with_it(average):
     twin(X).sum().backward()
     assert model.a.grad is None and twin.a.grad is not None
     assert copy.deepcopy(model.solve)(X).shape == X.shape  # which has no module to follow
+
+
+# how a part may refer to the whole without keeping it alive
+WEAK_TIES = {
+    "reference": (weakref.ref, lambda part: part.whole()),
+    "proxy": (weakref.proxy, lambda part: part.whole),  # as which torch registers a module
+    "in a list": (lambda whole: [weakref.ref(whole)], lambda part: part.whole[0]()),
+    "proxy in a dict": (lambda whole: {"w": weakref.proxy(whole)}, lambda part: part.whole["w"]),
+    "in a function": (lambda whole: weakly(weakref.ref(whole)), lambda part: part.whole()),
+}
+
+
+def weakly(reference):
+    return lambda: reference()
+
+
+class Tied(nn.Module):
+    """x ↦ xᵀw, as a part computes it that has its weights from the whole."""
+
+    def __init__(self, tie: str) -> None:
+        super().__init__()
+        made, self.find = WEAK_TIES[tie]
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.part = nn.Module()
+        self.part.whole = made(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.find(self.part).weight
+
+
+@pytest.mark.parametrize("tie", WEAK_TIES)
+def test_weak_references_to_a_module_are_to_its_copy(tie):
+    def value(model, X, y, ridge):
+        return (model(X) - y).square().sum() / 2 + ridge * model.weight.square().sum() / 2
+
+    def in_closed_form(ridge):
+        return torch.linalg.solve(X.T @ X + ridge * torch.eye(3, dtype=X.dtype), X.T @ Y)
+
+    ridge, model = torch.tensor(RIDGE, dtype=torch.float64, requires_grad=True), Tied(tie)
+    solved = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.argmin(value))(model, X, Y, ridge)
+    outer(solved).backward()
+    there = ridge.detach().clone().requires_grad_()
+    loss = (X_VAL @ in_closed_form(there) - Y_VAL).square().sum()
+    torch.testing.assert_close(ridge.grad, torch.autograd.grad(loss, there)[0])
+
+    learner = ig.imaml(model, lr=0.1).clone()
+    assert learner.module.find(learner.module.part).weight is learner.module.weight
+
+
+def test_weak_references_to_what_is_gone_stay():
+    model, gone = Scaled("attribute"), Holder(0)
+    model.scale = torch.ones(3, dtype=torch.float64)
+    model.ties = [weakref.ref(gone), weakref.proxy(gone)]
+    del gone
+    gc.collect()
+    solved = ig.implicit(train, ig.argmin(objective))(model, X, Y)
+    assert all(map(operator.is_, solved.ties, model.ties))
 
 
 def test_an_object_that_computes_with_the_original_is_refused():
@@ -643,12 +733,75 @@ def test_what_the_last_pass_left_is_no_start(start_kept):
 
 
 def test_long_plain_lists_are_not_gone_through(monkeypatch):
-    from implicit_grad._torch import clone
+    from implicit_grad._torch.rebinding import Rebinding
 
-    model, seen, own = Scaled("attribute"), [], clone._Rebinding.rebound
+    model, seen, own = Scaled("attribute"), [], Rebinding._step
     model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
     model.ids, model.vocabulary = list(range(1000)), {str(i): i for i in range(1000)}
-    monkeypatch.setattr(clone._Rebinding, "rebound", lambda self, x: seen.append(x) or own(self, x))
+    model.pairs = [(i, str(i), {"near": [i - 1, i + 1]}) for i in range(1000)]
+    monkeypatch.setattr(Rebinding, "_step", lambda self, x: seen.append(x) or own(self, x))
     found = ig.implicit(train, ig.argmin(objective))(model, X, Y)
     assert found.ids == model.ids and found.vocabulary == model.vocabulary
-    assert not any(isinstance(value, int) for value in seen)
+    assert found.pairs == model.pairs
+    seen = list(map(type, seen))
+    assert int not in seen and tuple not in seen
+
+
+LINKS = {
+    "record": (Record, lambda link: link.scale),
+    "list": (lambda link: [link], lambda link: link[0]),
+    "tuple": (lambda link: (link, 0), lambda link: link[0]),
+    "dict": (lambda link: {"next": link}, lambda link: link["next"]),
+    "partial": (lambda link: functools.partial(torch.clone, link), lambda link: link.args[0]),
+    "function": (lambda link: lambda: link, lambda link: link()),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_tensor_at_the_end_of_a_long_chain_is_found(kind):
+    theta, model = new_theta(), Scaled("attribute")
+    (link, follow), model.chain = LINKS[kind], theta * 2
+    for _ in range(2_000):
+        model.chain = link(model.chain)
+
+    def end_of(model):
+        end = model.chain
+        while not torch.is_tensor(end):
+            end = follow(end)
+        return end
+
+    model.find = end_of
+    outer(ig.implicit(train, ig.argmin(objective))(model, X, Y)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+    learner = ig.imaml(model, lr=0.1).clone()
+    assert end_of(learner.module) is end_of(model)
+
+
+def test_a_tensor_among_lists_that_hold_each_other_is_found():
+    nodes = [{"id": i, "near": []} for i in range(100)]
+    for node in nodes:
+        node["near"] += nodes
+    theta, model = new_theta(), Scaled("attribute")
+    model.nodes = nodes  # 100 ** 2 ways through two of them
+    nodes[-1]["scale"] = theta * 2
+    model.find = lambda m: m.nodes[0]["near"][-1]["scale"]
+    outer(ig.implicit(train, ig.argmin(objective))(model, X, Y)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
+
+
+@pytest.mark.parametrize("levels", range(7))
+def test_a_tensor_deep_in_lists_of_numbers_is_found(levels):
+    def nested(depth, end):
+        return [0, {"n": (1, end)}] if depth == 0 else [0, {"n": (1, nested(depth - 1, end))}]
+
+    def within(made, depth):
+        return made[1]["n"][1] if depth < 0 else within(made[1]["n"][1], depth - 1)
+
+    theta, model = new_theta(), Scaled("attribute")
+    model.made = nested(levels, theta * 2)
+    model.find = lambda m: within(m.made, levels - 1)
+    outer(ig.implicit(train, ig.argmin(objective))(model, X, Y)).backward()
+    there = new_theta()
+    torch.testing.assert_close(theta.grad, expected(there, there * 2))
