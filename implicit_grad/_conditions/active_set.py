@@ -66,6 +66,7 @@ class ActiveSet(NamedTuple):
         at_lower, at_upper: which elements of the flat φ are held at their bounds.
         by_chance: whether some constraint is touched that does not press.
         stiffness: of the objective: how large forces become over a distance of 1.
+        loose: which elements of the flat φ neither the objective's curvature nor a row holds.
     """
 
     rows: list[Tensor]
@@ -78,6 +79,7 @@ class ActiveSet(NamedTuple):
     at_upper: Tensor
     by_chance: bool
     stiffness: float
+    loose: Tensor
 
     @property
     def held(self) -> Tensor:
@@ -188,6 +190,7 @@ def active_set(
         at_upper=found.held & at_upper,
         by_chance=bool(found.idle.any()),
         stiffness=_largest(stiffness) or _largest(force) / size or 1.0,
+        loose=(stiffness == 0) & ~found.held & (units.abs() <= flat.eps**DEPENDENT).all(0),
     )
 
 

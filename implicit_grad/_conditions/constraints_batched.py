@@ -20,7 +20,7 @@ from implicit_grad._conditions.batching import batched
 from implicit_grad._conditions.bounds import check_order, check_pair, spread
 from implicit_grad._conditions.constraints import Constraints, Evaluated, Held, KKTSystem, values_of
 from implicit_grad._conditions.dependence import scattered
-from implicit_grad._conditions.multipliers import NO_FORCE, ROUNDING
+from implicit_grad._conditions.multipliers import DEPENDENT, NO_FORCE, ROUNDING
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.products import gradient, vjp
@@ -246,6 +246,8 @@ class _Measured(NamedTuple):
         presses[:, : self.equations] = True
         clear = ~odd & independent & explained
         clear &= (presses | ~near).all(1) & ((push > noise) | ~held).all(1)
+        loose = (self.stiffness == 0) & ~held & (unit.abs() <= eps**DEPENDENT).all(1)
+        clear &= ~loose.any(1)
         greatest = self.stiffness.amax(1)
         instead = force.abs().amax(1) / size[:, 0]
         instead = torch.where(instead > 0, instead, 1.0)

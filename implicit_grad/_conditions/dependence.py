@@ -59,3 +59,23 @@ def part_ways(
         bool(d.norm() > rounding * other.norm())
         for d, other in zip(derivatives(weights), others, strict=True)
     )
+
+
+def is_pushed(loose: Tensor, stationarity: Tensors, phi: Tensors) -> bool:
+    """Whether arguments move the force on elements of φ that nothing holds.
+
+    So it is with what CVXPY, say, minimises in the place of |w| in λ|w|, where λ is 0 or so small
+    that a solver has left it anywhere: with λ it comes down to |w|, and then w moves.
+    """
+    leaves = tuple(t for t in leaves_behind(stationarity) if all(t is not p for p in phi))
+    if not leaves or not bool(loose.any()):
+        return False
+    flat = Flat(phi)
+    weights = scattered(flat.ravel(phi))
+
+    def derivatives(weights: Tensor) -> Tensors:
+        with without_hooks(leaves):
+            return vjp(stationarity, leaves, flat.unravel(weights))
+
+    pairs = zip(derivatives(weights * loose), derivatives(weights), strict=True)
+    return any(bool(of.norm() > flat.eps**_ROUNDING * every.norm()) for of, every in pairs)

@@ -329,6 +329,15 @@ def test_constraints_that_are_active_by_chance(case, dtype):
     assert caught.value.report.status == ig.Status.DEGENERATE
 
 
+def test_polish_takes_no_step_to_a_kink():
+    """Where more constraints are touched there are more multipliers, to explain any slope."""
+    condition = ig.argmin(lambda x, a: (x - a).square().sum(), inequality=lambda x, a: x[0] - 1)
+    solve = ig.implicit(lambda a: a - 1e-3, condition, polish=1)
+    a = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    with pytest.warns(ig.ImplicitGradWarning, match="phi was not polished: .* by chance"):
+        close(solve(a), a - 1e-3)
+
+
 UNSOLVED = {
     "off the equality": ({"equality": lambda x, a: x.sum() - 3}, lambda a: a),
     "infeasible": ({"inequality": lambda x, a: x.square().sum() - 2}, lambda a: a),
