@@ -154,7 +154,8 @@ def linearized(
         rows, others = active.divided()
         pull = vjp([*rows, *others], phi, nu.unbind())
         stationarity = tuple(s + p for s, p in zip(slope, pull, strict=True))
-        if kink is None and is_pushed(active.loose, stationarity, phi):
+        loose = split(active.loose, phi)
+        if kink is None and bool(active.loose.any()) and is_pushed(loose, stationarity, phi):
             kink = Status.DEGENERATE
         return KKTSystem(
             objective,

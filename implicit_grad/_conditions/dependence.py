@@ -61,21 +61,18 @@ def part_ways(
     )
 
 
-def is_pushed(loose: Tensor, stationarity: Tensors, phi: Tensors) -> bool:
+def is_pushed(loose: Tensors, stationarity: Tensors, phi: Tensors) -> bool:
     """Whether arguments move the force on elements of φ that nothing holds.
 
     So it is with what CVXPY, say, minimises in the place of |w| in λ|w|, where λ is 0 or so small
     that a solver has left it anywhere: with λ it comes down to |w|, and then w moves.
     """
     leaves = tuple(t for t in leaves_behind(stationarity) if all(t is not p for p in phi))
-    if not leaves or not bool(loose.any()):
+    if not leaves:
         return False
-    flat = Flat(phi)
-    weights = scattered(flat.ravel(phi))
-
-    def derivatives(weights: Tensor) -> Tensors:
-        with without_hooks(leaves):
-            return vjp(stationarity, leaves, flat.unravel(weights))
-
-    pairs = zip(derivatives(weights * loose), derivatives(weights), strict=True)
-    return any(bool(of.norm() > flat.eps**_ROUNDING * every.norm()) for of, every in pairs)
+    weights = tuple(map(scattered, phi))
+    of_loose = tuple(w * mask for w, mask in zip(weights, loose, strict=True))
+    with without_hooks(leaves):
+        pairs = zip(*(vjp(stationarity, leaves, w) for w in (of_loose, weights)), strict=True)
+    rounding = Flat(phi).eps ** _ROUNDING
+    return any(bool(of.norm() > rounding * every.norm()) for of, every in pairs)

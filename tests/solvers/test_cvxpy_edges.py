@@ -174,6 +174,18 @@ def test_a_weight_of_0_in_a_batch_is_told():
     assert sorted(r.status.name for r in monitor.reports) == ["CONVERGED", "DEGENERATE"]
 
 
+def test_what_hangs_loose_but_is_not_pulled_stays_in_the_batch():
+    """The variable for a norm below its bound."""
+    x, y = cp.Variable(2, name="x"), cp.Parameter(2)
+    monitor = ig.Monitor()
+    solve = wrapped(cp.sum_squares(x - y), [cp.norm1(x) <= 9], [y], monitor=monitor)
+    at = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    (found,) = torch.autograd.grad(torch.func.vmap(solve)(at)["x"].sum(), at)
+    close(found, torch.ones(2, 2))
+    one, other = (report.products for report in monitor.reports)
+    assert one == other  # those of both
+
+
 def test_the_radius_0_of_a_robust_constraint_is_told():
     x, y, r = cp.Variable(2, name="x"), cp.Parameter(2), cp.Parameter(nonneg=True)
     monitor = ig.Monitor()
