@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from implicit_grad._torch.pytree import Flat, Tensors
 # float64, 3e-4 in float32; only where φ turns out to be less accurate, 5e-7 and 2e-3. (Powers of
 # the dtype's eps.)
 TOUCHING, CLOSE = 0.5, 0.4
+# How far beside a constraint a solver that stops at an objective's error of 1e-11 may leave φ, if
+# it rests there without a force: more than the root of that.
+BESIDE, _SHARE = 1e-5, 0.1
 
 
 class Bounds(NamedTuple):
@@ -67,6 +71,8 @@ class ActiveSet(NamedTuple):
         by_chance: whether some constraint is touched that does not press.
         stiffness: of the objective: how large forces become over a distance of 1.
         loose: which elements of the flat φ neither the objective's curvature nor a row holds.
+        beside: the gradients, of norm 1, of rows that are not touched, but nearly, one a row.
+        slack: how far φ is from these rows.
     """
 
     rows: list[Tensor]
@@ -80,6 +86,8 @@ class ActiveSet(NamedTuple):
     by_chance: bool
     stiffness: float
     loose: Tensor
+    beside: Tensor
+    slack: Tensor
 
     @property
     def held(self) -> Tensor:
@@ -97,15 +105,37 @@ class ActiveSet(NamedTuple):
         if self.by_chance:
             return Status.DEGENERATE
         pairs = [*self._relation(phi, bounds), *self._fixed(phi, bounds)]
-        basis = span(self.units, Flat(phi).eps ** DEPENDENT) if pairs else self.units
+        if pairs and part_ways(pairs, phi, self._onto_tangent(phi)):
+            return Status.DEPENDENT_CONSTRAINTS
+        return None
 
-        def onto_tangent(x: Tensor) -> Tensor:
+    def _onto_tangent(self, phi: Tensors) -> Callable[[Tensor], Tensor]:
+        """Projects flat vectors on the directions in which φ may move."""
+        basis = span(self.units, Flat(phi).eps ** DEPENDENT)
+
+        def project(x: Tensor) -> Tensor:
             x = x * ~self.held
             return (x - basis.mT @ (basis @ x)) * ~self.held
 
-        if pairs and part_ways(pairs, phi, onto_tangent):
-            return Status.DEPENDENT_CONSTRAINTS
-        return None
+        return project
+
+    def misses(self, stationarity: Tensors, phi: Tensors) -> bool:
+        """Whether φ, as far from rest as ∂ℒ/∂φ tells, may well belong on a constraint beside it.
+
+        Along the constraint's gradient it is a share of Newton's step that would bring φ there.
+        """
+        if not len(self.slack):
+            return False
+        flat, project = Flat(phi), self._onto_tangent(phi)
+        force = project(flat.ravel(stationarity))
+        for gradient, slack in zip(self.beside, self.slack, strict=True):
+            way = project(gradient)
+            if bool((push := -(force @ way)) <= 0):
+                continue
+            bend = way @ flat.ravel(vjp(stationarity, phi, flat.unravel(way))) / (way @ way)
+            if bool(push >= _SHARE * slack * bend):
+                return True
+        return False
 
     def _relation(self, phi: Tensors, bounds: Bounds) -> list[tuple[Tensor, Tensor]]:
         """The rows, and the bounds that they are tied to, with weights that add to zero slope."""
@@ -173,6 +203,8 @@ def active_set(
         if found.explained and not bool(off.any()):
             break
     pressing_rows = near.nonzero()[found.rows].flatten()
+    beside = ~near & (values >= -BESIDE * size * lengths)
+    apart = gradients[beside] / lengths[beside, None], -values[beside] / lengths[beside]
     lengths, gradients = lengths[pressing_rows], gradients[pressing_rows]
     violated = values[pressing_rows].abs() > close * lengths
     lengths = torch.where(lengths > 0, lengths, 1.0)
@@ -191,6 +223,8 @@ def active_set(
         by_chance=bool(found.idle.any()),
         stiffness=_largest(stiffness) or _largest(force) / size or 1.0,
         loose=(stiffness == 0) & ~found.held & (units.abs() <= flat.eps**DEPENDENT).all(0),
+        beside=apart[0],
+        slack=apart[1],
     )
 
 

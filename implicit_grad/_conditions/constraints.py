@@ -155,7 +155,8 @@ def linearized(
         pull = vjp([*rows, *others], phi, nu.unbind())
         stationarity = tuple(s + p for s, p in zip(slope, pull, strict=True))
         loose = split(active.loose, phi)
-        if kink is None and bool(active.loose.any()) and is_pushed(loose, stationarity, phi):
+        pushed = bool(active.loose.any()) and is_pushed(loose, stationarity, phi)
+        if kink is None and (pushed or active.misses(stationarity, phi)):
             kink = Status.DEGENERATE
         return KKTSystem(
             objective,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.active_set import CLOSE, TOUCHING, Bounds
+from implicit_grad._conditions.active_set import BESIDE, CLOSE, TOUCHING, Bounds
 from implicit_grad._conditions.batching import batched
 from implicit_grad._conditions.bounds import check_order, check_pair, spread
 from implicit_grad._conditions.constraints import Constraints, Evaluated, Held, KKTSystem, values_of
@@ -249,6 +249,7 @@ class _Measured(NamedTuple):
         beyond = (self.x - self.lower <= -close) | (self.upper - self.x <= -close)
         odd = (beyond | (at_lower & at_upper)).any(1)
         odd |= (near & ((lengths == 0) | (self.values.abs() > reach * lengths))).any(1)
+        odd |= (~near & (self.values >= -BESIDE * size * lengths)).any(1)
         lengths = torch.where(lengths > 0, lengths, 1.0)
         unit = self.gradients / lengths[:, :, None] * near[:, :, None]
         nu, independent = _multipliers(unit * ~held[:, None, :], force, near, eps)

@@ -240,6 +240,39 @@ def test_jacrev_at_an_apex():
     close(torch.func.jacrev(solve)(torch.tensor([0.3, 0.4]))["x"], torch.zeros(2, 2))
 
 
+# ---------------------------------------------------------------- kinks
+
+
+@pytest.mark.parametrize("polish", [0, 1])
+@pytest.mark.parametrize("size", [0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4])
+def test_a_solution_too_near_to_a_kink_is_told(size, polish):
+    """Clarabel leaves x at 2e-6 where it is 0 without a force, and has as much to either side."""
+    x, y = cp.Variable(2, name="x"), cp.Parameter(2)
+    layer = CVXPY(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x >= 0]), [y])
+    monitor = ig.Monitor()
+    options = {"monitor": monitor, "on_failure": "ignore", "polish": polish}
+    solve = ig.implicit(layer, layer.condition, **options)
+    for side in (1.0, -1.0):
+        at = torch.tensor([side * size, 1.0], requires_grad=True)
+        (found,) = torch.autograd.grad(solve(at)["x"].sum(), at)
+        expected = torch.tensor([(side + 1) / 2, 1.0])
+        fine = monitor.last.status.ok
+        assert fine or monitor.last.status is ig.Status.DEGENERATE
+        assert not fine or torch.allclose(found, expected)
+        assert fine if size >= (1e-6 if polish else 1e-5) else size or not fine
+
+
+def test_kinks_in_a_batch_are_told():
+    x, y = cp.Variable(2, name="x"), cp.Parameter(2)
+    monitor = ig.Monitor()
+    options = {"monitor": monitor, "on_failure": "ignore"}
+    solve = wrapped(cp.sum_squares(x - y), [x >= 0], [y], **options)
+    at = torch.tensor([[0.5, 1.0], [0.0, 1.0], [-0.5, 1.0]], requires_grad=True)
+    (found,) = torch.autograd.grad(torch.func.vmap(solve)(at)["x"].sum(), at)
+    close(found[::2], torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    assert sorted(r.status.name for r in monitor.reports) == ["CONVERGED"] * 2 + ["DEGENERATE"]
+
+
 # ---------------------------------------------------------------- the solver, and names
 
 
