@@ -21,7 +21,7 @@ from implicit_grad._torch.pytree import Flat, Tensors
 TOUCHING, CLOSE = 0.5, 0.4
 # How far beside a constraint a solver that stops at an objective's error of 1e-11 may leave φ, if
 # it rests there without a force: more than the root of that.
-BESIDE, _SHARE = 1e-5, 0.1
+BESIDE = 1e-5
 
 
 class Bounds(NamedTuple):
@@ -71,8 +71,9 @@ class ActiveSet(NamedTuple):
         by_chance: whether some constraint is touched that does not press.
         stiffness: of the objective: how large forces become over a distance of 1.
         loose: which elements of the flat φ neither the objective's curvature nor a row holds.
-        beside: the gradients, of norm 1, of rows that are not touched, but nearly, one a row.
-        slack: how far φ is from these rows.
+        slack: how far φ is from the rows; 0 for equations.
+        beside: of rows that are not touched, but nearly: their gradients, of norm 1, one a row, and
+            how far φ is from them.
     """
 
     rows: list[Tensor]
@@ -86,8 +87,8 @@ class ActiveSet(NamedTuple):
     by_chance: bool
     stiffness: float
     loose: Tensor
-    beside: Tensor
     slack: Tensor
+    beside: tuple[Tensor, Tensor]
 
     @property
     def held(self) -> Tensor:
@@ -105,37 +106,19 @@ class ActiveSet(NamedTuple):
         if self.by_chance:
             return Status.DEGENERATE
         pairs = [*self._relation(phi, bounds), *self._fixed(phi, bounds)]
-        if pairs and part_ways(pairs, phi, self._onto_tangent(phi)):
+        if pairs and part_ways(pairs, phi, self.onto_tangent(self.units, phi)):
             return Status.DEPENDENT_CONSTRAINTS
         return None
 
-    def _onto_tangent(self, phi: Tensors) -> Callable[[Tensor], Tensor]:
-        """Projects flat vectors on the directions in which φ may move."""
-        basis = span(self.units, Flat(phi).eps ** DEPENDENT)
+    def onto_tangent(self, units: Tensor, phi: Tensors) -> Callable[[Tensor], Tensor]:
+        """Projects flat vectors on the directions in which φ may move along such rows."""
+        basis = span(units, Flat(phi).eps ** DEPENDENT)
 
         def project(x: Tensor) -> Tensor:
             x = x * ~self.held
             return (x - basis.mT @ (basis @ x)) * ~self.held
 
         return project
-
-    def misses(self, stationarity: Tensors, phi: Tensors) -> bool:
-        """Whether φ, as far from rest as ∂ℒ/∂φ tells, may well belong on a constraint beside it.
-
-        Along the constraint's gradient it is a share of Newton's step that would bring φ there.
-        """
-        if not len(self.slack):
-            return False
-        flat, project = Flat(phi), self._onto_tangent(phi)
-        force = project(flat.ravel(stationarity))
-        for gradient, slack in zip(self.beside, self.slack, strict=True):
-            way = project(gradient)
-            if bool((push := -(force @ way)) <= 0):
-                continue
-            bend = way @ flat.ravel(vjp(stationarity, phi, flat.unravel(way))) / (way @ way)
-            if bool(push >= _SHARE * slack * bend):
-                return True
-        return False
 
     def _relation(self, phi: Tensors, bounds: Bounds) -> list[tuple[Tensor, Tensor]]:
         """The rows, and the bounds that they are tied to, with weights that add to zero slope."""
@@ -205,6 +188,7 @@ def active_set(
     pressing_rows = near.nonzero()[found.rows].flatten()
     beside = ~near & (values >= -BESIDE * size * lengths)
     apart = gradients[beside] / lengths[beside, None], -values[beside] / lengths[beside]
+    slack = (-values / lengths).masked_fill(equations | (lengths == 0), 0.0)[pressing_rows]
     lengths, gradients = lengths[pressing_rows], gradients[pressing_rows]
     violated = values[pressing_rows].abs() > close * lengths
     lengths = torch.where(lengths > 0, lengths, 1.0)
@@ -223,8 +207,8 @@ def active_set(
         by_chance=bool(found.idle.any()),
         stiffness=_largest(stiffness) or _largest(force) / size or 1.0,
         loose=(stiffness == 0) & ~found.held & (units.abs() <= flat.eps**DEPENDENT).all(0),
-        beside=apart[0],
-        slack=apart[1],
+        slack=slack.clamp(min=0.0),
+        beside=apart,
     )
 
 

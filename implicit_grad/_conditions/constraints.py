@@ -14,6 +14,7 @@ from torch import Tensor
 from implicit_grad._conditions.active_set import ActiveSet, Bounds, active_set, split
 from implicit_grad._conditions.bounds import check_pair, spread
 from implicit_grad._conditions.dependence import is_pushed
+from implicit_grad._conditions.doubts import is_in_doubt
 from implicit_grad._conditions.lagrangian import Multipliers, multipliers_at
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError, Status, describe
@@ -156,7 +157,7 @@ def linearized(
         stationarity = tuple(s + p for s, p in zip(slope, pull, strict=True))
         loose = split(active.loose, phi)
         pushed = bool(active.loose.any()) and is_pushed(loose, stationarity, phi)
-        if kink is None and (pushed or active.misses(stationarity, phi)):
+        if kink is None and (pushed or is_in_doubt(active, stationarity, phi)):
             kink = Status.DEGENERATE
         return KKTSystem(
             objective,

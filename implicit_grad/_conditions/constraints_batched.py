@@ -263,6 +263,8 @@ class _Measured(NamedTuple):
         presses[:, : self.equations] = True
         clear = ~odd & independent & explained
         clear &= (presses | ~near).all(1) & ((push > noise) | ~held).all(1)
+        faint = near & (self.values < 0) & (nu <= BESIDE * nu.norm(dim=1, keepdim=True))
+        clear &= ~faint[:, self.equations :].any(1)
         greatest = self.stiffness.amax(1)
         instead = force.abs().amax(1) / size[:, 0]
         instead = torch.where(instead > 0, instead, 1.0)
