@@ -162,6 +162,37 @@ def test_a_weight_too_small_for_a_solver_is_told(term, weight):
         close(found, v)
 
 
+PENALTIES = {
+    "1-norm": cp.norm1,
+    "2-norm": cp.norm,
+    "max-norm": cp.norm_inf,
+    "huber": lambda x: cp.sum(cp.huber(x, 0.1)),
+    "positive part": lambda x: cp.sum(cp.pos(x)),
+}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_random_penalties_are_right_or_told(kind, seed):
+    """Weights from 1e-9 to 10, against differences; from 1e-5 on nothing is to be told."""
+    random = np.random.default_rng(seed)
+    A, b, v = random.normal(size=(6, 3)), random.normal(size=6), torch.tensor(V)
+    lam = 10 ** random.uniform(-9, 1) if seed else 0.0
+    x, weight = cp.Variable(3, name="x"), cp.Parameter(nonneg=True)
+    objective = cp.sum_squares(A @ x - b) / 2 + weight * PENALTIES[kind](x)
+    monitor = ig.Monitor()
+    solve = wrapped(objective, [], [weight], monitor=monitor, on_failure="ignore")
+    at = torch.tensor(lam, requires_grad=True)
+    (found,) = torch.autograd.grad(solve(at)["x"] @ v, at)
+    h = max(1e-3 * lam, 1e-4)
+    steps = ((-3, 0), (4, h), (-1, 2 * h)) if lam < h else ((1, h), (-1, -h))
+    ends = sum(w * (solve(torch.tensor(lam + s))["x"] @ v) for w, s in steps)
+    if monitor.last.status.ok:
+        close(found, ends / (2 * h), 0.02)
+    else:
+        assert monitor.last.status is ig.Status.DEGENERATE and lam < 1e-5
+
+
 def test_a_weight_of_0_in_a_batch_is_told():
     x, y, lam = cp.Variable(2, name="x"), cp.Parameter(2), cp.Parameter(nonneg=True)
     monitor = ig.Monitor()
