@@ -217,8 +217,9 @@ _SENTENCES = {
     ),
     Status.DEGENERATE: (
         "a constraint of the inner problem is active by chance (its multiplier is zero, or, at the "
-        "apex of a second-order cone, on the cone's boundary), so phi has a kink there and no "
-        "derivative; the gradient is that of one side"
+        "apex of a cone, on the cone's boundary), so phi has a kink there and no derivative; the "
+        "gradient is that of one side. Or a weight that a gradient is asked for is 0, or so small "
+        "that the solver left out what it weighs; or a parameter at 0 has an infinite slope"
     ),
     Status.DEPENDENT_CONSTRAINTS: (
         "active constraints depend on each other at phi, but part ways as an argument changes or "

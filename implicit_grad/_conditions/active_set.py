@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from implicit_grad._torch.pytree import Flat, Tensors
 # float64, 3e-4 in float32; only where φ turns out to be less accurate, 5e-7 and 2e-3. (Powers of
 # the dtype's eps.)
 TOUCHING, CLOSE = 0.5, 0.4
+# How far beside a constraint a solver that stops at an objective's error of 1e-11 may leave φ, if
+# it rests there without a force: more than the root of that.
+BESIDE = 1e-5
 
 
 class Bounds(NamedTuple):
@@ -66,6 +70,10 @@ class ActiveSet(NamedTuple):
         at_lower, at_upper: which elements of the flat φ are held at their bounds.
         by_chance: whether some constraint is touched that does not press.
         stiffness: of the objective: how large forces become over a distance of 1.
+        loose: which elements of the flat φ neither the objective's curvature nor a row holds.
+        slack: how far φ is from the rows; 0 for equations.
+        beside: of rows that are not touched, but nearly: their gradients, of norm 1, one a row, and
+            how far φ is from them.
     """
 
     rows: list[Tensor]
@@ -78,6 +86,9 @@ class ActiveSet(NamedTuple):
     at_upper: Tensor
     by_chance: bool
     stiffness: float
+    loose: Tensor
+    slack: Tensor
+    beside: tuple[Tensor, Tensor]
 
     @property
     def held(self) -> Tensor:
@@ -95,15 +106,19 @@ class ActiveSet(NamedTuple):
         if self.by_chance:
             return Status.DEGENERATE
         pairs = [*self._relation(phi, bounds), *self._fixed(phi, bounds)]
-        basis = span(self.units, Flat(phi).eps ** DEPENDENT) if pairs else self.units
+        if pairs and part_ways(pairs, phi, self.onto_tangent(self.units, phi)):
+            return Status.DEPENDENT_CONSTRAINTS
+        return None
 
-        def onto_tangent(x: Tensor) -> Tensor:
+    def onto_tangent(self, units: Tensor, phi: Tensors) -> Callable[[Tensor], Tensor]:
+        """Projects flat vectors on the directions in which φ may move along such rows."""
+        basis = span(units, Flat(phi).eps ** DEPENDENT)
+
+        def project(x: Tensor) -> Tensor:
             x = x * ~self.held
             return (x - basis.mT @ (basis @ x)) * ~self.held
 
-        if pairs and part_ways(pairs, phi, onto_tangent):
-            return Status.DEPENDENT_CONSTRAINTS
-        return None
+        return project
 
     def _relation(self, phi: Tensors, bounds: Bounds) -> list[tuple[Tensor, Tensor]]:
         """The rows, and the bounds that they are tied to, with weights that add to zero slope."""
@@ -171,6 +186,9 @@ def active_set(
         if found.explained and not bool(off.any()):
             break
     pressing_rows = near.nonzero()[found.rows].flatten()
+    beside = ~near & (values >= -BESIDE * size * lengths)
+    apart = gradients[beside] / lengths[beside, None], -values[beside] / lengths[beside]
+    slack = (-values / lengths).masked_fill(equations | (lengths == 0), 0.0)[pressing_rows]
     lengths, gradients = lengths[pressing_rows], gradients[pressing_rows]
     violated = values[pressing_rows].abs() > close * lengths
     lengths = torch.where(lengths > 0, lengths, 1.0)
@@ -188,6 +206,9 @@ def active_set(
         at_upper=found.held & at_upper,
         by_chance=bool(found.idle.any()),
         stiffness=_largest(stiffness) or _largest(force) / size or 1.0,
+        loose=(stiffness == 0) & ~found.held & (units.abs() <= flat.eps**DEPENDENT).all(0),
+        slack=slack.clamp(min=0.0),
+        beside=apart,
     )
 
 

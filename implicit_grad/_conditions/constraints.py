@@ -13,6 +13,8 @@ from torch import Tensor
 
 from implicit_grad._conditions.active_set import ActiveSet, Bounds, active_set, split
 from implicit_grad._conditions.bounds import check_pair, spread
+from implicit_grad._conditions.dependence import is_pushed
+from implicit_grad._conditions.doubts import is_in_doubt
 from implicit_grad._conditions.lagrangian import Multipliers, multipliers_at
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import InvalidArgumentError, Status, describe
@@ -143,10 +145,8 @@ def linearized(
 ) -> Linearization:
     """F around φ for the active set there; `more` may know a reason for a kink, too."""
     phi = objective.phi
-    with torch.enable_grad():
-        slope = gradient(objective.value, phi)
+    slope, active = forces(objective, bounds, equality, inequality)
     with torch.no_grad(), objective.guard():
-        active = active_set(slope, phi, bounds, equality, inequality)
         kink = active.kink(phi, bounds) or more(active, phi)
     kept, scale = active.kept, active.stiffness / active.lengths
     with torch.enable_grad():
@@ -154,15 +154,31 @@ def linearized(
         nu = torch.cat([mu * scale[kept], active.nu[~kept]]).to(phi[0].dtype)
         rows, others = active.divided()
         pull = vjp([*rows, *others], phi, nu.unbind())
+        stationarity = tuple(s + p for s, p in zip(slope, pull, strict=True))
+        loose = split(active.loose, phi)
+        pushed = bool(active.loose.any()) and is_pushed(loose, stationarity, phi)
+        if kink is None and (pushed or is_in_doubt(active, stationarity, phi)):
+            kink = Status.DEGENERATE
         return KKTSystem(
             objective,
-            tuple(s + p for s, p in zip(slope, pull, strict=True)),
+            stationarity,
             (torch.stack(rows) * scale[kept].to(phi[0].dtype),) if rows else (),
             (mu,) if rows else (),
             Held(bounds, split(active.at_lower, phi), split(active.held, phi)),
             (active.stiffness,) * len(phi),
             kink,
         )
+
+
+def forces(
+    objective: Objective, bounds: Bounds, equality: list[Tensor], inequality: list[Tensor]
+) -> tuple[Tensors, ActiveSet]:
+    """The objective's gradient, with its graph, and the constraints that hold φ against it."""
+    phi = objective.phi
+    with torch.enable_grad():
+        slope = gradient(objective.value, phi)
+    with torch.no_grad(), objective.guard():
+        return slope, active_set(slope, phi, bounds, equality, inequality)
 
 
 class Held(NamedTuple):

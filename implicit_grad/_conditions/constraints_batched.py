@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.active_set import CLOSE, TOUCHING, Bounds
+from implicit_grad._conditions.active_set import BESIDE, CLOSE, TOUCHING, Bounds
 from implicit_grad._conditions.batching import batched
 from implicit_grad._conditions.bounds import check_order, check_pair, spread
 from implicit_grad._conditions.constraints import Constraints, Evaluated, Held, KKTSystem, values_of
-from implicit_grad._conditions.dependence import scattered
-from implicit_grad._conditions.multipliers import NO_FORCE, ROUNDING
+from implicit_grad._conditions.dependence import is_pushed, scattered
+from implicit_grad._conditions.multipliers import DEPENDENT, NO_FORCE, ROUNDING
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.products import gradient, vjp
@@ -93,7 +93,21 @@ class _Touching:
 
     def apart(self) -> Tensor:
         """Which tasks are not for a batch."""
-        return ~self._active.clear
+        sets = self._active
+        return ~sets.clear | sets.loose.any(1) if self._is_pushed else ~sets.clear
+
+    @functools.cached_property
+    def _is_pushed(self) -> bool:
+        """Whether arguments move the force on what is loose in some task."""
+        sets, phi = self._active, self._objective.phi
+        if not bool(sets.loose.any()):
+            return False
+        force = self._slope
+        if self._rows is not None:
+            with torch.enable_grad():
+                pull = vjp([self._rows], phi, [(sets.nu * sets.active).to(self._rows.dtype)])
+                force = tuple(s + p for s, p in zip(force, pull, strict=True))
+        return is_pushed(_split(sets.loose, phi), force, phi)
 
     def linearize(self) -> Linearization:
         """F around all φ: with an equation for each row, active or not."""
@@ -158,6 +172,7 @@ class ActiveSets(NamedTuple):
         at_lower, at_upper: which elements of φ are held at their bounds.
         stiffness: of the objectives.
         gradients: of all rows.
+        loose: which elements neither the objective's curvature nor an active row holds.
     """
 
     clear: Tensor
@@ -168,6 +183,7 @@ class ActiveSets(NamedTuple):
     at_upper: Tensor
     stiffness: Tensor
     gradients: Tensor
+    loose: Tensor
 
     def where(self, good: Tensor, other: ActiveSets) -> ActiveSets:
         """These for some tasks, the others for the rest."""
@@ -233,6 +249,7 @@ class _Measured(NamedTuple):
         beyond = (self.x - self.lower <= -close) | (self.upper - self.x <= -close)
         odd = (beyond | (at_lower & at_upper)).any(1)
         odd |= (near & ((lengths == 0) | (self.values.abs() > reach * lengths))).any(1)
+        odd |= (~near & (self.values >= -BESIDE * size * lengths)).any(1)
         lengths = torch.where(lengths > 0, lengths, 1.0)
         unit = self.gradients / lengths[:, :, None] * near[:, :, None]
         nu, independent = _multipliers(unit * ~held[:, None, :], force, near, eps)
@@ -246,6 +263,8 @@ class _Measured(NamedTuple):
         presses[:, : self.equations] = True
         clear = ~odd & independent & explained
         clear &= (presses | ~near).all(1) & ((push > noise) | ~held).all(1)
+        faint = near & (self.values < 0) & (nu <= BESIDE * nu.norm(dim=1, keepdim=True))
+        clear &= ~faint[:, self.equations :].any(1)
         greatest = self.stiffness.amax(1)
         instead = force.abs().amax(1) / size[:, 0]
         instead = torch.where(instead > 0, instead, 1.0)
@@ -258,6 +277,7 @@ class _Measured(NamedTuple):
             at_upper=at_upper,
             stiffness=torch.where(greatest > 0, greatest, instead),
             gradients=self.gradients,
+            loose=(self.stiffness == 0) & ~held & (unit.abs() <= eps**DEPENDENT).all(1),
         )
 
 

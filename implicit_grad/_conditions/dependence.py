@@ -59,3 +59,20 @@ def part_ways(
         bool(d.norm() > rounding * other.norm())
         for d, other in zip(derivatives(weights), others, strict=True)
     )
+
+
+def is_pushed(loose: Tensors, stationarity: Tensors, phi: Tensors) -> bool:
+    """Whether arguments move the force on elements of φ that nothing holds.
+
+    So it is with what CVXPY, say, minimises in the place of |w| in λ|w|, where λ is 0 or so small
+    that a solver has left it anywhere: with λ it comes down to |w|, and then w moves.
+    """
+    leaves = tuple(t for t in leaves_behind(stationarity) if all(t is not p for p in phi))
+    if not leaves:
+        return False
+    weights = tuple(map(scattered, phi))
+    of_loose = tuple(w * mask for w, mask in zip(weights, loose, strict=True))
+    with without_hooks(leaves):
+        pairs = zip(*(vjp(stationarity, leaves, w) for w in (of_loose, weights)), strict=True)
+    rounding = Flat(phi).eps ** _ROUNDING
+    return any(bool(of.norm() > rounding * every.norm()) for of, every in pairs)

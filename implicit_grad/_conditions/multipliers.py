@@ -91,6 +91,9 @@ class Pressing:
 def pressing(slope: Tensor, noise: Tensor, touched: Touched) -> Pressing:
     """The constraints that press, given ∇f and, element by element, what it is uncertain by."""
     (unit, norms), sign, free = touched.units(), touched.sign, ~touched.fixed
+    # what is uncertain of forces goes along with equations, as from x − a to x
+    carried = unit[touched.equations].abs()
+    noise = noise + carried.mT @ (carried @ noise)
     nu, push = nonnegative(slope * free, unit, touched.equations, sign, touched.eps)
     rest = slope * free + nu @ unit + sign * push
     forces = slope.abs() + nu.abs() @ unit.abs()

@@ -205,7 +205,8 @@ class _Lifted(torch.autograd.Function):
                 if reason.known and len(tensors) == size:
                     tensors, in_dims = (*rows, *reason.known), (0,) * (2 + size + len(reason.known))
                 if reason.known and reason.apart is not None:
-                    ys = _in_two_parts(function, size, tensors, reason.apart)
+                    every = rows if len(tensors) == len(rows) else tensors
+                    ys = _in_two_parts(function, size, every, reason.apart)
                     return ys, (0,) * len(ys)
         samples = [
             _Lifted.apply(

@@ -68,7 +68,8 @@ def newton_candidates(
     gradient. Where A is not positive definite, Newton's method may go to a saddle or a maximum.
     """
     solved = solve_newton(solver, around)
-    if not (status := solved.status(around)).ok:
+    # at a kink there is a step to one side, and where it leads is looked at
+    if not (status := solved.status(around)).ok and status is not Status.DEGENERATE:
         tell_unpolished(status, reporting)
         return
     for share in _LENGTHS:

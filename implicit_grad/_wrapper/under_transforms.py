@@ -88,7 +88,8 @@ class Transformed:
             raise CannotBatch(known) from reason
         if setup.curvature == "auto" and evaluation.once_differentiable():
             raise CannotBatch(known)  # differences are taken for one problem at a time
-        if first and (apart := evaluation.apart()) != []:
+        apart = evaluation.apart()
+        if apart or (first and apart is None):  # later, it is the cotangents that are many
             raise CannotBatch(known, apart)
         return self._attached(evaluation, xs)
 

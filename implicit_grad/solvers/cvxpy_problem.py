@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +15,21 @@ from implicit_grad._conditions.argmin import argmin
 from implicit_grad._conditions.cones import cone_argmin
 from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._options import require_options
+from implicit_grad.solvers._cone_form import AUXILIARY, ConeForm, named
 from implicit_grad.solvers._neighbours import needed_by
 
 # So that active constraints can be told from the others.
 _ACCURATE = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11}
-_AUXILIARY = "auxiliary"
+# By these it reached them in two of three problems with exponential cones where it had not before.
+_SHORTER_STEPS = {
+    **_ACCURATE,
+    "max_step_fraction": 0.9,
+    "linesearch_backtrack_step": 0.9,
+    "min_switch_step_length": 1e-3,
+    "min_terminate_step_length": 1e-8,
+    "static_regularization_constant": 1e-13,
+    "static_regularization_proportional": 1e-30,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +46,9 @@ class CVXPY:
     optimization layers), and that is an `argmin` under constraints: equations, inequalities, second
     order cones and exponential cones. They are differentiated one by one, so a problem should not
     have more than some hundred of them. A second-order cone at its apex (a group of a group lasso
-    that is 0) is so many equations; where it may just be leaving it, the status is DEGENERATE.
+    that is 0) is so many equations; where it may just be leaving it, the status is DEGENERATE. So
+    it is for a weight of 0 and other arguments at which φ has no derivative; at a parameter that
+    cannot be less, as the zeros of p in rel_entr(p, z), the derivative is that from above.
 
     Args:
         problem: of `cvxpy.Problem`, with `problem.is_dpp()`, without integers, complex numbers or
@@ -70,7 +81,7 @@ class CVXPY:
         if sorted(given) != sorted(known):
             raise InvalidArgumentError(
                 "CVXPY: parameters must be all of the problem's, each once: it has "
-                f"{_named(self.problem.parameters())}, and {_named(self.parameters)} were given"
+                f"{named(self.problem.parameters())}, and {named(self.parameters)} were given"
             )
         if self.problem.is_mixed_integer() or not self.problem.is_dpp():
             raise InvalidArgumentError(
@@ -80,9 +91,9 @@ class CVXPY:
         names = [v.name() for v in self.problem.variables()]
         if not names:
             raise InvalidArgumentError("CVXPY: the problem has no variables")
-        if len({*names, _AUXILIARY}) <= len(names):
+        if len({*names, AUXILIARY}) <= len(names):
             raise InvalidArgumentError(
-                f"CVXPY: variables need names that differ, none of them {_AUXILIARY!r}: "
+                f"CVXPY: variables need names that differ, none of them {AUXILIARY!r}: "
                 f"got {', '.join(names)}"
             )
         _ = self._form  # which has requests of its own
@@ -93,19 +104,20 @@ class CVXPY:
         form = self._form
         equality = form.equations if form.zero else None
         inequality = form.inequalities if form.pushing else None
-        if not form.soc:
+        if not form.soc and not form.exp:
             return argmin(form.objective, equality=equality, inequality=inequality)
         return cone_argmin(
-            form.objective, equality=equality, inequality=inequality, cones=form.second_order
+            form.objective,
+            equality=equality,
+            inequality=inequality,
+            second_order=form.second_order if form.soc else None,
+            exponential=form.exponential if form.exp else None,
         )
 
     def __call__(self, *values: Tensor) -> dict[str, Tensor]:
         """The variables at the solution."""
-        options = {**_ACCURATE, **(self.options or {})}
         with self._set(values):
-            data, chain, inverse = self.problem.get_problem_data("CLARABEL", solver_opts=options)
-            raw = chain.solve_via_data(self.problem, data, solver_opts=options)
-            found = chain.solver.invert(raw, inverse[-1])
+            found = self._found()
         if found.status not in ("optimal", "optimal_inaccurate"):
             raise InvalidSolutionError(
                 f"CVXPY: the problem is {found.status} for these parameters; nothing is solved"
@@ -117,9 +129,23 @@ class CVXPY:
         device = floating[0].device if floating else "cpu"
         return self._form.split(torch.tensor(x, dtype=wide, device=device))
 
+    def _found(self) -> Any:
+        """What the solver finds, in shorter steps where it could not reach its tolerances."""
+        first, again = ({**way, **(self.options or {})} for way in (_ACCURATE, _SHORTER_STEPS))
+        data, chain, inverse = self.problem.get_problem_data("CLARABEL", solver_opts=first)
+        found = None
+        for options in (first, again):
+            raw = chain.solve_via_data(self.problem, data, solver_opts=options)
+            last = chain.solver.invert(raw, inverse[-1])
+            if found is None or last.status == "optimal":
+                found = last
+            if found.status != "optimal_inaccurate":
+                break
+        return found
+
     @functools.cached_property
-    def _form(self) -> _ConeForm:
-        return _ConeForm(self.problem, self.parameters)
+    def _form(self) -> ConeForm:
+        return ConeForm(self.problem, self.parameters)
 
     @contextlib.contextmanager
     def _set(self, values: Sequence[Tensor]) -> Iterator[None]:
@@ -141,176 +167,3 @@ class CVXPY:
         finally:
             for parameter, value in zip(self.parameters, before, strict=True):
                 parameter.value = value
-
-
-class _ConeForm:
-    """P, c, A and b as affine functions of the parameters, and where the variables lie in x."""
-
-    def __init__(self, problem: Any, parameters: Sequence[Any]) -> None:
-        variables = problem.variables()
-        own = (*variables, *parameters)
-        _refuse([t for t in own if t.is_complex() or t.attributes["diag"]])
-        form, cones = _canonical(problem, parameters)
-        self._rows = [cones.zero, cones.nonneg, sum(cones.soc), 3 * cones.exp]
-        bounded = form.lower_bounds is not None or form.upper_bounds is not None
-        if sum(self._rows) < form.constr_size or bounded:
-            raise InvalidArgumentError(
-                "CVXPY: semi-definite and power cones, and variables with bounds= of their own, "
-                "have no derivatives here; write bounds as constraints"
-            )
-        made = {t.id: _made_of(t, (*form.variables, *form.parameters)) for t in own}
-        _refuse([t for t in own if made[t.id] is None])
-        columns, places = form.param_id_to_col, form.var_id_to_col
-        self.size, self.rows = form.x.size, form.constr_size
-        self.zero, self.soc = cones.zero, list(cones.soc)
-        self.pushing = cones.nonneg + cones.exp
-        self._order = [columns[made[p.id].id] for p in parameters]
-        self._last = columns[-1]  # of what no parameter changes
-        self._maps = {name: _sparse(getattr(form, name)) for name in ("P", "q", "A")}
-        self._shapes = {t.name(): t.shape for t in variables}
-        taken = [torch.arange(t.size) + places[made[t.id].id] for t in variables]
-        others = torch.ones(self.size, dtype=torch.bool)
-        others[torch.cat(taken)] = False
-        self._places = torch.cat([*taken, others.nonzero()[:, 0]])
-        self._sizes = [*map(len, taken), int(others.sum())]
-
-    def split(self, x: Tensor) -> dict[str, Tensor]:
-        """The variables by name; those that CVXPY has added last."""
-        *parts, others = torch.split(x[self._places.to(x.device)], self._sizes)
-        named = zip(self._shapes.items(), parts, strict=True)
-        phi = {name: _by_columns(part, shape) for (name, shape), part in named}
-        return {**phi, _AUXILIARY: others} if len(others) else phi
-
-    def joined(self, phi: dict[str, Tensor]) -> Tensor:
-        """x again."""
-        parts = [_in_columns(phi[name]) for name in self._shapes]
-        x = torch.cat([*parts, *([phi[_AUXILIARY]] if _AUXILIARY in phi else [])])
-        return x[self._places.argsort().to(x.device)]
-
-    def objective(self, phi: dict[str, Tensor], *values: Tensor) -> Tensor:
-        """xᵀP x/2 + cᵀx."""
-        x = self.joined(phi)
-        linear = self._evaluated("q", values, x)[: self.size] @ x
-        if self._maps["P"] is None:
-            return linear
-        P = self._evaluated("P", values, x).view(self.size, self.size)
-        return x @ P @ x / 2 + linear
-
-    def equations(self, phi: dict[str, Tensor], *values: Tensor) -> Tensor:
-        """Rows of s = b − A x that are to be 0."""
-        return self._slack(phi, values)[0]
-
-    def inequalities(self, phi: dict[str, Tensor], *values: Tensor) -> Tensor:
-        """Functions of rows of s that are at most 0 where s is in its cones."""
-        _, positive, _, exponential = self._slack(phi, values)
-        return torch.cat([-positive, _beyond(*exponential.view(-1, 3).unbind(1))])
-
-    def second_order(self, phi: dict[str, Tensor], *values: Tensor) -> list[Tensor]:
-        """The parts of s that lie in second-order cones, in the units of x."""
-        matrix, _ = self._affine(self.joined(phi), values)
-        lengths = torch.split(matrix.detach().norm(dim=1), self._rows)[2]
-        parts = torch.split(self._slack(phi, values)[2], self.soc)
-        units = (of_one.amax() for of_one in torch.split(lengths, self.soc))
-        return [s / torch.where(u > 0, u, 1.0) for s, u in zip(parts, units, strict=True)]
-
-    def _slack(self, phi: dict[str, Tensor], values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """s for each kind of cone."""
-        x = self.joined(phi)
-        matrix, offset = self._affine(x, values)
-        return torch.split(matrix @ x + offset, self._rows)
-
-    def _affine(self, x: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """−A and b."""
-        both = self._evaluated("A", values, x).view(self.size + 1, self.rows).mT
-        return both[:, :-1], both[:, -1]
-
-    def _evaluated(self, name: str, values: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Data of the problem, column by column, for these parameters."""
-        parts = {self._last: like.new_ones(1)}
-        parts |= zip(self._order, (_in_columns(v).to(like) for v in values), strict=True)
-        vector = torch.cat([parts[start] for start in sorted(parts)])
-        matrix = self._maps[name]
-        assert matrix is not None
-        return matrix.times(vector)
-
-
-def _beyond(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """At most 0 where y exp(x/y) ≤ z, the exponential cone, or x ≤ 0 where y is 0.
-
-    That is a parameter at its bound, as the zeros of p in rel_entr(p, z), where x ≤ y log(z/y): of
-    its terms −y log z varies with z as y does, and y log y is of no concern to any z.
-    """
-    inside = y > 0
-    height = torch.where(inside, y, 1.0)
-    base = torch.where(inside | (z <= 0), 1.0, z)
-    return torch.where(inside, height * torch.exp(x / height) - z, x - y * base.log())
-
-
-def _canonical(problem: Any, parameters: Sequence[Any]) -> tuple[Any, Any]:
-    """CVXPY's form with parameters in it, and its cones."""
-    before = [p.value for p in parameters]
-    try:
-        for p in parameters:  # values that its rules allow; the form does not depend on them
-            p.value = p.project(np.ones(p.shape))
-        data, _, _ = problem.get_problem_data("CLARABEL")
-    finally:
-        for p, value in zip(parameters, before, strict=True):
-            p.value = value
-    return data["param_prob"], data["dims"]
-
-
-def _made_of(own: Any, form: Sequence[Any]) -> Any:
-    """What CVXPY's form has in the place of a variable or parameter; None if it has fewer numbers.
-
-    Where it is declared nonneg, newer versions make another of its name.
-    """
-    made = {t.name(): t for t in form} | {t.id: t for t in form}
-    found = made.get(own.id, made.get(own.name()))
-    return found if found is not None and found.size == own.size else None
-
-
-def _refuse(reduced: Sequence[Any]) -> None:
-    """Raise if there are variables or parameters that CVXPY makes of fewer, or other, numbers."""
-    if reduced:
-        raise InvalidArgumentError(
-            f"CVXPY: {_named(reduced)} must not be declared symmetric, diagonal, sparse, "
-            "semi-definite or complex: write that as constraints"
-        )
-
-
-class _Sparse(NamedTuple):
-    """A matrix by its entries, whose products `vmap` and derivatives of any order go through."""
-
-    rows: Tensor
-    columns: Tensor
-    values: Tensor
-    height: int
-
-    def times(self, vector: Tensor) -> Tensor:
-        """The product."""
-        rows, columns = self.rows.to(vector.device), self.columns.to(vector.device)
-        terms = self.values.to(vector) * vector[columns]
-        return vector.new_zeros(self.height).index_add(0, rows, terms)
-
-
-def _sparse(matrix: Any) -> _Sparse | None:
-    if matrix is None:
-        return None
-    entries = matrix.tocoo()
-    rows, columns = (torch.as_tensor(i.astype(np.int64)) for i in (entries.row, entries.col))
-    values = torch.as_tensor(entries.data.astype(np.float64))
-    return _Sparse(rows, columns, values, entries.shape[0])
-
-
-def _in_columns(tensor: Tensor) -> Tensor:
-    """All elements, the first index fastest, as CVXPY lists them."""
-    return tensor.permute(tuple(range(tensor.dim() - 1, -1, -1))).reshape(-1)
-
-
-def _by_columns(vector: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of this shape, whose elements are listed so."""
-    return vector.reshape(shape[::-1]).permute(tuple(range(len(shape) - 1, -1, -1)))
-
-
-def _named(things: Sequence[Any]) -> str:
-    return ", ".join(thing.name() for thing in things) or "none"

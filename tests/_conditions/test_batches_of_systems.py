@@ -274,6 +274,23 @@ def test_tasks_out_of_the_ordinary_go_their_own_way():
     assert sorted(set(s.name for s in statuses)) == ["CONVERGED", "DEGENERATE"]
 
 
+@pytest.mark.parametrize("status", ["CONVERGED", "DEGENERATE"])
+def test_many_cotangents_of_a_task_out_of_the_ordinary(status):
+    """Copies of a constraint, where the batch is that of jacrev's cotangents."""
+    limit = torch.tensor([1.0, 0.8], dtype=F64)
+    condition = ig.argmin(
+        lambda x, c: (x - c).square().sum(),
+        inequality=lambda x, c: torch.stack([x[0] - 1.0, x[1] - 0.8, 2 * x[1] - 1.6]),
+    )
+    monitor = ig.Monitor()
+    options = {"monitor": monitor, "on_failure": "ignore"}
+    solve = ig.implicit(lambda c: torch.minimum(c.detach(), limit), condition, **options)
+    c = torch.tensor([1.0 if status == "DEGENERATE" else 0.3, 2.0], dtype=F64)
+    found = jacrev(solve)(c)
+    assert {report.status.name for report in monitor.reports} == {status}
+    close(found, torch.diag((c <= limit).to(F64)))
+
+
 # ---------------------------------------------------------------- what else conditions take
 
 
