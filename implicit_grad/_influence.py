@@ -246,7 +246,7 @@ def _check(
             )
         chosen = list(leave_one_out)  # type: ignore[call-overload]
     condition = setup.condition
-    smooth = condition.is_minimum and condition.definite and condition.differentiable_twice
+    smooth = condition.is_minimum and condition.definite and not condition.constrained
     if chosen and (condition.tasks or not smooth):
         raise InvalidArgumentError(
             "influence: leave_one_out is for argmin and proximal without constraints or tasks, "

@@ -101,6 +101,11 @@ class ActiveSet(NamedTuple):
         pairs = list(zip(self.rows, kept, strict=True))
         return [g for g, stays in pairs if stays], [g for g, stays in pairs if not stays]
 
+    def depends(self, bounds: Bounds) -> bool:
+        """Whether there are more constraints than directions that they take from φ."""
+        between = self.at_lower & self.at_upper
+        return not bool(self.kept.all()) or (bounds.differentiable and bool(between.any()))
+
     def kink(self, phi: Tensors, bounds: Bounds) -> Status | None:
         """Why φ has no derivative, where it has none."""
         if self.by_chance:
@@ -163,7 +168,7 @@ def active_set(
     # φ = 0 has no size of its own
     size = max(flat.eps**CLOSE, _largest(flat.ravel(phi)))
     touching, close = (flat.eps**power * size for power in (TOUCHING, CLOSE))
-    gradients = _jacobian(rows, phi, flat)
+    gradients = jacobian(rows, phi, flat)
     values = flat.ravel([g.detach() for g in rows])
     lengths = gradients.norm(dim=1)
     equations = torch.arange(len(rows), device=flat.device) < len(equality)
@@ -229,7 +234,7 @@ def _stiffness(slope: Tensors, phi: Tensors, flat: Flat) -> Tensor:
     return flat.ravel(vjp(slope, phi, flat.unravel(way))).abs()
 
 
-def _jacobian(rows: list[Tensor], phi: Tensors, flat: Flat) -> Tensor:
+def jacobian(rows: list[Tensor], phi: Tensors, flat: Flat) -> Tensor:
     """The gradients of constraints, one a row."""
     if not rows:
         return flat.ravel(phi).detach().new_zeros(0, sum(p.numel() for p in phi))

@@ -165,8 +165,8 @@ class argmin(Condition):
         return not self.constraints.rows
 
     @property
-    def differentiable_twice(self) -> bool:  # type: ignore[override]
-        return not self.constraints
+    def constrained(self) -> bool:  # type: ignore[override]
+        return bool(self.constraints)
 
     def strong_convexity_with(self, curvature: Curvature) -> float | None:
         # it is the objective's: not that of its Gauss-Newton part, or of a system with multipliers

@@ -66,7 +66,7 @@ class Condition(abc.ABC):
     must_depend_on_phi: ClassVar[bool] = True
     definite = True
     tasks = False  # φ is a batch of solutions of separate problems
-    differentiable_twice = True  # derivatives of derivatives can be had
+    constrained = False  # φ is held by constraints, of which other φ have others
     returns_more = False  # a call returns a pair of φ and what follows from it
     processes: Processes | None = None  # those over which F is a sum, if there are several
 

@@ -167,6 +167,7 @@ def linearized(
             Held(bounds, split(active.at_lower, phi), split(active.held, phi)),
             (active.stiffness,) * len(phi),
             kink,
+            _TIED if active.depends(bounds) else None,
         )
 
 
@@ -209,13 +210,15 @@ class KKTSystem(Linearization):
         held: Held,
         unit: Sequence[float | Tensor],
         kink: Status | None = None,
+        tied: str | None = None,
     ) -> None:
-        """`unit`, for each tensor of φ, is the size of ∂²ℒ."""
+        """`unit`, for each tensor of φ, is the size of ∂²ℒ; `tied` why it has no derivative."""
         phi = objective.phi
-        self._bounds, self._fixed, self._unit = held.bounds, held.fixed, unit
+        self.bounds_move, self.fixed, self._unit = held.bounds.differentiable, held.fixed, unit
         self._size = len(phi)
-        limits = held.bounds.values(phi, held.at_lower)
-        places = zip(held.fixed, unit, phi, limits, stationarity, strict=True)
+        self.limits = held.bounds.values(phi, held.at_lower)
+        self.only_once = tied if kink is None else kink.sentence
+        places = zip(held.fixed, unit, phi, self.limits, stationarity, strict=True)
         super().__init__(
             (*(torch.where(fixed, k * (p - limit), s) for fixed, k, p, limit, s in places), *rows),
             (*phi, *mu),
@@ -235,12 +238,12 @@ class KKTSystem(Linearization):
 
     def recover(self, u: Tensors, v: Tensors) -> Tensors:
         """u with v − Aᵀu for the elements at bounds: what moving the bounds does."""
-        if not self._bounds.differentiable:
+        if not self.bounds_move:
             return u
         moved = super().smooth_transposed((*self._free(u), *u[self._size :]))
         at_bounds = tuple(
             torch.where(fixed, (w - m) / unit, x)
-            for fixed, unit, w, m, x in zip(self._fixed, self._unit, v, moved, u, strict=False)
+            for fixed, unit, w, m, x in zip(self.fixed, self._unit, v, moved, u, strict=False)
         )
         return (*at_bounds, *u[self._size :])
 
@@ -249,7 +252,7 @@ class KKTSystem(Linearization):
         product = super().smooth_transposed((*self._free(u), *u[self._size :]))
         head = (
             torch.where(fixed, unit * x, p)
-            for fixed, unit, x, p in zip(self._fixed, self._unit, u, product, strict=False)
+            for fixed, unit, x, p in zip(self.fixed, self._unit, u, product, strict=False)
         )
         return (*head, *product[self._size :])
 
@@ -258,9 +261,13 @@ class KKTSystem(Linearization):
         return self.smooth_transposed(x)
 
     def _free(self, v: Tensors) -> Tensors:
-        return tuple(x.masked_fill(fixed, 0.0) for fixed, x in zip(self._fixed, v, strict=False))
+        return tuple(x.masked_fill(fixed, 0.0) for fixed, x in zip(self.fixed, v, strict=False))
 
 
+_TIED = (
+    "active constraints depend on each other at phi, and only to first order is it known that they "
+    "move together as an argument changes. Remove those that others imply"
+)
 _ROWS = ("equality", "inequality")
 
 

@@ -143,7 +143,7 @@ class _KKTSystems(KKTSystem):
         """A of each task."""
         phi, smooth = self.phi[: self._size], self.smooth[: self._size]
         flat = Flat(phi, self.n_tasks)
-        free = ~flat.ravel(self._fixed).bool()
+        free = ~flat.ravel(self.fixed).bool()
         columns = []
         for j in range(free.shape[1]):
             unit = torch.zeros_like(free, dtype=flat.dtype)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.active_set import Bounds, active_set
+from implicit_grad._conditions.active_set import Bounds, active_set, jacobian
 from implicit_grad._torch.products import gradient, vjp
 from implicit_grad._torch.pytree import Flat, Tensors
 from implicit_grad._warnings import warn
@@ -42,7 +42,7 @@ def multipliers_at(
 
     With ν right at φ and F = ∇f + Σ ν∇c, which is 0 for elements of φ off their bounds, ν changes
     by −J⁺F as φ and the arguments change, J the gradients of an independent set of rows. That is
-    Newton's step from ν, whose own derivatives are those of ν (to first order, as those of φ are).
+    Newton's step from ν, in an equation linear in ν: its derivatives of every order are ν's.
     """
     slope, flat = gradient(value, phi), Flat(phi)
     with torch.no_grad():
@@ -54,7 +54,8 @@ def multipliers_at(
 
     nu, kept, free = active.nu, active.kept, ~active.held
     if active.rows:
-        inverse = torch.linalg.pinv((active.gradients[kept] * free).mT)
+        gradients = jacobian(active.divided()[0], phi, flat)
+        inverse = torch.linalg.pinv((gradients * free).mT)
         nu = nu.masked_scatter(kept, nu[kept] - inverse @ (force(nu) * free))
     if not bool(kept.all()):
         warn(_MANY, anchor="many-multipliers")

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from implicit_grad._errors import GraphError
 from implicit_grad._theorem.linearization import Linearization
-from implicit_grad._torch.products import dense, own_precision, variables
+from implicit_grad._torch.products import dense, own_precision, variables, vjp
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad._torch.transforms import Plain, is_transformed, lifted, pullback
 
@@ -47,6 +47,8 @@ class Problem:
         snapshot: () ↦ (F around φ, the tensors that stand for a in it), as recorded when φ was
             found; None lets backward linearise anew.
         keeps_start: whether φ still depends on where its training started.
+        smooth: a ↦ φ, made of a problem that has derivatives of every order; None where this is
+            one itself.
     """
 
     solve: Callable[[Tensors], Tensors]
@@ -54,6 +56,7 @@ class Problem:
     solve_adjoint: Callable[[Linearization, Tensors], Tensors]
     snapshot: Callable[[], tuple[Linearization, Tensors]] | None = None
     keeps_start: bool = False
+    smooth: Callable[[Tensors], Tensors] | None = None
     is_differentiated = False  # whether derivatives of its gradients were asked for
 
     def recorded(self, phi: Tensors, inputs: Tensors) -> tuple[Linearization, Tensors]:
@@ -121,21 +124,37 @@ class ImplicitFunction(torch.autograd.Function):
             for v, p in zip(cotangents, phi, strict=True)
         )
         with own_precision(x.device for x in (*phi, *a)):
-            if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-                problem.is_differentiated = True
-                phi, a = connected(phi), connected(a)
-                u = ImplicitFunction.apply(problem.adjoint(ctx.size), *phi, *a, *v)
-                around = problem.linearize(phi, a)
+            if torch.is_grad_enabled() and problem.smooth is not None:
+                a = connected(a)
+                grads = vjp(problem.smooth(a), _chosen(a, wanted), v)
             else:
-                around, a = problem.recorded(phi, a)
-                u = problem.solve_adjoint(around, v)
-            targets = [x for x, wants in zip(a, wanted, strict=True) if wants]
-            grads = around.pullback(tuple(-x for x in u), targets)
-            if problem.keeps_start and around.starts:
-                left = tuple(map(torch.sub, v, around.transposed(u)))
-                grads = tuple(map(torch.add, grads, around.at_start(left, targets)))
+                grads = _gradients(problem, phi, a, v, wanted)
         found = iter(grads)
         return None, *(next(found) if wants else None for wants in wanted)
+
+
+def _gradients(
+    problem: Problem, phi: Tensors, a: Tensors, v: Tensors, wanted: tuple[bool, ...]
+) -> Tensors:
+    """−(∂F/∂a)ᵀu for those a that are wanted."""
+    if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+        problem.is_differentiated = True
+        phi, a = connected(phi), connected(a)
+        u = ImplicitFunction.apply(problem.adjoint(len(phi)), *phi, *a, *v)
+        around = problem.linearize(phi, a)
+    else:
+        around, a = problem.recorded(phi, a)
+        u = problem.solve_adjoint(around, v)
+    targets = _chosen(a, wanted)
+    grads = around.pullback(tuple(-x for x in u), targets)
+    if problem.keeps_start and around.starts:
+        left = tuple(map(torch.sub, v, around.transposed(u)))
+        grads = tuple(map(torch.add, grads, around.at_start(left, targets)))
+    return grads
+
+
+def _chosen(a: Tensors, wanted: tuple[bool, ...]) -> list[Tensor]:
+    return [x for x, wants in zip(a, wanted, strict=True) if wants]
 
 
 def _batched_backward(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from implicit_grad._conditions.base import Again, Call, Condition, Snapshot
 from implicit_grad._conditions.batching import why_one_by_one
+from implicit_grad._conditions.constrained_root import as_root
 from implicit_grad._conditions.processes import Processes
 from implicit_grad._curvature import check
 from implicit_grad._errors import (
@@ -203,6 +204,7 @@ class Evaluation(Recorded):
             self.solve_adjoint,
             self.recorded,
             self.method.linear_solver.keeps_start,
+            self._smooth if self.condition.constrained else None,
         )
 
     def solve(self, inputs: Tensors) -> Tensors:
@@ -430,10 +432,14 @@ class Evaluation(Recorded):
         reporting = among(self.condition.processes, self.method.reporting)
         return solve_and_report(self.method.linear_solver, around, v, reporting, self.place)
 
+    def _smooth(self, a: Tensors) -> Tensors:
+        """φ as a function of the arguments, differentiable to any order."""
+        self._check_twice()
+        with torch.enable_grad():
+            return as_root(*self.recorded(), self.solve_adjoint, a)
+
     def _refusal(self) -> str | None:
-        if self.condition.differentiable_twice:
-            return None
-        return "second derivatives of a minimum under constraints are not available"
+        return None
 
     def _third(self) -> Finding | None:
         return self._found(3, self._checked_third)

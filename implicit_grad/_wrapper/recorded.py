@@ -63,11 +63,7 @@ class Recorded(abc.ABC):
 
     def linearize(self, phi: Tensors, inputs: Tensors) -> Linearization:
         """F around φ as recorded, differentiable with respect to φ and the inputs."""
-        refusal = self._refusal()
-        if refusal is None and (found := self.finding or self._third()) is not None:
-            refusal = f"second derivatives are not available: {found.sentence}"
-        if refusal is not None:
-            raise GraphError(refusal, anchor="second-derivatives")
+        self._check_twice()
         return reattached(self.recorded, self.method.curvature, phi, inputs)
 
     def solve_adjoint(self, around: Linearization, v: Tensors) -> Tensors:
@@ -75,6 +71,14 @@ class Recorded(abc.ABC):
         return solve_and_report(
             self.method.linear_solver, around, v, self.method.reporting, self.place
         )
+
+    def _check_twice(self) -> None:
+        """Raise if there are no derivatives of derivatives."""
+        refusal = self._refusal()
+        if refusal is None and (found := self.finding or self._third()) is not None:
+            refusal = f"second derivatives are not available: {found.sentence}"
+        if refusal is not None:
+            raise GraphError(refusal, anchor="second-derivatives")
 
     @abc.abstractmethod
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:

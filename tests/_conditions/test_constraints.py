@@ -91,7 +91,8 @@ def enumerated(p):
         good = (failed == 0) & (slack >= -1e-9).all(1) & (mu >= 0).all(1)
         for i in good.nonzero().flatten().tolist():
             others = torch.ones(len(rows), dtype=torch.bool).index_fill(0, sets[i], False)
-            return x[i], mu[i], slack[i][others]
+            found = torch.linalg.solve(K[i], right[i])  # alone, to be differentiable
+            return found[:n], mu[i], slack[i][others]
     raise AssertionError("the program has no minimum")
 
 
@@ -484,11 +485,141 @@ def test_no_bound_for_a_system_with_multipliers():
     assert bounds["rows"] is None and bounds["bounds"] < 1e-9
 
 
-def test_no_second_derivatives():
+# ---------------------------------------------------------------- derivatives of derivatives
+
+
+def twice(phi, wanted):
+    """Gradients of a function of the gradients."""
+    first = torch.autograd.grad(
+        wavy(phi), wanted, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return gradients(first, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dense", [False, True], ids=["iterative", "Exact"])
+@pytest.mark.parametrize("name", sorted(CLOSED.keys() - {"rows twice"}))
+def test_closed_forms_twice(name, dense, dtype):
+    objective, constraints, exact = CLOSED[name]
+    a = torch.tensor(A, dtype=dtype, requires_grad=True)
+    solver = ig.Exact() if dense else None
+    condition = ig.argmin(objective, **constraints)
+    solve = ig.implicit(lambda a: exact(a).detach(), condition, linear_solver=solver, **STRICT)
+    close(twice(solve(a), a), twice(exact(a), a), 1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@settings(max_examples=50)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(2, 4),
+    equalities=st.integers(0, 1),
+    inequalities=st.integers(0, 2),
+    dense=st.booleans(),
+)
+def test_programs_twice(seed, n, equalities, inequalities, dense):
+    """Against autograd through the system that the right active set makes."""
+    p = program(seed, n, equalities, inequalities)
+    _, mu, slack = enumerated(p)
+    assume(torch.cat([mu, slack]).min() > 0.02)
+    p = {name: t.requires_grad_() for name, t in p.items()}
+    condition = ig.argmin(
+        quadratic,
+        bounds=box,
+        equality=equality if equalities else None,
+        inequality=inequality if inequalities else None,
+    )
+    solver = ig.Exact() if dense else None
+    solve = ig.implicit(
+        lambda p: enumerated(p)[0].detach(), condition, linear_solver=solver, **STRICT
+    )
+    wanted = list(p.values())
+    found, expected = twice(solve(p), wanted), twice(enumerated(p)[0], wanted)
+    size = 1 + max(float(e.abs().max()) for e in expected if e.numel())
+    for f, e in zip(found, expected, strict=True):
+        assert ((f - e).abs() <= 1e-6 * size).all()
+
+
+def curved(x, p, s, r, b):
+    return (x - p).pow(4).sum() / 4 + (x - p).square().sum() * (1 + p.sum().sin() / 4) / 2
+
+
+CURVED = {
+    "bounds": lambda p, s, r, b: (b, None),
+    "equality": lambda x, p, s, r, b: x.square().sum() - s,
+    "inequality": lambda x, p, s, r, b: torch.stack([x[0] * x[1] - r, x[2] - 10]),
+}
+
+
+def on_curves(p, s, r, b):
+    """Newton's method for x and the multipliers of x² = s and x₀x₁ = r, with x₃ = b₃."""
+    p, s, r, b = (t.detach() for t in (p, s, r, b))
+    free = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
+
+    def F(z):
+        x, nu = z[:5], z[5:]
+
+        def lagrangian(x):
+            c = torch.stack([x.square().sum() - s, x[0] * x[1] - r])
+            return curved(x, p, s, r, b) + nu @ c, c
+
+        slope, c = torch.func.grad(lagrangian, has_aux=True)(x)
+        return torch.cat([slope * free + (x - b) * (1 - free), c])
+
+    z = torch.tensor([1.0, 0.34, 0.3, 0.1, 0.5, 0.0, 0.5])
+    for _ in range(30):
+        z = z - torch.linalg.solve(torch.func.jacrev(F)(z), F(z))
+    return z[:5]
+
+
+@pytest.mark.parametrize("linear_solver", [None, ig.Exact()], ids=["iterative", "Exact"])
+def test_derivatives_to_the_third_order_on_curved_constraints(linear_solver):
+    b = torch.tensor([-9.0, -9.0, -9.0, 0.1, -9.0])
+    p = torch.tensor([1.2, 0.8, 0.3, -1.0, 0.5])
+    args = tuple(t.requires_grad_() for t in (p, torch.tensor(1.5), torch.tensor(0.35), b))
+    condition = ig.argmin(curved, **CURVED)
+    solve = ig.implicit(on_curves, condition, linear_solver=linear_solver, **STRICT)
+    assert torch.autograd.gradgradcheck(solve, args)
+
+    def slope(*args):
+        return torch.autograd.grad(wavy(solve(*args)), args, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(slope, args)
+
+
+@pytest.mark.parametrize("name", ["moving box", "sphere", "simplex", "softmax"])
+def test_second_derivatives_under_transforms(name):
+    objective, constraints, exact = CLOSED[name]
+    solve = ig.implicit(lambda a: exact(a).detach(), ig.argmin(objective, **constraints), **STRICT)
+    a = torch.tensor(A)
+    rows = torch.stack([a, a + 0.013, 1.01 * a, a - 0.02])
+
+    def hessian(solve):
+        return torch.func.hessian(lambda a: wavy(solve(a)))
+
+    expected = torch.stack([hessian(exact)(a) for a in rows])
+    close(torch.func.vmap(hessian(solve))(rows), expected)
+    close(torch.func.jacfwd(torch.func.jacfwd(lambda a: wavy(solve(a))))(a), expected[0])
+
+
+NO_SECOND = {
+    "by chance": ({"bounds": (-5.0, 0.6)}, lambda a: a.clamp_max(0.6), "active by chance"),
+    "rows twice": (*CLOSED["rows twice"][1:], "depend on each other"),
+    "no room": (
+        {"bounds": lambda a: (a.square(), a.square().clone())},
+        lambda a: a.square(),
+        "depend on each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_SECOND)
+def test_where_there_are_no_second_derivatives(name):
+    constraints, exact, why = NO_SECOND[name]
     a = torch.tensor(A, requires_grad=True)
-    solve = ig.implicit(lambda a: a.clamp_min(0), ig.argmin(distance, bounds=(0, None)))
-    with pytest.raises(ig.GraphError, match="second derivatives of a minimum under constraints"):
-        torch.autograd.grad(solve(a).square().sum(), a, create_graph=True)
+    solve = ig.implicit(lambda a: exact(a).detach(), ig.argmin(distance, **constraints))
+    phi = solve(a)
+    with pytest.raises(ig.GraphError, match=f"second derivatives are not available here: .*{why}"):
+        torch.autograd.grad(phi.square().sum(), a, create_graph=True)
 
 
 # ---------------------------------------------------------------- bad arguments

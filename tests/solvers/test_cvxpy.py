@@ -127,6 +127,22 @@ def linear(v):
     )
 
 
+def test_second_derivatives_of_the_projection_onto_a_ball():
+    x, y, r = cp.Variable(3, name="x"), cp.Parameter(3), cp.Parameter(nonneg=True)
+    solve = wrapped(cp.sum_squares(x - y), [cp.norm(x) <= r, x[0] <= 0.3], [y, r])
+    args = torch.tensor([1.0, 2.0, -0.5], requires_grad=True), torch.tensor(1.1, requires_grad=True)
+
+    def exact(y, r):
+        rest = y[1:] / y[1:].norm() * (r.square() - 0.09).sqrt()
+        return torch.cat([0 * y[:1] + 0.3, rest])
+
+    def twice(phi):
+        first = torch.autograd.grad(phi.sin().sum(), args, create_graph=True)
+        return torch.autograd.grad(first[0].sin().sum() + first[1], args)
+
+    close(twice(solve(*args)["x"]), twice(exact(*args)))
+
+
 @pytest.mark.parametrize("problem", [coupled, second_order, exponential, linear])
 def test_cones_against_finite_differences(problem):
     outer, args = problem(torch.randn(4))
