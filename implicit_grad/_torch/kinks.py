@@ -62,7 +62,7 @@ def take_pieces(value: Tensor, of: Tensor) -> None:
 
 
 def _lend(place: Any, saved: Tensor | None) -> None:
-    if place is None or saved is None:
+    if place is None or saved is None or saved.is_complex():  # there, moduli bend
         return
     there = saved.detach()
     with contextlib.suppress(RuntimeError):  # it has hooks already: those of a checkpoint, say

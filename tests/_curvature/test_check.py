@@ -589,6 +589,27 @@ def test_the_zoo_raises_no_alarm(make):
     assert monitor.last.check is None
 
 
+@pytest.mark.parametrize("conjugate", [False, True])
+def test_the_modulus_of_complex_numbers_bends(conjugate):
+    """|z| is no function that is linear in pieces; complex arguments are moved and summed whole."""
+    A, b = (torch.randn(*shape, dtype=torch.complex128) for shape in ((3, 3), (3,)))
+    A.requires_grad_(), b.requires_grad_()
+
+    def exact(A, b):
+        return torch.view_as_real(torch.linalg.solve(A.mH @ A + torch.eye(3), A.mH @ b))
+
+    def objective(w, A, b):
+        w = torch.view_as_complex(w)
+        rest = (A @ w - b).conj() if conjugate else A @ w - b
+        return rest.abs().square().sum() + w.abs().square().sum()
+
+    monitor = ig.Monitor()
+    solve = ig.implicit(lambda *a: exact(*a).detach(), ig.argmin(objective), monitor=monitor)
+    found, expected = (grad(wavy(f(A, b)), (A, b)) for f in (solve, exact))
+    torch.testing.assert_close(found, expected)
+    assert monitor.last.check is None and monitor.last.curvature == "hessian"
+
+
 def test_a_wrong_layer_shows_among_many_kinks():
     """In float32, where differences cross thousands of kinks, which are held where they were."""
     torch.manual_seed(0)
