@@ -133,7 +133,7 @@ class l2_ball:
 
     def __call__(self, x: Any, step: float, *args: Any, **kwargs: Any) -> Any:
         radius = _value(self.radius, args, kwargs)
-        tensors, _ = pytree.flatten(x)
+        tensors, _ = pytree.unknowns(x)
         squares = sum((t * t).sum() for t in tensors)
         if not bool(squares > radius**2):
             return x

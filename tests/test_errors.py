@@ -107,7 +107,7 @@ BAD = {
         "must be like theta, a float64 tensor.*returned a float32 tensor",
     ),
     "phi of integers": (returning(torch.Tensor.long), SOLUTION, "dense floating-point.*an? int64"),
-    "phi complex": (returning(lambda phi: phi + 0j), SOLUTION, "dense floating-point.*complex128"),
+    "phi complex": (returning(lambda phi: phi + 0j), SOLUTION, "like theta, a float64.*complex128"),
     "phi sparse": (returning(torch.Tensor.to_sparse), SOLUTION, "dense floating-point"),
     "phi of NaN": (returning(lambda phi: phi / 0 - phi / 0), SOLUTION, "NaN or Inf.*diverged"),
     "phi of Inf": (returning(lambda phi: phi / 0), SOLUTION, "NaN or Inf.*diverged"),

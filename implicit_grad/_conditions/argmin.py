@@ -211,7 +211,7 @@ class argmin(Condition):
         return self.multipliers
 
     def more(self, phi: Any, call: Call) -> Multipliers:
-        tensors, tree = pytree.flatten(phi)
+        tensors, tree = pytree.unknowns(phi)
         own = tuple(t if t.requires_grad else t.detach().requires_grad_() for t in tensors)
         at, args, kwargs = tree.rebuild(own), call.args, call.kwargs
         value = total("argmin: objective", self._objective(at, *args, **kwargs), None)
@@ -288,6 +288,8 @@ def _starts(call: Call, phi: Any) -> Tensors:
     if first is None or pytree.structure(first) != pytree.structure(phi):
         return ()
     starts, there = pytree.flatten(first)[0], pytree.flatten(phi)[0]
+    if any(s.is_complex() for s in starts):
+        return ()
     if call.start is not None:
         return starts
     pairs = zip(starts, there, strict=True)

@@ -167,6 +167,7 @@ def scalar(name: str, value: object) -> Tensor:
 
 
 def like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
+    """The tensors of a value in the form of φ, as reals."""
     phi, value = pytree.opened(phi, value)
     phi_leaves, value_leaves = pytree.leaves(phi), pytree.leaves(value)
     check_distinct(name.split(":")[0], phi, variables)
@@ -189,7 +190,7 @@ def like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
                 f"{name}: the solver returned {label} as {describe(p)}, and {name.split(': ')[-1]} "
                 f"there is {describe(f)}: {owner} has to return it as {wider}, the dtype of all"
             )
-    return tuple(f for _, f, _ in found)
+    return tuple(pytree.real(f) for _, f, _ in found)
 
 
 def check_distinct(name: str, phi: Any, variables: Tensors) -> None:

@@ -80,6 +80,8 @@ def _side(name: str, side: str, bound: Any, phi: Any, places: dict[int, str]) ->
 def _like(bound: Any, p: Tensor) -> Tensor | None:
     if bound is None:
         return None
+    if p.is_complex():
+        raise TypeError("complex numbers have no order; bound what is real of them by inequality")
     return torch.as_tensor(bound, dtype=p.dtype, device=p.device).expand_as(p)
 
 

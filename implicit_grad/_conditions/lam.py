@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.proximal_term import ProximalTerm
-from implicit_grad._errors import InvalidArgumentError, describe, in_pairs
+from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._options import is_number
 from implicit_grad._torch import pytree
 from implicit_grad._torch.transforms import is_wrapped
@@ -50,10 +50,10 @@ def proximal_term(lam: Any, theta: Any, where: str) -> ProximalTerm:
 def check_theta(theta: Any, where: str) -> None:
     """Raise unless all leaves of θ are floating-point tensors."""
     for leaf in pytree.leaves(theta):
-        if not (torch.is_tensor(leaf) and leaf.is_floating_point()):
+        if not (torch.is_tensor(leaf) and pytree.is_continuous(leaf)):
             raise InvalidArgumentError(
                 f"{where}: theta, the solver's first argument, must hold floating-point tensors "
-                f"only; it holds {describe(leaf)}{in_pairs(leaf)}"
+                f"only; it holds {describe(leaf)}"
             )
 
 
@@ -76,7 +76,7 @@ def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
         if not torch.is_tensor(value):
             key: Any = (value, t.dtype, t.device)
             if key not in made:
-                made[key] = torch.full((), value, dtype=t.dtype, device=t.device)
+                made[key] = torch.full((), value, dtype=t.dtype.to_real(), device=t.device)
             value = made[key]
         elif value.device != t.device:
             value = made.setdefault((id(value), t.device), value.to(t.device))
@@ -87,7 +87,8 @@ def _weights(lam: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
                 f"{where}: lam of shape {tuple(value.shape)} does not fit "
                 f"{pytree.names(theta, 'theta')[i]} of shape {tuple(t.shape)}"
             )
-        return value
+        # for both parts of a complex number
+        return value.unsqueeze(-1) if t.is_complex() and value.dim() else value
 
     return _for_each_leaf(weight, spread, theta)
 
@@ -102,6 +103,11 @@ def _factors(factor: Any, theta: Any, where: str) -> tuple[Tensor, ...]:
     ranks = {u.shape[-1] for u in pytree.leaves(factor) if torch.is_tensor(u) and u.dim()}
 
     def part(u: Any, i: int, t: Tensor) -> Any:
+        if t.is_complex():
+            raise InvalidArgumentError(
+                f"{where}: a low-rank lam is for real numbers, and "
+                f"{pytree.names(theta, 'theta')[i]} is complex: take it as torch.view_as_real"
+            )
         good = torch.is_tensor(u) and u.is_floating_point() and u.shape[:-1] == t.shape
         if not good or u.dim() != t.dim() + 1 or len(ranks) != 1:
             raise InvalidArgumentError(

@@ -76,7 +76,7 @@ class prox_gradient(Condition):
             return self.prox(x, step, *call.args, **call.kwargs)
 
         def residual(phi: Any) -> Any:
-            tensors, tree = pytree.flatten(phi)
+            tensors, tree = pytree.unknowns(phi)
             own = tuple(t if t.requires_grad else t.detach().requires_grad_() for t in tensors)
             return tree.rebuild(self._residual(tree.rebuild(own), own, call))
 
@@ -97,7 +97,7 @@ class prox_gradient(Condition):
             slope = gradient(self._loss(phi, call), variables)
             step = _step(slope, variables)
             ahead = [p - step * g for p, g in zip(variables, slope, strict=True)]
-            _, tree = pytree.flatten(phi)
+            _, tree = pytree.unknowns(phi)
             image = self.prox(tree.rebuild(ahead), step, *call.args, **call.kwargs)
             there = like_phi("prox_gradient: prox", image, phi, variables)
             return tuple(map(torch.sub, variables, there))

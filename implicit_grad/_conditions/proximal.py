@@ -157,13 +157,13 @@ class proximal(Condition):
         if self.batches is not None:
             data = self._over_batches(call)
             whole = dataclasses.replace(data, model=unseen(self.model)).value
-            return ProximalObjective(whole, self._pull(call), tuple(pytree.leaves(theta))), {}
+            return ProximalObjective(whole, self._pull(call), tuple(pytree.reals(theta))), {}
         evaluate = composed(self._loss, unseen(self.model), rest, call.kwargs)
 
         def loss(phi: Any) -> Tensor:
             return total("proximal: loss", evaluate(phi)[0], n_tasks_of(self, phi))
 
-        return ProximalObjective(loss, self._pull(call), tuple(pytree.leaves(theta))), {}
+        return ProximalObjective(loss, self._pull(call), tuple(pytree.reals(theta))), {}
 
     def _over_batches(self, call: Call) -> Batches:
         assert self.batches is not None
@@ -178,11 +178,10 @@ class proximal(Condition):
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         theta, *rest = call.args
         pull = self._pull(call)
-        slot = {id(t): i for i, t in enumerate(variables)}
-        slots = [slot[id(t)] for t in pytree.leaves(phi)]
+        slots = [slot for slot in pytree.flatten(phi)[1].slots if slot is not None]
 
         def stationarity(slope: Tensors) -> Any:
-            return pull.stationarity(slope, variables, pytree.leaves(theta), slots)
+            return pull.stationarity(slope, variables, pytree.reals(theta), slots)
 
         if self.batches is not None:
             data = self._over_batches(call)

@@ -173,7 +173,7 @@ class ProximalSteps:
 
 @dataclasses.dataclass(frozen=True)
 class ProximalObjective:
-    """φ ↦ loss(φ) + ½ (φ − θ)ᵀΛ(φ − θ); `theta` are the leaves of θ.
+    """φ ↦ loss(φ) + ½ (φ − θ)ᵀΛ(φ − θ); `theta` are the leaves of θ, as reals.
 
     A function like any other, which our own minimisers take apart: the gradient of the second part
     needs no graph.
@@ -184,7 +184,7 @@ class ProximalObjective:
     theta: Tensors
 
     def __call__(self, phi: Any) -> Tensor:
-        return self.loss(phi) + self.pull.term(pytree.leaves(phi), self.theta)
+        return self.loss(phi) + self.pull.term(pytree.reals(phi), self.theta)
 
     @functools.cached_property
     def steps(self) -> ProximalSteps:

@@ -100,7 +100,7 @@ class fixed_point(Condition):
             return super().problem_for(solver, call)
 
         def residual(phi: Any) -> Any:
-            tensors, tree = pytree.flatten(phi)
+            tensors, tree = pytree.unknowns(phi)
             image = self._map(phi, *call.args, **call.kwargs)
             there = like_phi("fixed_point: map", image, phi, tensors)
             return tree.rebuild(tuple(map(torch.sub, tensors, there)))

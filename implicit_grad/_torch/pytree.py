@@ -220,11 +220,13 @@ def _flattened(container: Any) -> tuple[list[Any], Any]:
 class Tree:
     """A container without its tensors: `rebuild` puts others in their places.
 
-    Leaves that are not variables (labels, strings, modules) stay in the tree as they are.
+    Leaves that are not variables (labels, strings, modules) stay in the tree as they are. Places
+    that are `in_pairs` are given pairs of reals, and have complex numbers in the container.
     """
 
     def __init__(self, leaves: list[Any], slots: list[int | None], structure: Any) -> None:
         self._leaves, self.slots, self.structure = leaves, slots, structure
+        self.in_pairs: frozenset[int] = frozenset()
 
     @property
     def has_others(self) -> bool:
@@ -245,6 +247,10 @@ class Tree:
         Where it is `owned` by someone who may write to it, its modules share no state with others.
         `swap` has others, by identity, for what its modules keep besides parameters.
         """
+        if self.in_pairs:
+            tensors = [
+                _complex(t) if slot in self.in_pairs else t for slot, t in enumerate(tensors)
+            ]
         leaves = [
             leaf if slot is None else tensors[slot]
             for leaf, slot in zip(self._leaves, self.slots, strict=True)
@@ -285,11 +291,46 @@ def flatten(
     return tuple(variables), Tree(leaves, slots, structure)
 
 
+def unknowns(container: Any) -> tuple[Tensors, Tree]:
+    """The distinct tensors of a φ, complex ones as pairs of reals, and its tree.
+
+    What is solved are equations between reals. Torch's gradients agree with that: the gradient by a
+    complex tensor is the pair of those by its two parts.
+    """
+    return in_reals(*flatten(container))
+
+
+def in_reals(tensors: Tensors, tree: Tree) -> tuple[Tensors, Tree]:
+    """Tensors with pairs of reals for complex numbers, and the tree that undoes that."""
+    tree.in_pairs = frozenset(i for i, t in enumerate(tensors) if t.is_complex())
+    return tuple(map(real, tensors)), tree
+
+
+def is_continuous(tensor: Tensor) -> bool:
+    """Whether there are derivatives by it, as there are none by labels."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor, a complex one as pairs of reals."""
+    # no views, by which gradients that begin at an odd place in memory could not pass
+    return torch.stack([tensor.real, tensor.imag], -1) if tensor.is_complex() else tensor
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    return torch.complex(pairs[..., 0], pairs[..., 1])
+
+
 def leaves(container: Any) -> list[Any]:
     """All leaves of a container, repeated ones included; of its modules nothing is copied."""
     found, _ = _with_modules_whole(container)
     parts = (trained(x).values() if can_be_opened(type(x)) else (x,) for x in found)
     return list(itertools.chain.from_iterable(parts))
+
+
+def reals(container: Any) -> list[Tensor]:
+    """All leaves of a container of tensors, complex ones as pairs of reals."""
+    return list(map(real, leaves(container)))
 
 
 def structure(container: Any) -> Any:
@@ -335,12 +376,12 @@ def length(tensors: Sequence[Tensor]) -> float:
     if 0 < found < math.inf:
         return found
     # squares may overflow, or vanish, where what they are summed for does not
-    return float(norm([t.double() for t in tensors]))
+    return float(norm([real(t).double() for t in tensors]))
 
 
 def inner(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
     """xᵀy over all tensors, in double precision."""
-    pairs = zip(xs, ys, strict=True)
+    pairs = zip(map(real, xs), map(real, ys), strict=True)
     return sum(float((x.detach().double() * y.detach().double()).sum()) for x, y in pairs)
 
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from implicit_grad._errors import GraphError, InvalidArgumentError
 from implicit_grad._torch.products import vjp
-from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.pytree import Tensors, is_continuous
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Lifted(torch.autograd.Function):
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
         xs, known = ctx.saved_tensors[: ctx.size], ctx.saved_tensors[ctx.size :]
         grads = iter(lifted(pullback(ctx.function, ctx.size), (*xs, *v), known))
-        for_xs = (next(grads) if _is_real(x) else None for x in xs)
+        for_xs = (next(grads) if is_continuous(x) else None for x in xs)
         return None, None, *for_xs, *(None for _ in ctx.needs_input_grad[2 + ctx.size :])
 
     @staticmethod
@@ -183,7 +183,7 @@ class _Lifted(torch.autograd.Function):
         t = tuple(
             torch.zeros_like(x) if d is None else d
             for x, d in zip(xs, tangents, strict=False)
-            if _is_real(x)
+            if is_continuous(x)
         )
         return lifted(_pushforward(ctx.function, ctx.size), (*xs, *t), known)
 
@@ -241,15 +241,12 @@ def _in_two_parts(function: Plain, size: int, rows: Sequence[Tensor], apart: lis
 def _variables(xs: Tensors) -> Tensors:
     """Tensors to differentiate by: new nodes, so that one's history does not lead to another."""
     return tuple(
-        x if not _is_real(x) else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        (x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
+        if is_continuous(x)
+        else x
         for x in xs
     )
 
 
 def _real(xs: Tensors) -> Tensors:
-    return tuple(x for x in xs if _is_real(x))
-
-
-def _is_real(x: Tensor) -> bool:
-    """Whether there are derivatives by it, as there are none by labels."""
-    return x.is_floating_point() or x.is_complex()
+    return tuple(x for x in xs if is_continuous(x))

@@ -253,6 +253,12 @@ class Evaluation(Recorded):
         self._check_kept(modules)
         self.given = self._given(modules, lent, before) or self.given
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
+        if self.phi_tree.in_pairs and self.method.linear_solver.keeps_start:
+            raise InvalidArgumentError(
+                f"implicit: {self.method.linear_solver!r} is for real phi, and the solver returned "
+                f"{describe(returned)}: take another linear solver, or give phi as "
+                "torch.view_as_real, and where it starts"
+            )
         self._tell_of_frozen(modules, trains)
         self._check_trained(phi, inputs, [t for _, t in reachable])
         self.devices |= {t.device for t in phi}
@@ -319,7 +325,7 @@ class Evaluation(Recorded):
         if not self.replaces_first:
             return
         held, first = {id(t) for t in reachable}, pytree.leaves(self._call(inputs).args[0])
-        if first and all(id(t) in held for t in first) and _same(phi, first):
+        if first and all(id(t) in held for t in first) and _same(phi, [*map(pytree.real, first)]):
             raise InvalidSolutionError(
                 "the solver returned its first argument, a module, as it was, and refers to the "
                 "parameters of the module that was passed, of which it gets a copy (an optimizer "

@@ -15,11 +15,11 @@ from implicit_grad._torch.pytree import Tensors, Tree
 
 
 def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tensors, Tree]:
-    """φ as distinct detached tensors and their tree, or an error that names the wrong part.
+    """φ as distinct detached real tensors and their tree, or an error that names the wrong part.
 
-    NumPy arrays and Python floats become tensors of the dtype and device of the arguments. Integers
-    beside them (a count of steps) are no unknowns and stay in the tree as they are; a float beside
-    tensors in a tuple may be one or not, and is refused.
+    NumPy arrays and Python's numbers become tensors of the dtype and device of the arguments.
+    Integers beside them (a count of steps) are no unknowns and stay in the tree as they are; a
+    float beside tensors in a tuple may be one or not, and is refused. Complex numbers are pairs.
     `template` is what φ has to look like, where the condition knows (θ of a proximal term).
     """
     if isinstance(returned, Iterator):
@@ -53,7 +53,10 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
         fault = _fault(leaf, like, returned)
         if fault is None and not torch.is_tensor(leaf):
             dtype, device = common(inputs) if like is None else (like.dtype, like.device)
-            leaf = torch.as_tensor(leaf).to(device, dtype)
+            leaf = torch.as_tensor(leaf)
+            if leaf.is_complex():
+                dtype = torch.promote_types(dtype, torch.complex64)
+            leaf = leaf.to(device, dtype)
         fault = fault or _unlike(leaf, like)
         if fault is not None:
             raise InvalidSolutionError(f"{pytree.names(returned, 'phi')[place]} {fault}")
@@ -71,20 +74,19 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
     phi = tuple(found[slot].detach().clone() for slot in range(len(leaves)))
     if pytree.modules(returned):
         _, tree = pytree.flatten(tree.rebuild(phi, owned=True))
-    return phi, tree
+    return pytree.in_reals(phi, tree)
 
 
 def _fault(leaf: Any, like: Tensor | None, returned: Any) -> str | None:
     """What keeps a leaf from being a part of φ, and what to do about it."""
     if isinstance(leaf, (np.ndarray, np.generic)):
-        real, is_complex = leaf.dtype.kind == "f", leaf.dtype.kind == "c"
+        good = leaf.dtype.kind in "fc"
     elif torch.is_tensor(leaf):
-        real = leaf.is_floating_point() and leaf.layout == torch.strided
-        is_complex = leaf.is_complex()
+        good = pytree.is_continuous(leaf) and leaf.layout == torch.strided
     else:
-        real, is_complex = isinstance(leaf, float), isinstance(leaf, complex)
-    if not real:
-        advice = _COMPLEX if is_complex else _AUX
+        good = isinstance(leaf, (float, complex))
+    if not good:
+        advice = _AUX
         if isinstance(leaf, nn.Module):
             advice = _WHOLE
         elif _is_of_module(leaf, returned):
@@ -127,11 +129,6 @@ _PARAMETERS = (
 _WHOLE = (
     "Of a scripted module, or one in DistributedDataParallel, return the module that it was made of"
 )
-_COMPLEX = (
-    "Give it as pairs of real numbers: return torch.view_as_real(phi), and let the condition's "
-    "function begin with phi = torch.view_as_complex(phi); a residual or map ends with "
-    "torch.view_as_real of what it returned. Outside, torch.view_as_complex(solve(...)) is phi"
-)
 
 
 def _is_count(leaf: Any) -> bool:
@@ -140,7 +137,7 @@ def _is_count(leaf: Any) -> bool:
 
 
 def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, (float, np.floating))
+    return isinstance(leaf, (float, complex, np.inexact))
 
 
 def _is_beside_tensors(returned: Any) -> bool:
@@ -229,7 +226,9 @@ def check_determined(phi: Any, behind: Tensors) -> None:
         return
     read = {id(t) for t in behind}
     for index, part in enumerate(phi):
-        if torch.is_tensor(part) and part.dim() == 0 and id(part) not in read:
+        if not torch.is_tensor(part) or part.is_complex():
+            continue  # what is complex is made of what is read
+        if part.dim() == 0 and id(part) not in read:
             raise InvalidSolutionError(
                 f"phi[{index}] is a number that the condition's function does not depend on, so it "
                 f"is not determined by it. {_AUX}"
@@ -238,10 +237,10 @@ def check_determined(phi: Any, behind: Tensors) -> None:
 
 def common(inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
     """The dtype and the device that numbers among arguments are taken to have."""
-    floating = [t for t in inputs if t.is_floating_point()]
+    floating = [t for t in inputs if pytree.is_continuous(t)]
     if not floating:
         return torch.get_default_dtype(), torch.device("cpu")
-    dtype = floating[0].dtype
+    dtype = floating[0].dtype.to_real()
     for tensor in floating:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = torch.promote_types(dtype, tensor.dtype.to_real())
     return dtype, floating[0].device

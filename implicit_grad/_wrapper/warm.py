@@ -47,7 +47,7 @@ class Ended:
 
     def in_form_of(self, init: Any) -> Any | None:
         """A copy of φ in the container `init`, if it could be that, tensor by tensor."""
-        tensors, tree = pytree.flatten(init)
+        tensors, tree = pytree.unknowns(init)
         forms = [[(t.shape, t.dtype, t.device) for t in ts] for ts in (tensors, self.phi)]
         if forms[0] != forms[1] or tree.slots != self.slots:
             return None

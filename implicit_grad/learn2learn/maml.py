@@ -19,7 +19,7 @@ from implicit_grad._conditions.lam import check_theta, evaluated, proximal_term
 from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._curvature.auto import check_curvature
 from implicit_grad._curvature.check import Check, Checks, check_option
-from implicit_grad._errors import InvalidArgumentError, describe
+from implicit_grad._errors import InvalidArgumentError, describe, in_pairs
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
@@ -441,6 +441,11 @@ class ImplicitMAML(nn.Module):
 
     def _pull_on(self, theta: Tensors) -> ProximalTerm | None:
         check_theta(theta, "imaml")
+        for t in theta:
+            if t.is_complex():
+                raise InvalidArgumentError(
+                    f"imaml: theta must be real; the module holds {describe(t)}{in_pairs(t)}"
+                )
         if self.lam is None:
             return None
         lam = tuple(self.lam) if isinstance(self.lam, nn.ParameterList) else self.lam

@@ -97,12 +97,14 @@ class Coordinates:
         def outputs(phi: Tensors) -> Tensor:
             returned = function(self._variables.at_values(phi))
             leaves = pytree.leaves(returned)
-            if not leaves or not all(torch.is_tensor(t) and t.is_floating_point() for t in leaves):
+            if not leaves or not all(
+                torch.is_tensor(t) and pytree.is_continuous(t) for t in leaves
+            ):
                 raise InvalidArgumentError(
                     f"{self._variables.name}: {name} must return floating-point tensors, got "
                     f"{describe(returned)}"
                 )
-            return torch.cat([t.reshape(-1).cpu().double() for t in leaves])
+            return torch.cat([pytree.real(t).reshape(-1).cpu().double() for t in leaves])
 
         return FlatFunction(outputs, self)
 

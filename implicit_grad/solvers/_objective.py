@@ -14,7 +14,7 @@ from implicit_grad._conditions.base import scalar
 from implicit_grad._conditions.proximal_term import ProximalObjective, gradient_step
 from implicit_grad._curvature.auto import AutoCurvature
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe, in_pairs
+from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, describe
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.foreach import added
@@ -76,18 +76,18 @@ class Variables:
 
     def __init__(self, owner: object, init: Any) -> None:
         self.name = type(owner).__name__
-        found, self.tree = pytree.flatten(init)
+        found, self.tree = pytree.unknowns(init)
         for tensor in found:
             if not tensor.is_floating_point():
                 raise InvalidArgumentError(
                     f"{self.name}: init must hold floating-point tensors only; it holds "
-                    f"{describe(tensor)}{in_pairs(tensor)}"
+                    f"{describe(tensor)}"
                 )
         self.container = init
         self.start: Tensors = tuple(t.detach().clone() for t in found)
         self._with_modules = bool(pytree.modules(init))
         if self._with_modules:  # a run may write to their buffers
-            _, self.tree = pytree.flatten(self.tree.rebuild(self.start, owned=True))
+            _, self.tree = pytree.unknowns(self.tree.rebuild(self.start, owned=True))
 
     def at_values(self, phi: Tensors) -> Any:
         """The container with these tensors; those in modules tell that they train."""

@@ -38,7 +38,7 @@ class Local:
     ) -> None:
         self.condition, self.args, self.targets = condition, tuple(args), targets
         self.value = phi
-        self.phi, self._phi_tree = pytree.flatten(phi)
+        self.phi, self._phi_tree = pytree.unknowns(phi)
         inputs, tree = pytree.flatten((self.args, {}, condition.parameters))
         setup = Setup(
             condition=condition,

@@ -205,7 +205,7 @@ class Subject:
                     f"check_implicit: outer must return a scalar tensor, got {describe(value)}"
                 )
             return value
-        leaves, _ = pytree.flatten(phi)
+        leaves, _ = pytree.unknowns(phi)
         if self._weights is None:
             random = torch.Generator().manual_seed(0)
             self._weights = [
@@ -217,7 +217,7 @@ class Subject:
 
     def cotangent(self, phi: Any) -> Tensors:
         """v = ∂(outer loss)/∂φ at a φ."""
-        leaves, tree = pytree.flatten(phi)
+        leaves, tree = pytree.unknowns(phi)
         with torch.enable_grad():
             at = [t.detach().requires_grad_() for t in leaves]
             value = self.outer(tree.rebuild(at))

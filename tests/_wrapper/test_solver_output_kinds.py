@@ -188,29 +188,6 @@ def test_forms_of_a_module_are_refused_with_what_to_return(form, proximal):
         ig.implicit(lambda a: OF_A_MODULE[form](), condition)(torch.ones((), requires_grad=True))
 
 
-@pytest.mark.parametrize("array", [False, True])
-def test_the_remedy_for_complex_phi_works(array):
-    """φ² = c for complex c, in pairs of real numbers as the error says: dφ/dc = 1/(2φ)."""
-    c = torch.tensor(1.0 + 2.0j, dtype=torch.complex128, requires_grad=True)
-
-    def solver(c):
-        phi = c.detach().sqrt()
-        return phi.numpy() if array else phi
-
-    with pytest.raises(ig.InvalidSolutionError, match=r"view_as_real.*view_as_complex"):
-        ig.implicit(solver, ig.root(lambda phi, c: phi * phi - c))(c)
-
-    def residual(phi, c):
-        phi = torch.view_as_complex(phi)
-        return torch.view_as_real(phi * phi - c)
-
-    solve = ig.implicit(lambda c: torch.view_as_real(c.sqrt()), ig.root(residual))
-    phi = torch.view_as_complex(solve(c))
-    (got,) = torch.autograd.grad(phi.real, c)
-    want = (1 / (2 * c.detach().sqrt())).conj()  # torch's gradient is the conjugate
-    torch.testing.assert_close(got, want)
-
-
 @pytest.mark.parametrize("kind", ["argmin", "proximal", "fixed_point", "a minimiser of ours"])
 def test_complex_phi_in_pairs_under_every_condition(kind):
     """M φ = c for Hermitian M: the gradient is that of torch's own complex solve."""
@@ -248,16 +225,6 @@ def test_complex_phi_in_pairs_under_every_condition(kind):
         for phi in (whole(call(solve, c)), exact(c))
     )
     torch.testing.assert_close(found, want)
-
-
-def test_complex_starts_are_told_the_remedy():
-    c = torch.tensor([1.0 + 2.0j], requires_grad=True)
-    for solver, condition, options in (
-        (torch.clone, ig.proximal(lambda phi: phi.abs().sum(), 1.0), {}),
-        (ig.solvers.NewtonCG(), ig.argmin(lambda phi, c: phi.abs().sum()), {"init": torch.clone}),
-    ):
-        with pytest.raises(ig.InvalidArgumentError, match=r"a complex.*view_as_real"):
-            ig.implicit(solver, condition, **options)(c)
 
 
 @pytest.mark.parametrize("wide", [torch.float64, torch.float32], ids=str)
