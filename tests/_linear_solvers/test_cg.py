@@ -288,7 +288,7 @@ def test_a_scale_changes_the_path_and_not_the_solution(seed, n, log_kappa):
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_negative_curvature_is_found_and_the_answer_descends(dtype):
     n, found = 60, 0
-    for seed in range(400):
+    for seed in range(100):
         random = torch.Generator().manual_seed(seed)
         eigenvalues = torch.rand(n, dtype=F64, generator=random) * 3 + 0.1
         negative = 1 + seed % 5
@@ -303,7 +303,7 @@ def test_negative_curvature_is_found_and_the_answer_descends(dtype):
         greatest = max(map(abs, EarlyStopped(time=1.0).solve(operator(matrix), rhs).extremes))
         stopped = EarlyStopped(time=200 / greatest).solve(operator(matrix), rhs)
         torch.testing.assert_close(solution.x, stopped.x, rtol=1e-3, atol=1e-3)
-    assert found == 400
+    assert found == 100
 
 
 @pytest.mark.parametrize("curvature", [0.0, -1e-12, -1.0, -1e12])

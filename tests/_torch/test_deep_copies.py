@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import swa_utils
@@ -442,6 +442,7 @@ def outcomes(root: nn.Module) -> list[Tensor]:
     return [found for solve in solvers for found in outcome(solve, weights)]
 
 
+@settings(max_examples=20)
 @given(parts=trees(), times=st.integers(1, 3), used=st.booleans())
 def test_copies_of_any_tree_are_independent(parts, times, used):
     root = parts[0]
@@ -458,6 +459,7 @@ def test_copies_of_any_tree_are_independent(parts, times, used):
     close(outcomes(root), now)
 
 
+@settings(max_examples=20)
 @given(parts=trees(kept=False), data=st.data())
 def test_the_copy_of_a_branch_shares_what_stands_outside(parts, data):
     branch = data.draw(st.sampled_from(parts))
