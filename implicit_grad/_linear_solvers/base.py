@@ -47,10 +47,12 @@ class Times(NamedTuple):
         longest: way over ‖F‖, the way from φ₀ to φ, or ‖φ‖ if φ₀ is not known: a training that was
             longer would have taken φ farther.
         least: in units of 1 over the greatest curvature.
+        bend: ‖F‖/‖φ‖, the curvature along a symmetry of the objective; 0 where not known.
     """
 
     longest: float = math.inf
     least: float = 1.0
+    bend: float = 0.0
 
 
 T = TypeVar("T", float, Tensor)

@@ -344,7 +344,8 @@ class CG(Iterative):
         solution = self._finish(run, verify)
         again = self._before_flat(run)
         if again is not None:
-            run, solution = again, self._finish(again, verify)
+            run = again
+            solution = dataclasses.replace(self._finish(run, verify), is_flat=True)
         if run.status in _NOT_POSITIVE:
             solution = self._substitute(solution, operator, rhs, unit, verify)
         if slot is not None and solution.status.ok:

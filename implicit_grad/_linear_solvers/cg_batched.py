@@ -102,6 +102,7 @@ class _Run:
         self.rounding: float | None = None
         self.steps: list[_Iteration] = []
         self.stopped: dict[int, LinearSolution] = {}  # of tasks that have no strict minimum
+        self.flat: set[int] = set()  # tasks that ended before curvature that is none to speak of
 
     def _end(self, which: Tensor, status: Status) -> Tensor:
         """Give these tasks their status; returns the others."""
@@ -205,6 +206,7 @@ class _Run:
         )
         for task in which.nonzero().flatten().tolist():
             self.stopped.pop(task, None)
+            self.flat.add(task)
         self.least = torch.where(which, least, self.least)  # and not what a substitute met
         self.greatest = torch.where(which, greatest, self.greatest)
         return bool(which.any())
@@ -322,6 +324,7 @@ class _Run:
                     rounding=None if stopped else self.rounding,
                     substitute=stopped.substitute if stopped else None,
                     filter_error=stopped.filter_error if stopped else None,
+                    is_flat=task in self.flat,
                 )
             )
         return x, found

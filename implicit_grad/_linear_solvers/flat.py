@@ -12,27 +12,29 @@ curvature, and leaves the solution that it has found long before.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from implicit_grad._errors import Status
-from implicit_grad._linear_solvers.base import LinearSolution, Operator, T, dot
+from implicit_grad._linear_solvers.base import LinearSolution, Operator, T, dot, norm
 
 # φ solves the inner problem if ‖F‖/‖φ‖ is at most this part of the greatest curvature.
 _SOLVED = 1e-4
 # A residual that a change of M by so many times ‖F‖/‖φ‖ explains is as good as 0.
 _SLACK = 10
+# ‖M x‖‖x‖/xᵀM x of a solution that may be one. It is (κ + 1)/(2√κ) at most where M is positive.
+_LONG = 30
 # How a run may end that has gone on, along flat directions, after all else was solved.
 MAY_BE_FLAT = (Status.NEGATIVE_CURVATURE, Status.MAX_ITER, Status.STAGNATED, Status.SINGULAR)
 
 
 def unknown_curvature(operator: Operator, rows: int) -> list[float]:
     """‖F‖/‖φ‖ for each row of a batch of this size; 0 where nothing is known."""
-    if operator.spans is None or operator.scale is not None or operator.rtol_error is not None:
+    unasked = operator.scale is None and operator.rtol_error is None
+    if operator.spans is None or not (operator.is_hessian and unasked):
         return [0.0] * rows
-    return [1 / times.longest if times.longest else math.inf for times in operator.spans(rows)]
+    return [times.bend for times in operator.spans(rows)]
 
 
 def is_flat(least: float, greatest: float, unknown: float) -> bool:
@@ -50,9 +52,14 @@ def told_flat(
 ) -> list[LinearSolution]:
     """The solutions, marked where the negative curvature that they met is none to speak of.
 
-    One that rests on it, xᵀMx being as small as that of a flat direction, is not marked.
+    CG has marked those that it ended before that. Of others x may have grown along flat directions,
+    which a residual does not tell: ‖x‖ is to be at most `_LONG` times xᵀMx/‖Mx‖, which no part
+    of x without curvature adds to, and xᵀMx more than that of a flat direction.
     """
-    suspects = [s.status.ok and s.extremes is not None and s.extremes[0] < 0 for s in solutions]
+    suspects = [
+        s.status.ok and not s.is_flat and s.extremes is not None and s.extremes[0] < 0
+        for s in solutions
+    ]
     if not any(suspects):
         return list(solutions)
     found, rows = [], rhs.view(len(solutions), -1)
@@ -60,7 +67,9 @@ def told_flat(
     for solution, suspect, b, size in zip(solutions, suspects, rows, unknown, strict=True):
         if suspect and solution.extremes is not None and is_flat(*solution.extremes, size):
             x = solution.x.flatten()
-            rests_on_it = abs(dot(x, b)) <= _SLACK * size * dot(x, x)
-            solution = dataclasses.replace(solution, is_flat=not rests_on_it)
+            length, along = norm(x), dot(x, b)
+            is_curved = along > _SLACK * size * length**2
+            is_short = length * norm(b) <= _LONG * along
+            solution = dataclasses.replace(solution, is_flat=is_curved and is_short)
         found.append(solution)
     return found

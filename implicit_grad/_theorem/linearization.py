@@ -140,7 +140,9 @@ class Linearization:
             size, way = length(slope), length([p - s for p, s in zip(phi, starts, strict=False)])
             if not size:
                 return Times()
-            return Times(way / size, least=0.0) if way else Times(length(phi) / size)
+            far = length(phi)
+            bend = size / far if far else 0.0
+            return Times(way / size, 0.0, bend) if way else Times(far / size, bend=bend)
 
         return [of_task(task) for task in range(n_tasks)]
 

@@ -5,6 +5,7 @@ curvature along what nobody sees is then of that order, and of any sign. What is
 the dense pseudo-inverse at a solution that Newton's method has polished.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ import implicit_grad as ig
 from implicit_grad._errors import Status
 from implicit_grad._linear_solvers.base import Operator, Times
 from implicit_grad._linear_solvers.cg import CG
-from implicit_grad._linear_solvers.flat import told_flat
+from implicit_grad._linear_solvers.flat import told_flat, unknown_curvature
+from implicit_grad._theorem.linearization import Linearization
 
 F64 = torch.float64
 AWAY = 1e-8
@@ -189,7 +191,7 @@ def test_tasks_end_as_they_would_alone(make):
 def saddle(least: float, slope: float) -> Operator:
     """A matrix with one small negative curvature, at a φ with ‖φ‖ = 1 and ‖F‖ = slope."""
     matrix = torch.diag(torch.cat([torch.linspace(1, 2, 9, dtype=F64), torch.tensor([least])]))
-    spans = [Times(1 / slope if slope else math.inf)]
+    spans = [Times(bend=slope)]
     product = matrix.to(F64).matmul
     return Operator(product, product, spans=lambda _: spans, is_hessian=True)
 
@@ -219,3 +221,37 @@ def test_a_tolerance_that_was_asked_for_is_kept():
     rhs = torch.ones(10, dtype=F64)
     rhs[-1] = 1e-9
     assert CG(rtol=1e-12).solve(operator, rhs).status is Status.NEGATIVE_CURVATURE
+
+
+@pytest.mark.parametrize("seen", [1e-6, 1e-5])
+def test_what_flatness_has_grown_large_is_told(seen):
+    operator = saddle(-1e-8, 1e-7)
+    rhs = torch.ones(10, dtype=F64)
+    rhs[-1] = seen
+    found = ig.MINRES().solve(operator, rhs)
+    assert found.x[-1].abs() > 10 * found.x[:-1].norm()
+    assert not told_flat([found], operator, rhs)[0].is_flat
+
+
+def test_no_condition_but_that_of_a_minimum_has_flat_directions():
+    operator = dataclasses.replace(saddle(-1e-8, 1e-7), is_hessian=False, either_sign=True)
+    rhs = torch.ones(10, dtype=F64)
+    rhs[-1] = 1e-9
+    alone = CG().solve(operator, rhs)
+    rows = dataclasses.replace(
+        operator, matvec=lambda x: torch.stack([operator.matvec(row) for row in x])
+    )
+    _, (together,) = CG().solve_tasks(rows, rhs[None], verify=False)
+    assert not alone.status.ok
+    assert not together.status.ok
+
+
+def test_a_short_way_explains_no_more_curvature():
+    """A φ that was trained from near by is as long as any: its slope bends no more for that."""
+    phi, start = torch.ones(4, dtype=F64), torch.ones(4, dtype=F64) - 1e-3
+    slope = torch.full((4,), 1e-7, dtype=F64)
+    around = Linearization((slope,), (phi,), starts=(start,))
+    product = torch.Tensor.clone
+    operator = Operator(product, product, spans=around.training_times, is_hessian=True)
+    (unknown,) = unknown_curvature(operator, 1)
+    assert math.isclose(unknown, 1e-7)
