@@ -22,7 +22,7 @@ from implicit_grad._linear_solvers.base import LinearSolution, Operator, T, dot,
 # φ solves the inner problem if ‖F‖/‖φ‖ is at most this part of the greatest curvature.
 _SOLVED = 1e-4
 # A residual that a change of M by so many times ‖F‖/‖φ‖ explains is as good as 0.
-_SLACK = 10
+_SLACK = 3
 # ‖M x‖‖x‖/xᵀM x of a solution that may be one. It is (κ + 1)/(2√κ) at most where M is positive.
 _LONG = 30
 # How a run may end that has gone on, along flat directions, after all else was solved.
