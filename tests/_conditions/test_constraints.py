@@ -583,7 +583,8 @@ def test_derivatives_to_the_third_order_on_curved_constraints(linear_solver):
     def slope(*args):
         return torch.autograd.grad(wavy(solve(*args)), args, create_graph=True)
 
-    assert torch.autograd.gradgradcheck(slope, args)
+    if linear_solver is None:  # which takes long
+        assert torch.autograd.gradgradcheck(slope, args, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["moving box", "sphere", "simplex", "softmax"])
