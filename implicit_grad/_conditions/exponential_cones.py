@@ -68,12 +68,18 @@ class ExponentialCones(NamedTuple):
         """The surface of those that are not at edges or tips, and those that are."""
         low, none = self.small(size)
         _, *move = (self.lengths > 0).unbind(1)
-        flags = torch.stack([none, *move, self.counted, self.parts.detach()[:, 1] == 0], 1).tolist()
+        columns = none, *move, self.counted, self.parts.detach()[:, 1] == 0
+        flags = list(zip(*map(_read, columns), strict=True))
         x, y, z = (part.unbind() for part in self.parts.unbind(1))
-        at_corner = low.tolist()
+        at_corner = _read(low)
         surface = zip(self.surface().unbind(), at_corner, strict=True)
         corners = [Corner(x[i], y[i], z[i], *flags[i]) for i, at in enumerate(at_corner) if at]
         return [row for row, at in surface if not at], corners
+
+
+def _read(flags: Tensor) -> list[bool]:
+    """One by one: older torches (2.4) make no list of a tensor under `grad` and its like."""
+    return [bool(flag) for flag in flags.unbind()]
 
 
 class Corner(NamedTuple):

@@ -26,7 +26,13 @@ _SLACK = 3
 # ‖M x‖‖x‖/xᵀM x of a solution that may be one. It is (κ + 1)/(2√κ) at most where M is positive.
 _LONG = 30
 # How a run may end that has gone on, along flat directions, after all else was solved.
-MAY_BE_FLAT = (Status.NEGATIVE_CURVATURE, Status.MAX_ITER, Status.STAGNATED, Status.SINGULAR)
+MAY_BE_FLAT = (
+    Status.NEGATIVE_CURVATURE,
+    Status.TRUNCATED,
+    Status.MAX_ITER,
+    Status.STAGNATED,
+    Status.SINGULAR,
+)
 
 
 def unknown_curvature(operator: Operator, rows: int) -> list[float]:

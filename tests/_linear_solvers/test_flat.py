@@ -111,16 +111,6 @@ def nearly(phi: Tensor, seed: int) -> Tensor:
     ids=["CG", "CG, 300 products", "preconditioned"],
 )
 def test_what_nobody_sees_does_not_count(solver, make, seed):
-    check_unseen(solver, make, seed)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_minres_tells_of_no_saddle(seed):
-    check_unseen(ig.MINRES(), factors, seed)
-
-
-def check_unseen(solver: CG | ig.MINRES, make: Callable[[int], Made], seed: int) -> None:
-    """The gradient is right, and nothing is warned of."""
     objective, start, unseeing, _ = make(10 * seed)
     a = 0.3 * normal(8, 7, seed=seed + 1000)
     phi = polished(objective, start(a), a)
