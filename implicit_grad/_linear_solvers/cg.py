@@ -132,8 +132,8 @@ class ConjugateGradients(Run):
         """Take note of an iteration and the residual it left; whether the run ends with it."""
         gain, before, self._rz = alpha * self._rz, self._rz, rz
         self.coefficients.append((alpha, rz / before, rz))
-        self.residuals.append(math.sqrt(rr))
-        if math.sqrt(rr) <= self.budget.target:
+        self.residuals.append(size := math.sqrt(rr))
+        if size <= self.budget.target:
             self.status = Status.CONVERGED
             return True
         if not rz > 0:

@@ -444,9 +444,6 @@ class Evaluation(Recorded):
         with torch.enable_grad():
             return as_root(*self.recorded(), self.solve_adjoint, a)
 
-    def _refusal(self) -> str | None:
-        return None
-
     def _third(self) -> Finding | None:
         return self._found(3, self._checked_third)
 

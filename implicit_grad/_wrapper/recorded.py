@@ -84,9 +84,9 @@ class Recorded(abc.ABC):
     def _from_record(self, curvature: Curvature) -> tuple[Linearization, Tensors]:
         """F around φ by this kind of products, and the tensors that stand for the arguments."""
 
-    @abc.abstractmethod
     def _refusal(self) -> str | None:
         """Why the record has no second derivatives, whatever was found, if it has none."""
+        return None
 
     @abc.abstractmethod
     def _third(self) -> Finding | None:

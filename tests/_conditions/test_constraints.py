@@ -96,20 +96,20 @@ def enumerated(p):
     raise AssertionError("the program has no minimum")
 
 
-@settings(max_examples=150)
-@given(
+drawn_programs = given(
     seed=st.integers(0, 10**6),
     n=st.integers(2, 4),
     equalities=st.integers(0, 1),
     inequalities=st.integers(0, 2),
     dense=st.booleans(),
 )
-def test_strictly_complementary_programs(seed, n, equalities, inequalities, dense):
-    """Against central differences of the exact solution, along random directions."""
+
+
+def solved_program(seed, n, equalities, inequalities, dense):
+    """A program that is strictly complementary, and what solves it."""
     p = program(seed, n, equalities, inequalities)
     _, mu, slack = enumerated(p)
     assume(torch.cat([mu, slack]).min() > 0.02)
-    p = {name: t.requires_grad_() for name, t in p.items()}
     condition = ig.argmin(
         quadratic,
         bounds=box,
@@ -117,7 +117,17 @@ def test_strictly_complementary_programs(seed, n, equalities, inequalities, dens
         inequality=inequality if inequalities else None,
     )
     solver = ig.Exact() if dense else None
-    solve = ig.implicit(lambda p: enumerated(p)[0], condition, linear_solver=solver, **STRICT)
+    solve = ig.implicit(
+        lambda p: enumerated(p)[0].detach(), condition, linear_solver=solver, **STRICT
+    )
+    return {name: t.requires_grad_() for name, t in p.items()}, solve
+
+
+@settings(max_examples=150)
+@drawn_programs
+def test_strictly_complementary_programs(seed, n, equalities, inequalities, dense):
+    """Against central differences of the exact solution, along random directions."""
+    p, solve = solved_program(seed, n, equalities, inequalities, dense)
     found = gradients(solve(p), list(p.values()))
     h = 1e-5
     for i in range(3):
@@ -509,29 +519,10 @@ def test_closed_forms_twice(name, dense, dtype):
 
 
 @settings(max_examples=50)
-@given(
-    seed=st.integers(0, 10**6),
-    n=st.integers(2, 4),
-    equalities=st.integers(0, 1),
-    inequalities=st.integers(0, 2),
-    dense=st.booleans(),
-)
+@drawn_programs
 def test_programs_twice(seed, n, equalities, inequalities, dense):
     """Against autograd through the system that the right active set makes."""
-    p = program(seed, n, equalities, inequalities)
-    _, mu, slack = enumerated(p)
-    assume(torch.cat([mu, slack]).min() > 0.02)
-    p = {name: t.requires_grad_() for name, t in p.items()}
-    condition = ig.argmin(
-        quadratic,
-        bounds=box,
-        equality=equality if equalities else None,
-        inequality=inequality if inequalities else None,
-    )
-    solver = ig.Exact() if dense else None
-    solve = ig.implicit(
-        lambda p: enumerated(p)[0].detach(), condition, linear_solver=solver, **STRICT
-    )
+    p, solve = solved_program(seed, n, equalities, inequalities, dense)
     wanted = list(p.values())
     found, expected = twice(solve(p), wanted), twice(enumerated(p)[0], wanted)
     size = 1 + max(float(e.abs().max()) for e in expected if e.numel())

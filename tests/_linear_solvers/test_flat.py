@@ -103,6 +103,18 @@ def nearly(phi: Tensor, seed: int) -> Tensor:
     return phi + AWAY * normal(*phi.shape, seed=seed)
 
 
+def differentiated(objective, start, loss, seed, solver, **options):
+    """The gradient at a φ that is nearly solved, the right one, and how the solve ended."""
+    a = 0.3 * normal(8, 7, seed=seed + 1000)
+    phi, monitor = polished(objective, start(a), a), ig.Monitor()
+    options |= {"linear_solver": solver, "monitor": monitor}
+    solve = ig.implicit(lambda a: nearly(phi, seed), ig.argmin(objective), **options)
+    exact = right(objective, loss, phi, a)
+    (gradient,) = torch.autograd.grad(loss(solve(a.requires_grad_())), a)
+    assert monitor.last is not None
+    return gradient, exact, monitor.last.status
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("make", PROBLEMS)
 @pytest.mark.parametrize(
@@ -112,17 +124,9 @@ def nearly(phi: Tensor, seed: int) -> Tensor:
 )
 def test_what_nobody_sees_does_not_count(solver, make, seed):
     objective, start, unseeing, _ = make(10 * seed)
-    a = 0.3 * normal(8, 7, seed=seed + 1000)
-    phi = polished(objective, start(a), a)
-    monitor = ig.Monitor()
-    solve = ig.implicit(
-        lambda a: nearly(phi, seed), ig.argmin(objective), linear_solver=solver, monitor=monitor
-    )
-    a.requires_grad_()
-    (gradient,) = torch.autograd.grad(unseeing(solve(a)), a)
-    exact = right(objective, unseeing, phi, a.detach())
+    gradient, exact, status = differentiated(objective, start, unseeing, seed, solver)
     assert (gradient - exact).norm() <= 1e-5 * exact.norm()
-    assert monitor.last is not None and monitor.last.status.ok
+    assert status.ok
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -130,18 +134,8 @@ def test_what_nobody_sees_does_not_count(solver, make, seed):
 @pytest.mark.parametrize("solver", [ig.CG(), ig.MINRES()], ids=["CG", "MINRES"])
 def test_what_the_outer_loss_sees_is_told(solver, make, seed):
     objective, start, _, seeing = make(10 * seed)
-    a = 0.3 * normal(8, 7, seed=seed + 1000)
-    phi = polished(objective, start(a), a)
-    monitor = ig.Monitor()
-    solve = ig.implicit(
-        lambda a: nearly(phi, seed),
-        ig.argmin(objective),
-        linear_solver=solver,
-        monitor=monitor,
-        on_failure="ignore",
-    )
-    torch.autograd.grad(seeing(solve(a.requires_grad_())), a)
-    assert monitor.last is not None and not monitor.last.status.ok
+    *_, status = differentiated(objective, start, seeing, seed, solver, on_failure="ignore")
+    assert not status.ok
 
 
 @pytest.mark.parametrize("make", PROBLEMS)
