@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     ways = gradients(parts, start, chosen.epochs)
     errors = costs(ways)
     save(draw(curves, found, torch.stack(paths)), chosen.out, "layer_decay")
-    return {**scores, "costs": errors}
+    return {**scores, "losses": {"learned": found, "grid": curves}, "costs": errors}
 
 
 if __name__ == "__main__":

@@ -725,7 +725,7 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-CYCLES = 10_000 if LONG else 400
+CYCLES = 10_000 if LONG else 200
 
 
 @pytest.mark.parametrize("style", [*STYLES, "implicit"])

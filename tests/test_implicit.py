@@ -90,8 +90,11 @@ LAMS = {
 }
 
 
-@pytest.mark.parametrize("form", LAMS)
-@pytest.mark.parametrize("linear_solver", [ig.Exact(), ig.CG(rtol=1e-14)], ids=["Exact", "CG"])
+@pytest.mark.parametrize(
+    ("form", "linear_solver"),
+    [*((form, ig.Exact()) for form in LAMS), ("per element", ig.CG(rtol=1e-14))],
+    ids=[*LAMS, "by CG"],
+)
 def test_proximal_twice(form, linear_solver):
     lam, spread = LAMS[form]
     learned = [t.detach() for t in tensors(lam)]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
-
-_CPU = 0
 
 
 def peak_memory(call: Callable[[], object]) -> int:
@@ -24,15 +19,11 @@ def peak_memory(call: Callable[[], object]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "trace.json")
-        record.export_chrome_trace(path)
-        with open(path, encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
+    events = record.profiler.kineto_results.events()  # as JSON they are large, and slow to read
     changes = [
-        (event["ts"], event["args"]["Bytes"])
+        (event.start_ns(), event.nbytes())
         for event in events
-        if event.get("name") == "[memory]" and event["args"]["Device Type"] == _CPU
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
     alive = peak = 0
     for _, size in sorted(changes, key=lambda change: change[0]):

@@ -642,7 +642,7 @@ def test_a_difference_takes_two_gradients():
 # ---------------------------------------------------------------- the adaptive mode
 
 
-LEAST, PROBLEMS = 0.01, 120
+LEAST, PROBLEMS = 0.01, 50
 
 
 def spread_out(seed):

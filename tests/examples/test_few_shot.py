@@ -72,13 +72,14 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert sorted(losses[0]) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("algorithm", ["imaml", "anil-imaml"])
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize(
+    ("algorithm", "curvature"), [("imaml", "gauss_newton"), ("anil-imaml", "hessian")]
+)
 def test_batched_is_the_loop(
     algorithm: str, curvature: str, small_glyphs: None, tmp_path: Path
 ) -> None:
     """Eight test tasks in batches of three: also the last batch, which is smaller."""
-    arguments = ["--algorithm", algorithm, "--curvature", curvature, "--iterations", "4"]
+    arguments = ["--algorithm", algorithm, "--curvature", curvature, "--iterations", "2"]
     arguments += ["--meta-batch", "3"]
     few_shot(tmp_path / "loop", *arguments)
     few_shot(tmp_path / "batched", *arguments, "--batched")

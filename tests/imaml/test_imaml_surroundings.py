@@ -59,7 +59,7 @@ def test_a_learner_is_gone_with_its_last_reference(ending, style, curvature):
         watched = task()
         assert [w() for w in watched] == [None] * 4
         before = count_tensors()
-        for _ in range(50):
+        for _ in range(8):
             task()
         assert count_tensors() == before
 
@@ -80,8 +80,8 @@ def test_peak_memory_does_not_grow_with_the_steps(style):
         return peak_memory(task)
 
     peak(1)  # allocates .grad
-    peaks = {steps: peak(steps) for steps in (1, 2, 4, 16, 64, 256)}
-    assert len({peaks[steps] for steps in (2, 4, 16, 64, 256)}) == 1, peaks
+    peaks = {steps: peak(steps) for steps in (1, 2, 4, 64)}
+    assert len({peaks[steps] for steps in (2, 4, 64)}) == 1, peaks
     assert 0.5 * peaks[2] < peaks[1] <= peaks[2]
 
 

@@ -557,7 +557,7 @@ def test_a_learner_is_gone_with_its_last_reference(ending, style, curvature, dou
         task()
         assert [w() for w in task()] == [None] * 6
         before = count_tensors()
-        for _ in range(20):
+        for _ in range(4):
             task()
         assert count_tensors() == before
 
