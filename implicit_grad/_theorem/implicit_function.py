@@ -92,7 +92,7 @@ class Problem:
                 smooth,
                 scale=around.scale,
                 n_tasks=around.n_tasks,
-                is_adjoint=True,
+                primal=around,
                 said_symmetric=around.said_symmetric,
             )
 

@@ -64,7 +64,7 @@ class Linearization:
             not known.
         n_tasks: how many tasks there are along φ's first dimension; None if φ is one solution.
         convex: makes the same problem with an operator that is never indefinite, where it can.
-        is_adjoint: whether F is itself the residual of an adjoint problem.
+        primal: the problem of the same A whose adjoint problem this is; None if it is none.
         finding: what a check of its products found, if they are wrong or were replaced.
         training: see `Operator`.
         batches: of how many batches of data F is the sum, if it is one.
@@ -99,7 +99,7 @@ class Linearization:
         starts: Tensors = (),
         n_tasks: int | None = None,
         convex: Callable[[], Linearization] | None = None,
-        is_adjoint: bool = False,
+        primal: Linearization | None = None,
         degenerate: Status | None = None,
         said_symmetric: bool = False,
         guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -109,10 +109,17 @@ class Linearization:
         self.smooth = self.residual if smooth is None else smooth
         self.linear_part, self.scale, self.anchors = linear_part, scale, anchors
         self.starts, self.n_tasks, self.convex = starts, n_tasks, convex
-        self.is_adjoint, self.degenerate = is_adjoint, degenerate
+        self.primal, self.degenerate = primal, degenerate
+        if primal is not None:
+            self.is_hessian = primal.is_hessian
         self.said_symmetric = said_symmetric
         self._guard = guard
         self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
+
+    @property
+    def is_adjoint(self) -> bool:
+        """Whether F is itself the residual of an adjoint problem."""
+        return self.primal is not None
 
     @property
     def is_wrong(self) -> bool:
@@ -129,8 +136,11 @@ class Linearization:
         """What each task's way and slope tell of the time of its training.
 
         Where the slope has fallen on the way, φ went at least ‖F‖ times that time. The way is known
-        if its start is, and φ has left it; then its time may be as short as a step's.
+        if its start is, and φ has left it; then its time may be as short as a step's. An adjoint's
+        A is known as far as φ is, however far u is solved.
         """
+        if self.primal is not None:
+            return self.primal.training_times(n_tasks)
 
         def of_task(task: int) -> Times:
             phi, slope, starts = (

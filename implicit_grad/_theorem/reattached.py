@@ -31,6 +31,7 @@ class Reattached(Linearization):
         self, recorded: Linearization, stand_ins: Tensors, phi: Tensors, inputs: Tensors
     ) -> None:
         self._recorded = recorded
+        self.is_hessian = recorded.is_hessian
         self._stand_ins, self._tensors = (*recorded.phi, *stand_ins), (*phi, *inputs)
         scale = recorded.scale
         if scale is not None:

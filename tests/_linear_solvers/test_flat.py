@@ -138,6 +138,41 @@ def test_what_the_outer_loss_sees_is_told(solver, make, seed):
     assert not status.ok
 
 
+def second(objective, start, loss, solver):
+    """(∂/∂a)(way · gradient), and how the three solves ended."""
+    a, way = 0.3 * normal(8, 7, seed=1000), normal(8, 7, seed=5)
+    phi, monitor = polished(objective, start(a), a), ig.Monitor()
+    options = {"linear_solver": solver, "monitor": monitor, "on_failure": "ignore"}
+    solve = ig.implicit(lambda a: nearly(phi, 0), ig.argmin(objective), **options)
+    variable = a.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(solve(variable)), variable, create_graph=True)
+    (found,) = torch.autograd.grad((gradient * way).sum(), variable)
+    h, exact = 1e-4, []
+    for moved in (a + h * way, a - h * way):  # the mixed derivatives are symmetric
+        exact.append(right(objective, loss, polished(objective, phi, moved), moved))
+    return found, (exact[0] - exact[1]) / (2 * h), [r.status for r in monitor.reports]
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_second_derivatives_do_not_see_it_either(make):
+    objective, start, unseeing, _ = make(20)
+    found, exact, statuses = second(objective, start, unseeing, ig.CG())
+    assert (found - exact).norm() <= 1e-5 * exact.norm()
+    assert len(statuses) == 3 and all(status.ok for status in statuses)
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_what_only_second_derivatives_see_is_told(make):
+    objective, start, unseeing, seeing = make(20)
+
+    def loss(phi):  # its first derivative is that of the first term
+        away = seeing(phi) - seeing(phi.detach()), unseeing(phi) - unseeing(phi.detach())
+        return unseeing(phi) + away[0] * away[1]
+
+    *_, statuses = second(objective, start, loss, ig.CG())
+    assert [status.ok for status in statuses] == [True, True, False]
+
+
 @pytest.mark.parametrize("make", PROBLEMS)
 def test_tasks_end_as_they_would_alone(make):
     objective, start, unseeing, seeing = make(0)
