@@ -68,8 +68,7 @@ class ExponentialCones(NamedTuple):
         """The surface of those that are not at edges or tips, and those that are."""
         low, none = self.small(size)
         _, *move = (self.lengths > 0).unbind(1)
-        columns = none, *move, self.counted, self.parts.detach()[:, 1] == 0
-        flags = list(zip(*map(_read, columns), strict=True))
+        flags = list(zip(*map(_read, (none, *move, self.counted)), strict=True))
         x, y, z = (part.unbind() for part in self.parts.unbind(1))
         at_corner = _read(low)
         surface = zip(self.surface().unbind(), at_corner, strict=True)
@@ -95,12 +94,11 @@ class Corner(NamedTuple):
     y_moves: bool
     z_moves: bool
     counted: bool
-    y_is_0: bool
 
     @property
     def is_steep(self) -> bool:
-        """Whether, if x presses, φ has infinite slopes."""
-        return self.y_is_0 and not (self.is_tip or self.y_moves or self.counted)
+        """Whether, if x presses at the edge, φ has infinite slopes."""
+        return not (self.y_moves or self.counted)
 
     def edge(self) -> list[Tensor]:
         """Inequalities, where z > 0."""

@@ -40,7 +40,8 @@ _SHOWS_AT = (
 )
 _HELD = (
     "the gradient of the objective is not the derivative of its value: something that depends on "
-    "phi is held constant in it (.detach(), torch.no_grad(), a target network). A solver that "
+    "phi is held constant in it (.detach(), torch.no_grad(), a target network, the directions of a "
+    "spectral norm in training mode, for which .eval() is the cure). A solver that "
     "makes the value smallest and one that stops where this gradient is zero end at different phi, "
     "and the implicit gradient is that of neither. For the first let nothing be held; for the "
     "second give ig.root the gradient, written out. An estimator that means it, such as DiCE, "

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, GeneratorType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from implicit_grad._torch.graph import leaves_behind
-from implicit_grad._torch.held import fields_of, is_opened
+from implicit_grad._torch.held import PLAIN, fields_of, is_opened
 from implicit_grad._torch.pytree import Tensors, versions
 
 # The search goes this deep, and ends after so many objects: there may be a data set among them.
 _DEPTH, _MOST = 6, 5_000
-_PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType, BuiltinFunctionType)
+_PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType, FrameType)
 
 
 def captured_tensors(*holders: object) -> list[tuple[str, Tensor]]:
@@ -52,7 +54,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, FunctionType):
         yield from _of_function(value)
     elif isinstance(value, dict):
-        yield from ((f"[{key!r}]", part) for key, part in list(value.items()))
+        for i, (key, part) in enumerate(list(value.items())):
+            label = f"[{key!r}]" if type(key) in PLAIN else f"[{i}]"
+            yield from ((label, key), (label, part))
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
     elif isinstance(value, nn.Module):
@@ -68,11 +72,18 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("", value.__func__), ("", value.__self__))
     elif is_opened(type(value)):
         yield from ((name, getattr(value, name)) for name in fields_of(value))
-    elif not inspect.isbuiltin(value):
-        yield from list(vars(value).items()) if hasattr(value, "__dict__") else ()
+    elif isinstance(value, GeneratorType):
+        yield from dict(value.gi_frame.f_locals if value.gi_frame else ()).items()
+        yield "", value.gi_yieldfrom
+    elif isinstance(value, weakref.ReferenceType):
+        yield "", value()
+    elif hasattr(value, "__dict__") or _slots(type(value)):  # type: ignore[arg-type]
+        yield from list(getattr(value, "__dict__", {}).items())
         for slot in _slots(type(value)):  # type: ignore[arg-type]
             if hasattr(value, slot):
                 yield slot, getattr(value, slot)
+    else:  # made in C: iterators, views of dicts, methods
+        yield from (("", part) for part in gc.get_referents(value))
 
 
 # Attributes of a module that may hold what no list of its parameters has.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from implicit_grad._errors import describe
+from implicit_grad._torch.bound import owner_of
 from implicit_grad._torch.captured import captured_tensors
 from implicit_grad._torch.held import PLAIN, fields_of, parts_of
 from implicit_grad._torch.rebinding import Rebinding, Steps
@@ -131,7 +132,8 @@ class _Following(Rebinding):
                         "the copy of a solver that copy.deepcopy made may compute with the "
                         f"original: {describe(thing)}, to which its functions refer, holds "
                         f"{describe(tensor)} of what was copied, as {name}, and was not copied. "
-                        "Let what is copied keep that object, too, or make its class a dataclass",
+                        "Let what is copied keep that object, too, or make its class a dataclass; "
+                        "or take a list in the place of an iterator",
                         anchor="holds-the-original",
                     )
                     break
@@ -143,9 +145,10 @@ def _is_other(value: Any) -> bool:
     return not isinstance(value, (*_NEVER_COPIED, *_LOOKED_INTO)) and not parts_of(value)
 
 
-_LOOKED_INTO = (Tensor, nn.Module, Followed, types.FunctionType)
-_PASSED = (types.FunctionType, types.MethodType, functools.partial, tuple)
-_NEVER_COPIED = (type, types.ModuleType, types.BuiltinFunctionType)
+_IN_C = (types.BuiltinFunctionType, types.MethodWrapperType)
+_LOOKED_INTO = (Tensor, nn.Module, Followed, types.FunctionType, *_IN_C)
+_PASSED = (types.FunctionType, types.MethodType, *_IN_C, functools.partial, tuple, frozenset)
+_NEVER_COPIED = (type, types.ModuleType)
 
 
 def _waits(value: Any, memo: Memo, seen: Memo, referred_to: bool = False) -> bool:
@@ -169,4 +172,4 @@ def _waits(value: Any, memo: Memo, seen: Memo, referred_to: bool = False) -> boo
 
 
 def _is_function(value: Any) -> bool:
-    return isinstance(value, types.FunctionType)
+    return isinstance(value, types.FunctionType) or owner_of(value) is not None

@@ -13,27 +13,31 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from implicit_grad._torch.bound import bound_to, owner_of
+
 T = TypeVar("T")
 PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
-PLAIN_OR_NESTED = PLAIN | {list, tuple, dict}
+PLAIN_OR_NESTED = PLAIN | {list, tuple, dict, set, frozenset}
 _LEVELS = 4
 
 
 def parts_of(value: Any) -> Collection[Any]:
     """What it holds, if it is looked into; nothing if that is numbers and strings, maybe many.
 
-    Looked into are lists, tuples, deques, dicts, dataclasses, namespaces, partial functions, what
-    functions refer to of those around them or have as defaults, the objects of bound methods, and
-    solvers that `implicit` made.
+    Looked into are lists, tuples, deques, sets, dicts, their keys too, dataclasses, namespaces,
+    partial functions, what functions refer to of those around them or have as defaults, the objects
+    of bound methods, and solvers that `implicit` made.
     """
-    if _is_tuple(value) or isinstance(value, (list, deque)):
+    if _is_tuple(value) or isinstance(value, (list, deque, set, frozenset)):
         pass
     elif isinstance(value, dict):
-        value = value.values()
+        value = (*value.keys(), *value.values())
     elif isinstance(value, functools.partial):
         value = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, types.MethodType):
         value = (value.__self__,)
+    elif (owner := owner_of(value)) is not None:
+        value = (owner,)
     elif isinstance(value, types.FunctionType):
         around = [cell.cell_contents for cell in _cells(value)]
         value = [*around, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
@@ -45,7 +49,7 @@ def parts_of(value: Any) -> Collection[Any]:
 
 
 def _are_plain(values: Collection[Any]) -> bool:
-    """Whether these, and what lists, tuples and dicts among them hold, are numbers and strings.
+    """Whether these, and what containers among them hold, are numbers and strings.
 
     There may be very many, so no Python code runs for each. Where lists hold each other, all ways
     through them are far more than they are: then it is not known, and they are looked into.
@@ -61,16 +65,15 @@ def _are_plain(values: Collection[Any]) -> bool:
             values = [value for value in values if type(value) not in PLAIN]
         if sum(map(len, values)) > most:
             return False
-        held: Iterable[Any] = values
-        if dict in kinds:
-            held = (value.values() if type(value) is dict else value for value in values)
-        values = list(itertools.chain.from_iterable(held))
+        by_key = [value.values() for value in values if type(value) is dict]
+        values = list(itertools.chain.from_iterable((*values, *by_key)))
     return False
 
 
 def can_hold_itself(value: Any) -> bool:
     """Whether what is looked into is made first, and filled then."""
-    return not isinstance(value, (tuple, functools.partial, types.MethodType))
+    kinds = tuple, frozenset, functools.partial, types.MethodType
+    return not isinstance(value, kinds) and owner_of(value) is None
 
 
 def shallow(value: Any) -> Any:
@@ -95,14 +98,16 @@ def refill(empty: Any, parts: Sequence[Any]) -> None:
         empty.__defaults__ = tuple(next(found) for _ in empty.__defaults__ or ())
         empty.__kwdefaults__ = {name: next(found) for name in empty.__kwdefaults__ or ()}
     elif isinstance(empty, dict):
-        for key, part in zip(list(empty), parts, strict=True):
-            _put(empty, key, part)
+        size = len(empty)
+        _kind(empty).clear(empty)
+        for key, part in zip(parts[:size], parts[size:], strict=True):
+            _kind(empty).__setitem__(empty, key, part)
     elif is_opened(type(empty)):
         for name, part in zip(fields_of(empty), parts, strict=True):
             object.__setattr__(empty, name, part)  # of a frozen one as well
     else:
         empty.clear()
-        empty.extend(parts)
+        (empty.update if isinstance(empty, set) else empty.extend)(parts)
 
 
 def with_parts(value: Any, parts: Sequence[Any]) -> Any:
@@ -114,6 +119,10 @@ def with_parts(value: Any, parts: Sequence[Any]) -> Any:
         )
     if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, parts[0])
+    if owner_of(value) is not None:
+        return bound_to(parts[0], value)
+    if isinstance(value, frozenset):
+        return type(value)(parts)
     if _is_tuple(value):
         return tuple(parts) if type(value) is tuple else value._make(parts)
     other = shallow(value)
@@ -139,9 +148,9 @@ def _function_like(function: types.FunctionType) -> types.FunctionType:
     return other
 
 
-def _put(into: dict[Any, Any], key: Any, part: Any) -> None:
-    """As it is: a `__setitem__` of the user's may refuse it, or make something else of it."""
-    (OrderedDict if isinstance(into, OrderedDict) else dict).__setitem__(into, key, part)
+def _kind(value: dict[Any, Any]) -> type[dict[Any, Any]]:
+    """Whose `__setitem__` puts things in as they are: the user's may refuse them."""
+    return OrderedDict if isinstance(value, OrderedDict) else dict
 
 
 def _dict_like(value: dict[Any, Any]) -> Any:
@@ -149,7 +158,7 @@ def _dict_like(value: dict[Any, Any]) -> Any:
     other = type(value).__new__(type(value))
     getattr(other, "__dict__", {}).update(getattr(value, "__dict__", {}))
     for key, part in value.items():
-        _put(other, key, part)
+        _kind(value).__setitem__(other, key, part)
     return other
 
 

@@ -39,6 +39,7 @@ from implicit_grad._torch.isolation import Ambient, isolated, uncached
 from implicit_grad._torch.module_form import frozen, kept, mark_of, marked
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
+from implicit_grad._torch.spectral_norm import turned
 from implicit_grad._torch.transforms import (
     has_derivatives,
     is_batched,
@@ -384,10 +385,19 @@ class Evaluation(Recorded):
             self._ambient = Ambient(self.devices, phi)
             a = stand_ins(inputs, self.wanted)
             try:
-                snapshot, at_phi = self._snapshot(phi, a)
+                with turned() as normed:
+                    snapshot, at_phi = self._snapshot(phi, a)
             except (TypeError, AttributeError, RuntimeError) as error:
                 self._tell_of_phi(error, phi, inputs)
                 raise
+            if normed and {id(t) for t in leaves_behind(normed)} & {id(t) for t in at_phi}:
+                self.method.reporting.say(
+                    "phi has a spectral norm in training mode, which takes a power iteration in "
+                    "each evaluation: the implicit gradient does not know how its directions turn "
+                    "with phi. Call .eval() on that module before it is handed to the solver, so "
+                    "that they are constants in the solver and in the condition",
+                    anchor="spectral-norm",
+                )
             for _ in range(self.method.polish):
                 with own_precision(self.devices):
                     phi, snapshot, at_phi = self._polished(phi, snapshot, at_phi, a)

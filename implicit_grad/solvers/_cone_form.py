@@ -24,11 +24,9 @@ class ConeForm:
         _refuse([t for t in own if t.is_complex() or t.attributes["diag"]])
         form, cones = _canonical(problem, parameters)
         self._rows = [cones.zero, cones.nonneg, sum(cones.soc), 3 * cones.exp]
-        bounded = form.lower_bounds is not None or form.upper_bounds is not None
-        if sum(self._rows) < form.constr_size or bounded:
+        if sum(self._rows) < form.constr_size:
             raise InvalidArgumentError(
-                "CVXPY: semi-definite and power cones, and variables with bounds= of their own, "
-                "have no derivatives here; write bounds as constraints"
+                "CVXPY: semi-definite and power cones have no derivatives here"
             )
         made = {v.id: _made_of(v, form.variables) for v in variables}
         made |= {p.id: _made_of(p, form.parameters) for p in parameters}

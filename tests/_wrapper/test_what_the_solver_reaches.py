@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,17 +146,43 @@ def test_what_a_solver_changes_in_place_is_told():
 
 
 def test_a_tensor_that_cannot_be_found_beforehand_is_told():
-    lam, y = parameter(), torch.ones(2, dtype=torch.float64)
-    where = iter([lam])  # it has no attribute to look into
+    class Settings:  # classes are not looked into
+        lam = parameter()
 
-    def objective(w, y, known=[]):  # noqa: B006
-        known[:] = known or [next(where)]
-        return (w - y).square().sum() + (known[0] * w.square()).sum()
+    def objective(w, y):
+        return (w - y).square().sum() + (Settings.lam * w.square()).sum()
 
-    solve = ig.implicit(lambda y: y / (1 + lam.item() if False else 1.5), ig.argmin(objective))
-    solve.setup.condition.objective.__defaults__[0].clear()
+    y = torch.ones(2, dtype=torch.float64)
     with pytest.warns(ig.ImplicitGradWarning, match="could not be found"):
         ig.implicit(lambda y: y / torch.tensor([1.5, 2.5]), ig.argmin(objective))(y)
+
+
+@pytest.mark.parametrize(
+    ("kept", "find"),
+    [
+        (lambda lam: iter([lam] * 9), next),
+        (lambda lam: {0: lam}.values(), lambda kept: next(iter(kept))),
+        (lambda lam: (t for t in [lam] * 9), next),
+        (lambda lam: {lam: "lam"}, lambda kept: next(iter(kept))),
+        (lambda lam: lam.exp, lambda kept: kept().log()),
+        (lambda lam: weakref.WeakSet([lam]), lambda kept: next(iter(kept))),
+    ],
+    ids=["iterator", "view", "generator", "key", "method in C", "weak set"],
+)
+def test_tensors_in_what_has_no_attributes_are_found_beforehand(kept, find):
+    lam, y = parameter(), torch.ones(2, dtype=torch.float64)
+    made, before = kept(lam), lam.grad.clone()
+
+    def objective(w, y):
+        return (w - y).square().sum() + (find(made) * w.square()).sum()
+
+    def fit(y):
+        objective(y.clone(), y).backward()  # not into the .grad of lam
+        return y / (1 + lam.detach())
+
+    phi = ig.implicit(fit, ig.argmin(objective), on_failure="raise")(y)
+    assert torch.equal(lam.grad, before)
+    torch.testing.assert_close(grad(phi.sum(), lam)[0], -y / (1 + lam.detach()).square())
 
 
 def test_a_captured_history_is_told_with_its_name():

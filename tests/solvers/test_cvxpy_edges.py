@@ -1,5 +1,7 @@
 """CVXPY's problems at the edges of their cones: zeros of parameters, weights of 0, small cones."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,133 @@ def test_the_shared_zeros_of_two_distributions_are_told():
     args = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])
     with pytest.raises(ig.LinearSolveError, match="part ways"):
         gradient(solve, *(a.requires_grad_() for a in args))
+
+
+def test_an_exponential_below_the_digits_of_a_solver():
+    """Clarabel has exp(−20) to one digit, and of exp(−60) none."""
+    x, c = cp.Variable(2, name="x"), cp.Parameter(2)
+    solve = wrapped(cp.sum(cp.exp(x)) + cp.sum_squares(x - c) / 2, [], [c])
+    (found,) = gradient(solve, torch.tensor([-20.0, -60.0], requires_grad=True))
+    close(found, torch.tensor(V)[:2])
+
+
+def test_probabilities_too_small_for_a_solver_under_a_least_entropy():
+    """softmax(c/τ), with the τ of that entropy."""
+    x, c = cp.Variable(4, name="x"), cp.Parameter(4)
+    solve = wrapped(-c @ x, [cp.sum(x) == 1, cp.sum(cp.entr(x)) >= 0.7], [c])
+    v = torch.tensor([*V, 4.0])
+    for last in (-1.0, -20.0):
+        at = torch.tensor([1.0, 0.5, 0.2, last], requires_grad=True)
+        x = solve(at)["x"]
+
+        def excess(tau, at=at):
+            x = (at / tau).softmax(0)
+            return -(x * (at / tau).log_softmax(0)).sum() - 0.7
+
+        tau = torch.tensor(0.3)
+        for _ in range(9):
+            tau = tau.detach()
+            tau = tau - excess(tau) / torch.func.grad(excess)(tau).detach()
+        expected = (at / tau).softmax(0)
+        close(x, expected)
+        close(*(torch.autograd.grad(phi @ v, at)[0] for phi in (x, expected)))
+
+
+@pytest.mark.parametrize("b", [-2.0, -0.4, -0.3, -0.1])
+def test_tips_that_phi_moves_along_all_ways(b):
+    """x log(x/z) at 0, where its slopes exp(a − 1) + b are not above 0."""
+    u, at = cp.Variable(2, name="u"), cp.Parameter(2)
+    solve = wrapped(cp.rel_entr(u[0], u[1]) + cp.sum_squares(u - at) / 2, [], [at])
+    args = torch.tensor([-0.6, b], requires_grad=True)
+    x, z = solve(args)["u"].detach()
+    (found,) = gradient(solve, args)
+    if math.exp(-1.6) + b <= 0:
+        close(found, torch.zeros(2))
+    else:
+        bend = torch.tensor([[1 / x, -1 / z], [-1 / z, x / z**2]]) + torch.eye(2)
+        close(found, torch.linalg.solve(bend, torch.tensor(V)[:2]))
+
+
+def test_a_tip_leads_along_the_ray_of_its_multipliers():
+    """x ≤ p log(z/p) is pulled up, and z down by 2: z = p/2, so that x leaves 0 by −p log 2."""
+    u, p = cp.Variable(3, name="u"), cp.Parameter(nonneg=True)
+    objective = -u[0] + 2 * u[1] + cp.sum_squares(u - np.array([0.0, 0.0, 1.0])) / 2
+    solve = wrapped(objective, [cp.constraints.ExpCone(u[0], p, u[1])], [p])
+    at = torch.tensor(0.0, requires_grad=True)
+    (found,) = torch.autograd.grad(solve(at)["u"] @ torch.tensor(V), at)
+    close(found, torch.tensor(1.0 - math.log(2)))
+
+
+OTHERS = "a bound on it", "an exponential", "a height that the user has", "a height squared"
+
+
+def one_cone(kind):
+    """An objective and constraints with one exponential cone."""
+    z, p, t = cp.Variable(name="z"), cp.Parameter(name="p", nonneg=True), cp.Variable(name="t")
+    x = cp.Variable(name="x", nonpos=True)
+    return {
+        "an entropy": (cp.rel_entr(p, z) + cp.square(z), []),
+        "a bound on it": (cp.square(z - p), [cp.rel_entr(p, z) <= 1]),
+        "an exponential": (cp.exp(z) - p * z, []),
+        "a height that the user has": (-t + cp.square(z), [cp.constraints.ExpCone(t, p, z)]),
+        "a height squared": (cp.square(cp.log1p(x)) + cp.square(x - p), []),
+    }[kind], p
+
+
+@pytest.mark.parametrize("kind", ["an entropy", *OTHERS])
+def test_heights_that_only_the_objective_sees_are_known(kind):
+    (objective, constraints), p = one_cone(kind)
+    layer, at = CVXPY(cp.Problem(cp.Minimize(objective), constraints), [p]), torch.tensor(0.2)
+    cones = layer.condition.exponential(layer(at), at)
+    assert cones.counted.tolist() == [kind == "an entropy"]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_rows_that_a_cone_implies_are_left_out_and_no_others():
+    x, p = cp.Variable(name="x"), cp.Parameter(nonneg=True)
+
+    def condition(objective, bound):
+        return CVXPY(cp.Problem(cp.Minimize(objective), [bound]), [p]).condition
+
+    entropy = cp.rel_entr(p, x)
+    for implied in (x >= 0, 3 * x >= 0, -2 * x <= 0):
+        assert condition(entropy, implied).inequality is None
+    assert condition(cp.rel_entr(p, x - 0.1), 7 * x >= 0.7).inequality is None  # to rounding
+    for other in (x <= 0, x >= 0.1, x >= -p):
+        assert condition(entropy, other).inequality is not None
+    solve = wrapped(cp.exp(x) + p * x, [x >= 0], [p])  # x is no height, but above the surface
+    at = torch.tensor(0.3, requires_grad=True)
+    phi = solve(at)["x"]
+    close(torch.stack([phi.detach(), *torch.autograd.grad(phi, at)]), torch.zeros(2))
+
+
+def test_a_distribution_that_is_constant_may_have_zeros():
+    z, near, p = cp.Variable(3, name="z"), cp.Parameter(3), np.array([0.5, 0.5, 0.0])
+    solve = wrapped(cp.sum(cp.rel_entr(p, z)) + cp.sum_squares(z - near) / 2, [], [near])
+    for at in (NEAR, NEAR.abs()):
+        root = (at.square() + 4 * torch.tensor(p)).sqrt()
+        (found,) = gradient(solve, at.clone().requires_grad_())
+        close(found, (1 + at / root) / 2 * torch.tensor(V))
+
+
+def test_problems_without_constraints_and_parameters_that_are_never_1():
+    x, c = cp.Variable(2, name="x"), cp.Parameter(2, nonpos=True)
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    solve = wrapped(cp.quad_form(x, matrix.numpy()) / 2 + c @ x, [], [c])
+    at = torch.tensor([-1.0, 0.0], requires_grad=True)
+    assert set(solve(at)) == {"x"}  # and nothing auxiliary
+    close(gradient(solve, at)[0], -torch.linalg.solve(matrix, torch.tensor(V)[:2]))
+
+
+@pytest.mark.parametrize("bounds", [[0, 1], [None, 1]])
+def test_bounds_that_variables_have_of_their_own(bounds):
+    x, y = cp.Variable(2, name="x", bounds=bounds), cp.Parameter(2)
+    at = torch.tensor([2.0, 0.5], requires_grad=True)
+    solve = wrapped(cp.sum_squares(x - y), [], [y])
+    close(solve(at)["x"].detach(), torch.tensor([1.0, 0.5]))
+    close(gradient(solve, at)[0], torch.tensor([0.0, V[1]]))
 
 
 # ---------------------------------------------------------------- weights
