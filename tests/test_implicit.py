@@ -276,6 +276,14 @@ def test_arguments_that_need_no_gradient_and_labels_and_strings():
     assert X.grad is None and labels.grad is None
 
 
+@pytest.mark.parametrize("first", ["a name", 2.0, np.ones(3), object()], ids=type)
+def test_a_minimum_by_a_first_argument_that_is_no_tensor(first):
+    a = normal(3, seed=1)
+    objective = ig.argmin(lambda w, first, a: (2 * w - a).square().sum())
+    ig.implicit(lambda first, a: a / 2, objective)(first, a).sum().backward()
+    close(a.grad, torch.full_like(a, 1 / 2))
+
+
 def test_part_of_phi_in_the_outer_loss():
     theta, X = (normal(2, seed=1), normal(2, seed=2)), normal(3, 4, seed=3)
     solve = ig.implicit(lambda t, X: solved(t, X, 0.5), ig.proximal(bumpy, 0.5), **STRICT)
