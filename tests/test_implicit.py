@@ -593,6 +593,18 @@ def test_the_same_buffers_also_when_the_module_is_called_itself():
     assert norm.weight.grad is not None and data.grad.norm() > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # newer torches say that it is deprecated
+@pytest.mark.parametrize("within", [False, True])
+def test_and_those_of_scripted_modules(within):
+    norm = nn.BatchNorm1d(2).double()
+    net = torch.jit.script(nn.Sequential(norm) if within else norm)
+    a, before = normal(4, 2, seed=1), [b.clone() for b in net.buffers()]
+    solve = ig.implicit(lambda a: a, ig.argmin(lambda w, a: (w - a + 0 * net(w)).square().sum()))
+    solve(a).sum().backward()
+    close(a.grad, torch.ones_like(a))
+    assert all(map(torch.equal, net.buffers(), before))
+
+
 def test_dropout_uses_one_mask_a_call():
     theta, seen = normal(8, seed=1), []
 
