@@ -132,3 +132,13 @@ def test_arrays_are_described_with_dtype_and_shape():
 def test_a_list_of_numbers():
     with pytest.raises(ig.InvalidSolutionError, match=r"list of numbers.*torch.tensor"):
         solved([0.0, 0.0, 0.0])
+
+
+def test_a_decorated_method():
+    class Layer:
+        @ig.implicit(condition=ig.argmin(lambda w, self, a: (w - a).square().sum()))
+        def solve(self, a):
+            return a
+
+    with pytest.raises(ig.InvalidSolutionError, match="but no self: where a method is the solver"):
+        Layer().solve(torch.ones(2, requires_grad=True))
