@@ -95,7 +95,11 @@ class Residual(Variables):
 
     def _evaluated(self, phi: Tensors) -> Tensors:
         container = self.tree.rebuild(phi)
-        return like_phi(f"{self.name}: residual", self._residual(container), container, phi)
+        where, value = f"{self.name}: residual", self._residual(container)
+        return like_phi(where, value, container, phi, _INIT)
+
+
+_INIT = ". phi has the form of where it starts: init(*args), by default the solver's first argument"
 
 
 def norms(rows: Tensor) -> Tensor:
