@@ -279,6 +279,14 @@ def test_arguments_that_need_no_gradient_and_labels_and_strings():
     assert X.grad is None and labels.grad is None
 
 
+@pytest.mark.parametrize("first", ["a name", 2.0, np.ones(3), object()], ids=type)
+def test_a_minimum_by_a_first_argument_that_is_no_tensor(first):
+    a = normal(3, seed=1)
+    objective = ig.argmin(lambda w, first, a: (2 * w - a).square().sum())
+    ig.implicit(lambda first, a: a / 2, objective)(first, a).sum().backward()
+    close(a.grad, torch.full_like(a, 1 / 2))
+
+
 def test_part_of_phi_in_the_outer_loss():
     theta, X = (normal(2, seed=1), normal(2, seed=2)), normal(3, 4, seed=3)
     solve = ig.implicit(lambda t, X: solved(t, X, 0.5), ig.proximal(bumpy, 0.5), **STRICT)
@@ -586,6 +594,18 @@ def test_the_same_buffers_also_when_the_module_is_called_itself():
     for name, value in norm.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert norm.weight.grad is not None and data.grad.norm() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # newer torches say that it is deprecated
+@pytest.mark.parametrize("within", [False, True])
+def test_and_those_of_scripted_modules(within):
+    norm = nn.BatchNorm1d(2).double()
+    net = torch.jit.script(nn.Sequential(norm) if within else norm)
+    a, before = normal(4, 2, seed=1), [b.clone() for b in net.buffers()]
+    solve = ig.implicit(lambda a: a, ig.argmin(lambda w, a: (w - a + 0 * net(w)).square().sum()))
+    solve(a).sum().backward()
+    close(a.grad, torch.ones_like(a))
+    assert all(map(torch.equal, net.buffers(), before))
 
 
 def test_dropout_uses_one_mask_a_call():

@@ -288,8 +288,8 @@ def _starts(call: Call, phi: Any) -> Tensors:
     if first is None or pytree.structure(first) != pytree.structure(phi):
         return ()
     starts, there = pytree.flatten(first)[0], pytree.flatten(phi)[0]
-    if any(s.is_complex() for s in starts):
-        return ()
+    if len(starts) != len(there) or any(s.is_complex() for s in starts):
+        return ()  # a name, a number or an array is a leaf in the place of a tensor
     if call.start is not None:
         return starts
     pairs = zip(starts, there, strict=True)

@@ -166,22 +166,22 @@ def scalar(name: str, value: object) -> Tensor:
     return value
 
 
-def like_phi(name: str, value: Any, phi: Any, variables: Tensors) -> Tensors:
-    """The tensors of a value in the form of φ, as reals."""
+def like_phi(name: str, value: Any, phi: Any, variables: Tensors, hint: str = "") -> Tensors:
+    """The tensors of a value in the form of φ, as reals; else an error that ends in the hint."""
     phi, value = pytree.opened(phi, value)
     phi_leaves, value_leaves = pytree.leaves(phi), pytree.leaves(value)
     check_distinct(name.split(":")[0], phi, variables)
     if pytree.structure(value) != pytree.structure(phi):
         raise InvalidArgumentError(
             f"{name} must return the form of phi, {pytree.structure(phi)}, "
-            f"got {pytree.structure(value)}"
+            f"got {pytree.structure(value)}{hint}"
         )
     places = zip(pytree.names(phi, "phi"), value_leaves, phi_leaves, strict=True)
     found = [(label, f, p) for label, f, p in places if torch.is_tensor(p)]
     for label, f, p in found:
         if not torch.is_tensor(f) or f.shape != p.shape:
             raise InvalidArgumentError(
-                f"{name}: for {label}, {describe(p)}, it returned {describe(f)}"
+                f"{name}: for {label}, {describe(p)}, it returned {describe(f)}{hint}"
             )
         if f.dtype != p.dtype:
             wider = torch.promote_types(f.dtype, p.dtype)

@@ -32,7 +32,7 @@ from implicit_grad._options import check_value, is_integer
 from implicit_grad._theorem.linearization import Stationarity
 from implicit_grad._torch import pytree
 from implicit_grad._torch.isolation import Ambient, RandomState, isolated
-from implicit_grad._torch.products import own_precision
+from implicit_grad._torch.products import own_precision, variables
 from implicit_grad._torch.pytree import Tensors
 
 # Sums of the same terms in another order differ by rounding, of less than this power of eps.
@@ -147,6 +147,7 @@ class Batches:
             stationarity,
             again=again,
             once=value.once,
+            precision_of_parts=value.precision,
             gauss_newton=None if self.model is None else GaussNewtonSum(value),
         )
         return Snapshot(
@@ -267,13 +268,13 @@ class Passes:
         elif not again and not any(map(bool, values)):
             tensors, tree = pytree.flatten(self._phi)
             moved = [t.detach() + scattered(t) * (t.detach().abs().amax() or 1.0) for t in tensors]
-            self._elsewhere = tree.rebuild(moved, owned=True)
+            self._elsewhere = tree.rebuild(variables(tuple(moved)), owned=True)
         return count
 
     def _value_elsewhere(self, i: int, batch: Any) -> Tensor:
         """A batch's value at another φ; nothing is drawn from random generators."""
-        with isolated(self._ambient), own_precision(self._ambient.devices), torch.no_grad():
-            return self._data.evaluated(batch, f"batch {i}", self._elsewhere)[0]
+        with isolated(self._ambient), own_precision(self._ambient.devices):
+            return self._data.evaluated(batch, f"batch {i}", self._elsewhere)[0].detach()
 
     def _compare_elsewhere(self, values: list[Tensor]) -> None:
         """Raise if they add up to another sum than the last ones."""

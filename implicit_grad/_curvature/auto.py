@@ -127,7 +127,7 @@ class AutoCurvature(Linearization):
         return self._rung.curvature
 
     @property
-    def precision(self) -> float | None:  # type: ignore[override]
+    def precision(self) -> float:
         """The relative precision of the products that work here."""
         return self._rung.precision
 

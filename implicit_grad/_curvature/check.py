@@ -7,8 +7,9 @@ runs in NumPy, and of a few of torch's own. What is found has a sentence that na
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from implicit_grad._errors import GraphError
 from implicit_grad._options import check_one_of
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.graph import (
+    coarsest,
     custom_functions,
     edges_of_graph,
     once_differentiable,
@@ -30,6 +32,7 @@ from implicit_grad._torch.graph import (
     wrong_third,
 )
 from implicit_grad._torch.kinks import take_pieces
+from implicit_grad._torch.padding import beside_padding
 from implicit_grad._torch.products import gradient, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors, inner
 
@@ -92,7 +95,8 @@ class Checks:
         return self.when == "always" or (self.when == "once" and kind not in self.found)
 
 
-class Probe(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Probe:
     """What is evaluated again for a check.
 
     Attributes:
@@ -109,10 +113,10 @@ class Probe(NamedTuple):
     elsewhere: Elsewhere
     movable: Sequence[int] = ()
 
-    @property
+    @functools.cached_property
     def eps(self) -> float:
-        """The relative precision of the coarsest tensor."""
-        return max((torch.finfo(p.dtype).eps for p in self.phi), default=1.0)
+        """The relative precision of the coarsest numbers between φ and the outputs."""
+        return coarsest(self.outputs, self.phi)
 
     @property
     def moving(self) -> list[int]:
@@ -185,7 +189,7 @@ class _Objective:
         self._inputs = tuple(t for t in probe.inputs if t.requires_grad)
         self._phi, self._guard = objective.phi, objective.guard
         self._units = units(self._phi) + units(self._inputs)
-        self._along = direction(self._phi)
+        self._along = beside_padding(direction(self._phi), objective.value, self._phi)
         hessian = Hessian(objective)
         self._slope = hessian.smooth
         with torch.no_grad():

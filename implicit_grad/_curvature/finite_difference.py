@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -42,10 +43,15 @@ class FiniteDifference(Hessian):
             )
         super().__init__(objective)
         self._again = objective.again
-        self._eps = max(torch.finfo(p.dtype).eps for p in objective.phi)
-        self.precision = self._eps ** (2 / 3)
+        self._eps = objective.precision
         self._size = length(objective.phi)
         self._check_unchanged()
+
+    @functools.cached_property
+    def precision(self) -> float:
+        """That of differences with the steps taken here."""
+        eps: float = self._eps ** (2 / 3)
+        return eps
 
     @staticmethod
     def _convex(objective: Objective) -> None:

@@ -47,6 +47,11 @@ class Hessian(Linearization):
             guard=objective.guard,
         )
 
+    @functools.cached_property
+    def precision(self) -> float:
+        """That of the objective's gradient."""
+        return self.objective.precision
+
     def smooth_product(self, x: Tensors) -> Tensors:
         """A x, which is Aᵀx, as the matrix is symmetric."""
         return self.smooth_transposed(x)

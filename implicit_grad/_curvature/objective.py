@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from implicit_grad._theorem.linearization import Stationarity
-from implicit_grad._torch.graph import between, is_once_differentiable
+from implicit_grad._torch.graph import between, coarsest, is_once_differentiable
 from implicit_grad._torch.own_backward import is_special
 from implicit_grad._torch.pytree import Tensors
 
@@ -40,6 +40,7 @@ class Objective:
         n_tasks: how many separate problems the value sums over.
         own: whether the graph is nobody else's.
         once: whether a part whose graph is not held has no second derivative.
+        precision_of_parts: of parts whose graphs are not held; see `coarsest`.
         gauss_newton: products with the Gauss-Newton part of A, where they are not made from
             `outputs`.
     """
@@ -53,12 +54,18 @@ class Objective:
     n_tasks: int | None = None
     own: bool = True
     once: bool = False
+    precision_of_parts: float = 0.0
     gauss_newton: GaussNewtonProducts | None = None
 
     @functools.cached_property
     def special(self) -> list[Any]:
         """The nodes through which the value depends on φ that are no plain operations of torch."""
         return list(filter(is_special, between([self.value], self.phi)))
+
+    @functools.cached_property
+    def precision(self) -> float:
+        """The relative precision of the value's gradient by φ."""
+        return max(self.precision_of_parts, coarsest([self.value], self.phi))
 
     def look_among(self, nodes: Iterable[Any]) -> None:
         """Spare a walk through the graph where none of all the nodes behind the value is such."""

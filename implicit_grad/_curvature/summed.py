@@ -9,6 +9,7 @@ such a sum again.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._curvature.hessian import GaussNewtonProduct
-from implicit_grad._torch.graph import between, leaves_behind, once_differentiable
+from implicit_grad._torch.graph import between, coarsest, leaves_behind, once_differentiable
 from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import gradient, variables, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
@@ -146,6 +147,7 @@ class Value(Sum):
 
     Attributes:
         once: whether a term has no second derivative, by what its graph says.
+        precision: of the coarsest term, see `coarsest`.
         batches: how many there are, in all processes.
     """
 
@@ -161,9 +163,10 @@ class Value(Sum):
         def add_up() -> Share:
             value, slope = Sums(), Sums()
             once = depends = False
+            eps = torch.finfo(torch.float64).eps
 
             def first(term: Term) -> None:
-                nonlocal once, depends
+                nonlocal once, depends, eps
                 if term.counts:
                     value.add((term.value,))
                 if not graded or not term.value.requires_grad:
@@ -172,6 +175,7 @@ class Value(Sum):
                 leaves = leaves_behind([term.value], lambda node: node in own)
                 behind.update((id(t), t) for t in leaves)
                 once = once or once_differentiable([term.value], self.phi)
+                eps = max(eps, coarsest([term.value], self.phi))
                 if term.counts:
                     with torch.no_grad(), without_hooks(leaves):
                         slope.add(gradient(term.value, self.phi))
@@ -179,11 +183,13 @@ class Value(Sum):
             count = terms.each(first)
             slopes = slope.tensors or tuple(map(torch.zeros_like, self.phi if graded else ()))
             same = [("phi", self.phi), ("what the function refers to", captured())]
-            numbers = [count, once, depends, *(id(t) in behind for t in arguments)]
+            digits = -math.frexp(eps)[1]  # eps is a power of 2, and numbers are integers
+            numbers = [count, once, depends, digits, *(id(t) in behind for t in arguments)]
             return Share((*value.tensors, *slopes), same, numbers)
 
         (value, *slope), rows = terms.together(add_up)
-        counts, once, depends, *read = zip(*rows, strict=True)
+        counts, once, depends, digits, *read = zip(*rows, strict=True)
+        self.precision = math.ldexp(0.5, -min(digits))
         self.batches, self.once, self._depends = sum(counts), any(once), any(depends)
         leaves = [t for t, by in zip(arguments, read, strict=True) if any(by)]
         super().__init__(terms, (*self.phi, *leaves, *captured()), lambda term, _: (term.value,))

@@ -88,7 +88,8 @@ class Iterative(LinearSolver):
         """The rules but for `atol`, for a right-hand side of norm 1."""
         eps = operator.precision(rhs)
         fixed = self.is_truncation
-        rtol = eps ** (2 / 3) if self.rtol is None else max(self.rtol, 10 * eps)
+        usual = eps ** (2 / 3)
+        rtol = usual if self.rtol is None else max(self.rtol, min(10 * eps, usual))
         maxiter = min(10 * unknowns, self.most_iterations) if self.maxiter is None else self.maxiter
         return Budget(eps if fixed else rtol, maxiter, fixed)
 

@@ -165,7 +165,7 @@ class _System:
             matvec=self._flat_product(there),
             rmatvec=self._flat_product(back),
             scale=self._scale,
-            eps=max(self._flat.eps, self._around.precision or 0.0),
+            eps=max(self._flat.eps, self._around.precision),
             convex=self._convex(),
             mu=accuracy.mu,
             rtol_error=accuracy.rtol_error,

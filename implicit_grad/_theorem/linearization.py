@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from implicit_grad._errors import GraphError, Status
 from implicit_grad._linear_solvers.base import Filter, Times
-from implicit_grad._torch.graph import once_differentiable
+from implicit_grad._torch.graph import coarsest, once_differentiable
 from implicit_grad._torch.products import vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors, length
 
@@ -78,7 +79,6 @@ class Linearization:
 
     curvature = "jacobian"  # of what A is made, for reports
     is_hessian = False  # A is the second derivative of an objective, or stands for it
-    precision: float | None = None  # relative, of the products; None: that of the tensors
     finding: Finding | None = None
     remark: str | None = None  # what users should know of A, whatever a solve comes to
     is_differentiated = False  # solutions of its linear systems will be, or are derivatives
@@ -115,6 +115,11 @@ class Linearization:
         self.said_symmetric = said_symmetric
         self._guard = guard
         self._pullback_of_dummy: tuple[Tensors, Tensors] | None = None
+
+    @functools.cached_property
+    def precision(self) -> float:
+        """The relative precision of the products."""
+        return coarsest(self.smooth, self.phi)
 
     @property
     def is_adjoint(self) -> bool:

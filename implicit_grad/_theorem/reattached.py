@@ -8,6 +8,7 @@ to tensors of the same values elsewhere, and its pullback is attached likewise.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ class Reattached(Linearization):
             n_tasks=recorded.n_tasks,
             said_symmetric=recorded.said_symmetric,
         )
+
+    @functools.cached_property
+    def precision(self) -> float:
+        """That of the products as recorded."""
+        return self._recorded.precision
 
     def unscaled_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu without the scale's part."""

@@ -220,6 +220,8 @@ class Reporting:
                 sentence = _BOTH.format(sentence)
             if judgement.unsolved and (around.batches or 0) > 1:
                 sentence += _SUMMED
+            if judgement.unsolved and around.curvature == "lagrangian":
+                sentence += _CONSTRAINED
             if self.on_failure == "raise":
                 raise LinearSolveError(f"{sentence} ({_figures(report)})", report, anchor)
             # no figures here: Python shows a warning once only if its text does not change
@@ -403,6 +405,11 @@ _SUMMED = (
     ". The condition's objective is a sum over batches: where the solver averages within each, "
     "divide by the number of batches, or the regularizer weighs too little"
 )
+_CONSTRAINED = (
+    ". Of its constraints, an inequality is to be at most 0 (SciPy's 'ineq' is at least 0), and "
+    "phi to lie on those that are active (a barrier keeps it off them)"
+)
+_MAXIMUM = "If phi is a maximum, give argmin the negative of what it maximises"
 _FLAT = (
     "the inner objective has zero curvature, to rounding, along a direction that the outer loss "
     "sees (non-positive curvature at phi): phi is not unique along it. Regularise the inner "
@@ -437,6 +444,8 @@ def _sentence(
         least, greatest = solution.extremes
         if least >= -_ZERO * Flat(around.phi).eps * greatest:
             sentence = _FLAT
+        elif greatest < 0 and around.scale is None:
+            sentence = f"{sentence}. {_MAXIMUM}"
     if solution.substitute == "early_stopped":
         known = around.training is not None and around.training() is not None
         time = _OWN_TIME if known else _TIME_OF_WAY if around.starts else _UNKNOWN_TIME

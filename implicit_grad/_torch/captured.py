@@ -128,10 +128,11 @@ class Lent:
 
     def __init__(self, reachable: Sequence[Tensor]) -> None:
         self._leaves = leaves_behind(reachable)
+        self._ids = frozenset(map(id, self._leaves))
         self._before = versions(self._leaves)
 
     def __contains__(self, leaf: Tensor) -> bool:
-        return any(leaf is t for t in self._leaves)
+        return id(leaf) in self._ids
 
     def changed(self, among: Sequence[Tensor]) -> Tensors:
         """Which of `among` are leaves that have been written to since."""

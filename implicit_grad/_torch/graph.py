@@ -21,6 +21,7 @@ _CHUNKED = "GeneratedBackwardFor_torch_nn__linear_cross_entropy"
 # As benchmarks/census.py found; layer norm has a graph of our own.
 _WRONG_THIRD = {"LogcumsumexpBackward0", "PdistBackward0"}
 _LEAF = "torch::autograd::AccumulateGrad"
+_CAST = "ToCopyBackward0"
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
@@ -79,6 +80,19 @@ def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
                 seen.add(node)
                 pending.append(node)
                 yield node
+
+
+def coarsest(values: Sequence[Tensor], phi: Sequence[Tensor]) -> float:
+    """The relative precision of the coarsest numbers by which the values depend on φ.
+
+    Autocast, or a cast, has some of them in half precision though neither end is.
+    """
+    dtypes = {t.dtype for t in (*values, *phi)}
+    if any(type(node).__name__ == _CAST for node in walk(values)):
+        for node in between(values, phi):
+            dtypes |= {made.dtype for made in getattr(node, "_input_metadata", ())}
+    numbers = (dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
+    return max((torch.finfo(dtype).eps for dtype in numbers), default=0.0)
 
 
 def kind_of_graph(values: Sequence[Tensor]) -> frozenset[str]:

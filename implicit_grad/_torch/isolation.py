@@ -196,18 +196,26 @@ def uncached() -> Iterator[None]:
         parametrize._cache_enabled, parametrize._cache = before
 
 
-_lent: dict[torch.nn.Module, tuple[dict[str, torch.Tensor | None], int]] = {}
+_Buffers = dict[str, torch.Tensor | None]
+_lent: dict[torch.nn.Module, tuple[list[tuple[torch.nn.Module, _Buffers]], int]] = {}
 _lending = threading.Lock()
 
 
-def _lend(module: torch.nn.Module) -> None:
-    """Give a module copies of its buffers, unless it has them from another thread already."""
+def _with_buffers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The module, if it has buffers; of a scripted one its parts too, whose calls no hook sees."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return [part for part in (module.modules() if scripted else (module,)) if part._buffers]
+
+
+def _lend(module: torch.nn.Module, owners: list[torch.nn.Module]) -> None:
+    """Give the buffers' owners copies, unless they have some from another thread already."""
     with _lending:
-        originals, lenders = _lent.get(module, (None, 0))
-        if originals is None:
-            originals = dict(module._buffers)
-            for name, buffer in originals.items():
-                module._buffers[name] = None if buffer is None else buffer.clone()
+        originals, lenders = _lent.get(module, ([], 0))
+        if not lenders:
+            originals = [(part, dict(part._buffers)) for part in owners]
+            for part, buffers in originals:
+                for name, buffer in buffers.items():
+                    part._buffers[name] = None if buffer is None else buffer.clone()
         _lent[module] = originals, lenders + 1
 
 
@@ -217,9 +225,11 @@ def _put_back(module: torch.nn.Module) -> None:
         originals, lenders = _lent[module]
         if lenders > 1:
             _lent[module] = originals, lenders - 1
-        else:
-            module._buffers.update(originals)
-            del _lent[module]
+            return
+        for part, buffers in originals:
+            for name, buffer in buffers.items():  # a scripted module's have no update()
+                part._buffers[name] = buffer
+        del _lent[module]
 
 
 @contextlib.contextmanager
@@ -233,8 +243,8 @@ def _private_buffers() -> Iterator[None]:
     lent: list[torch.nn.Module] = []
 
     def lend_copies(module: torch.nn.Module, args: Any) -> None:
-        if threading.get_ident() == thread and module._buffers:
-            _lend(module)
+        if threading.get_ident() == thread and (owners := _with_buffers(module)):
+            _lend(module, owners)
             lent.append(module)
 
     def put_back(module: torch.nn.Module, args: Any, output: Any) -> None:

@@ -419,7 +419,7 @@ class Evaluation(Recorded):
             wanted = enumerate(zip(a, self.wanted, strict=True))
             self.unread = [i for i, (t, wants) in wanted if wants and id(t) not in behind]
             own = {id(t) for t in (*at_phi, *a)}
-            self.captured = tuple(t for t in leaves if id(t) not in own)
+            self.captured = self._not_made_inside([t for t in leaves if id(t) not in own], a)
             self._check_captured(inputs)
             self.finding = self._found(2, self._checked, nodes)
             self._keep(phi, inputs)
@@ -623,6 +623,14 @@ class Evaluation(Recorded):
         """Places of inputs that modules among the arguments keep besides their parameters."""
         found = {id(t) for module in self._modules_among(inputs) for t in kept(module).values()}
         return {i for i, t in enumerate(inputs) if id(t) in found}
+
+    def _not_made_inside(self, found: list[Tensor], a: Tensors) -> Tensors:
+        """The leaves but those that the user's function makes anew, to take gradients by itself."""
+        assert self._lent is not None
+        if self.condition.processes is not None or all(t in self._lent for t in found):
+            return tuple(found)  # processes would have to evaluate it together
+        again = leaves_behind(self._evaluate(self._at_phi, a).outputs)
+        return tuple(t for t in found if t in self._lent or any(t is leaf for leaf in again))
 
     def _check_captured(self, inputs: Tensors) -> None:
         """Raise if the solver changed what the function captured; warn if that is not known."""

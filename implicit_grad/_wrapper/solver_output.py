@@ -209,7 +209,10 @@ _FIRST = (
     "phi is a module like one among the arguments. Only a module that is the first argument is "
     "left out of the call, as what phi was trained from: pass the module first, or by keyword"
 )
-_ALL = "It is handed phi, and then everything that the solver was called with"
+_ALL = (
+    "It is handed phi, and then everything that the solver was called with (but no self: where a "
+    "method is the solver, wrap self.method in __init__, with a condition of another method)"
+)
 _TRAINED = (
     "The solver was handed {}: if that is what it trains, return the module itself (not its "
     "parameters, its state_dict() or a loss). The function is then handed it with phi in it, in "

@@ -74,6 +74,10 @@ class Coordinates:
         """The tensors that x stands for, in memory of their own: solvers write to their x again."""
         return self._flat.unravel(torch.tensor(x, dtype=torch.float64))
 
+    def numbers(self, function: Callable[[Tensors], Tensor], x: Vector) -> Tensor:
+        """The function's value where x is, without a graph."""
+        return self._variables.numbers(function, self.tensors(x))
+
     def result(self, x: Vector) -> Any:
         """The container that x stands for."""
         return self._variables.result(self.tensors(x))
@@ -116,9 +120,8 @@ class FlatFunction:
         self._outputs, self._coordinates = outputs, coordinates
 
     def __call__(self, x: Vector) -> Vector:
-        with torch.no_grad():
-            values: Vector = self._outputs(self._coordinates.tensors(x)).numpy()
-            return values
+        values: Vector = self._coordinates.numbers(self._outputs, x).numpy()
+        return values
 
     def jacobian(self, x: Vector) -> Vector:
         """One row for each output."""

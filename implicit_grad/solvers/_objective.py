@@ -18,7 +18,7 @@ from implicit_grad._errors import InvalidArgumentError, InvalidSolutionError, de
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.foreach import added
-from implicit_grad._torch.products import gradient
+from implicit_grad._torch.products import gradient, variables
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -85,6 +85,7 @@ class Variables:
                 )
         self.container = init
         self.start: Tensors = tuple(t.detach().clone() for t in found)
+        self._takes_gradients = False  # whether the user's function does, as is found out
         self._with_modules = bool(pytree.modules(init))
         if self._with_modules:  # a run may write to their buffers
             _, self.tree = pytree.unknowns(self.tree.rebuild(self.start, owned=True))
@@ -94,6 +95,19 @@ class Variables:
         if self._with_modules:
             phi = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in phi)
         return self.tree.rebuild(phi)
+
+    def numbers(self, function: Callable[[Tensors], Tensor], phi: Tensors) -> Tensor:
+        """A function's value at φ alone, recorded only where it takes gradients itself."""
+        if not self._takes_gradients:
+            try:
+                with torch.no_grad():
+                    return function(phi)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self._takes_gradients = True
+        with torch.enable_grad():
+            return function(variables(phi)).detach()
 
     def result(self, phi: Tensors) -> Any:
         """φ in the form of init, if it is made of numbers."""
@@ -120,8 +134,7 @@ class ObjectiveFunction(Variables):
 
     def value(self, phi: Tensors) -> float:
         """The objective alone, without a graph."""
-        with torch.no_grad():
-            return float(self(phi))
+        return float(self.numbers(self, phi))
 
     def at(self, phi: Tensors) -> Point:
         """Value and gradient; no graph is kept."""

@@ -54,7 +54,7 @@ class Residual(Variables):
     ) -> None:
         super().__init__(owner, init)
         refuse_modules(self.name, init)
-        self._residual, self._with_graph = residual, False
+        self._residual = residual
         self._tasks = number_of_tasks(self.name, self.start) if tasks else None
         self._flat = Flat(self.start, self._tasks)
         self.eps, self.first = self._flat.eps, self.rows(self.start)
@@ -70,15 +70,7 @@ class Residual(Variables):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The residual's rows at those of φ; no graph is kept."""
-        if self._with_graph:
-            return self.rows(tuple(f.detach() for f in self.recorded(x)[1]))
-        try:
-            return self.rows(self._evaluated(self.tensors(x)))
-        except RuntimeError as error:  # it takes gradients itself
-            if "does not require grad" not in str(error):
-                raise
-            self._with_graph = True
-            return self(x)
+        return self.numbers(lambda phi: self.rows(self._evaluated(phi)), self.tensors(x))
 
     def recorded(self, x: Tensor) -> tuple[Tensors, Tensors]:
         """φ, and the residual with its graph from there."""
@@ -103,7 +95,11 @@ class Residual(Variables):
 
     def _evaluated(self, phi: Tensors) -> Tensors:
         container = self.tree.rebuild(phi)
-        return like_phi(f"{self.name}: residual", self._residual(container), container, phi)
+        where, value = f"{self.name}: residual", self._residual(container)
+        return like_phi(where, value, container, phi, _INIT)
+
+
+_INIT = ". phi has the form of where it starts: init(*args), by default the solver's first argument"
 
 
 def norms(rows: Tensor) -> Tensor:

@@ -45,11 +45,13 @@ class Cause(enum.Enum):
     )
     INNER_NOT_SOLVED = (
         "phi does not solve the inner problem, so the implicit gradient is not the derivative of "
-        "this phi. Run the solver longer or to a tighter tolerance, or use polish=1"
+        "this phi. Run the solver longer or to a tighter tolerance, or use polish=1; if phi stays "
+        "where it is, the condition describes another problem"
     )
     WRONG_CONDITION = (
         "the solver solves another problem than the condition describes. Compare signs, factors "
-        "(λ against λ/2, sum against mean) and terms of the two"
+        "(λ against λ/2, sum against mean), terms and constraints of the two (inequalities are at "
+        "most 0)"
     )
     NOT_ISOLATED = (
         "A is singular to working precision: the inner solution is not locally unique, and has no "

@@ -123,6 +123,12 @@ class Diagnosis:
     def _deep(self, i: int, local: Local) -> Cause:
         """What can be told knowing F."""
         name, u = self._name(i), self._exact
+        if local.condition.constrained and not self._inner.solved:
+            return self._inner.cause  # the forces in F are not those of a solution
+        if local.around.degenerate is not None:
+            kink = local.around.degenerate.sentence
+            self._see(f"φ is at a kink, of which differences see both sides: {kink}")
+            return Cause.REFERENCE_TOO_NOISY
         claimed, measured = self._cross(i, local)
         largest = max(float(claimed.norm()), float(measured.norm()))
         if float((claimed - measured).norm()) > self._resolution(local) * largest:
@@ -199,11 +205,13 @@ class Diagnosis:
         flat = Flat(local.around.phi)
         step = torch.finfo(variable.tensor.dtype).eps ** (1 / 3) * variable.size
         sides = [self._residual(i, sign * step * direction, local) for sign in (1.0, -1.0)]
+        if any(side.shape != local.residual.shape for side in sides):
+            return torch.zeros(1), torch.zeros(1)  # other constraints are active: another F
         slope = (sides[0] - sides[1]) / (2 * step)
         claimed, measured = [], []
         for _ in range(3):
             u = torch.randn(local.size, dtype=torch.float64, generator=probes)
-            u = u.to(flat.device, flat.dtype)
+            u = local.along_constraints(u.to(flat.device, flat.dtype))
             claimed.append(float(local.pullback(u)[i].cpu() @ direction.flatten()))
             measured.append(float(u @ slope))
         return torch.tensor(claimed), torch.tensor(measured)

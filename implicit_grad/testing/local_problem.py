@@ -99,6 +99,14 @@ class Local:
                 for group, t in zip(self._where, self.targets, strict=True)
             ]
 
+    def along_constraints(self, u: Tensor) -> Tensor:
+        """u without what the forces of constraints, which F finds anew, would do to uᵀF."""
+        n = sum(p.numel() for p in self.phi)
+        if n == self.size:
+            return u
+        across, _ = torch.linalg.qr(self.matrix[n:, :n].mT)
+        return torch.cat([u[:n] - across @ (across.mT @ u[:n]), u[n:]])
+
     def rhs(self, v: Sequence[Tensor]) -> Tensor:
         """The right-hand side of Aᵀu = v for the outer gradient v."""
         return self._vector(self.around.augment(tuple(v)))
@@ -194,8 +202,8 @@ class Local:
         return None
 
     def moved(self, step: Tensor) -> Any:
-        """φ + step, in φ's form; multipliers in the step are left out."""
-        parts = self.flat.unravel(step)[: len(self.phi)]
+        """φ + step, in φ's form; multipliers in the step, if there are some, are left out."""
+        parts = Flat(self.phi).unravel(step[: sum(p.numel() for p in self.phi)])
         return self._phi_tree.rebuild(
             [p.detach() + d.to(p.dtype) for p, d in zip(self.phi, parts, strict=True)],
             owned=True,

@@ -580,6 +580,27 @@ def test_nothing_is_said_in_half_precision(dtype):
     assert report.check is None
 
 
+def test_rows_for_padding_are_held_on_purpose():
+    words, lam = torch.tensor([[1, 2, 0], [3, 0, 0]]), torch.tensor(0.3, requires_grad=True)
+    table, targets = nn.Embedding(4, 2, padding_idx=0), normal(2, 2, seed=1, grad=False)
+
+    def value(table, lam):
+        return (table(words).mean(1) - targets).square().sum() + lam * table.weight.square().sum()
+
+    def exact(lam):
+        shares = F.one_hot(words, 4).double().mean(1)[:, 1:]
+        return torch.linalg.solve(shares.T @ shares + lam * torch.eye(3), shares.T @ targets)
+
+    @torch.no_grad()
+    def train(table, lam):
+        table.weight[1:] = exact(lam)
+        return table
+
+    solve = ig.implicit(train, ig.argmin(value), on_failure="raise")
+    solve(table, lam).weight.square().sum().backward()
+    torch.testing.assert_close(lam.grad, grad(exact(lam).square().sum(), lam)[0])
+
+
 @pytest.mark.parametrize("make", PROBLEMS)
 def test_the_zoo_raises_no_alarm(make):
     problem, monitor = make(), ig.Monitor()

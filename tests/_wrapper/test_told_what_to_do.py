@@ -132,3 +132,34 @@ def test_arrays_are_described_with_dtype_and_shape():
 def test_a_list_of_numbers():
     with pytest.raises(ig.InvalidSolutionError, match=r"list of numbers.*torch.tensor"):
         solved([0.0, 0.0, 0.0])
+
+
+def test_a_decorated_method():
+    class Layer:
+        @ig.implicit(condition=ig.argmin(lambda w, self, a: (w - a).square().sum()))
+        def solve(self, a):
+            return a
+
+    with pytest.raises(ig.InvalidSolutionError, match="but no self: where a method is the solver"):
+        Layer().solve(torch.ones(2, requires_grad=True))
+
+
+def test_an_inequality_of_the_other_sign():
+    """As SciPy has it, at least 0."""
+    condition = ig.argmin(lambda x, q: (x - q) @ (x - q), inequality=lambda x, q: x - 1)
+    q = torch.tensor([0.0, 3.0], dtype=torch.float64, requires_grad=True)
+    with pytest.warns(ig.ImplicitGradWarning, match="inequality is to be at most 0"):
+        ig.implicit(lambda q: q.clamp(min=1), condition)(q).sum().backward()
+
+
+def test_a_utility_that_is_maximised():
+    q = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    solve = ig.implicit(lambda q: q, ig.argmin(lambda x, q: -(x - q) @ (x - q)))
+    with pytest.warns(ig.ImplicitGradWarning, match="maximum, give argmin the negative"):
+        solve(q).sum().backward()
+
+
+def test_a_root_of_another_form_than_the_first_argument():
+    solve = ig.implicit(ig.solvers.Newton(), ig.root(lambda t, x: (x - t).sum() - 1))
+    with pytest.raises(ig.InvalidArgumentError, match=r"init\(\*args\), by default the solver's"):
+        solve(torch.ones(3, requires_grad=True))

@@ -12,7 +12,7 @@ from problems import normal, wavy
 from torch import Tensor
 
 import implicit_grad as ig
-from implicit_grad.solvers import GurobiQP, SciPyMinimize, SciPyRoot
+from implicit_grad.solvers import GurobiQP, NewtonCG, ProximalGradient, SciPyMinimize, SciPyRoot
 
 
 def ridge_problem() -> tuple[tuple[Tensor, ...], Callable[..., Tensor], Callable[..., Tensor]]:
@@ -104,3 +104,52 @@ def test_root_finders_go_with_roots_and_fixed_points():
         phi = ig.implicit(solver, condition, on_failure="raise")(b, W)
         for found, exact in zip(torch.autograd.grad(wavy(phi), [W, b]), expected, strict=True):
             assert (found - exact).norm() < 1e-9 * exact.norm()
+
+
+def smooth_fit(w, X, y, lam):
+    """A fit whose slope in its inputs is penalised, as in physics-informed training."""
+    at = X.detach().clone().requires_grad_()
+    (slope,) = torch.autograd.grad((at @ w).sum(), at, create_graph=True)
+    return (X @ w - y).square().sum() + lam * slope.square().sum()
+
+
+def force(w, X, y, lam):
+    (slope,) = torch.autograd.grad(smooth_fit(w, X, y, lam), w, create_graph=True)
+    return slope
+
+
+GRADIENTS_INSIDE = {
+    "NewtonCG": (NewtonCG(tol=1e-12), ig.argmin(smooth_fit)),
+    "ProximalGradient": (
+        ProximalGradient(rtol=1e-13),
+        ig.prox_gradient(smooth_fit, ig.prox.soft_threshold(0.0)),
+    ),
+    "Newton": (ig.solvers.Newton(), ig.root(force, symmetric=True)),
+    "SLSQP": (
+        SciPyMinimize(method="SLSQP", tol=1e-14),
+        ig.argmin(lambda w, *args: w.square().sum(), equality=force),
+    ),
+    "SciPyRoot": (SciPyRoot(), ig.root(force, symmetric=True)),
+}
+
+
+@NEEDS_SCIPY
+@pytest.mark.parametrize("name", GRADIENTS_INSIDE)
+def test_functions_that_take_gradients_themselves(name):
+    X, y, lam = normal(6, 2, seed=1), normal(6, seed=2), torch.tensor(0.3, dtype=torch.float64)
+    solver, condition = GRADIENTS_INSIDE[name]
+    args, start = (X, y, lam.requires_grad_()), torch.full((2,), 0.1, dtype=torch.float64)
+    solve = ig.implicit(solver, condition, init=lambda *_: start, on_failure="raise")
+    found = torch.autograd.grad(wavy(solve(*args)), args)
+    exact = torch.linalg.solve(X.T @ X + 6 * lam * torch.eye(2, dtype=X.dtype), X.T @ y)
+    for actual, expected in zip(found, torch.autograd.grad(wavy(exact), args), strict=True):
+        assert (actual - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_a_leaf_that_the_objective_makes_is_nobodys():
+    """It is made anew in each evaluation, and no gradient with respect to it is anyone's."""
+    X, y, lam = normal(6, 2, seed=1), normal(6, seed=2), torch.tensor(0.3, dtype=torch.float64)
+    solve = ig.implicit(NewtonCG(tol=1e-12), ig.argmin(smooth_fit), init=lambda *_: X[0].detach())
+    certificate = ig.certify(solve, (X, y, lam.requires_grad_()), wavy)
+    assert [t.shape for t in certificate.tensors] == [X.shape, y.shape, lam.shape]
+    assert certificate.relative_error < 1e-9

@@ -731,3 +731,39 @@ def test_an_unfinished_loop_is_named_before_a_singular_matrix(regularised):
         raise_on_failure=False,
     )
     assert report.cause is Cause.INNER_NOT_SOLVED
+
+
+def pulled(x, q):
+    return (x - q).square().sum()
+
+
+UNDER_CONSTRAINTS = {
+    "another sign, as SciPy has it": (
+        lambda q: q.clamp(min=0.2),
+        ig.argmin(pulled, inequality=lambda x, q: x - 0.2),
+        Cause.WRONG_CONDITION,
+    ),
+    "stopped early": (
+        lambda q: 0.7 * q.clamp(min=0.2) + 0.3 * torch.tensor([0.2, 0.9, 0.2]).double(),
+        ig.argmin(pulled, inequality=lambda x, q: 0.2 - x),
+        Cause.INNER_NOT_SOLVED,
+    ),
+    "a kink": (
+        lambda q: q.clamp(min=0.5),
+        ig.argmin(pulled, inequality=lambda x, q: 0.5 - x),
+        Cause.REFERENCE_TOO_NOISY,
+    ),
+    "half of an argument detached": (
+        lambda q: q.clamp(min=0.2),
+        ig.argmin(lambda x, q: pulled(x, (q + q.detach()) / 2), inequality=lambda x, q: 0.2 - x),
+        Cause.MISSING_CROSS_DERIVATIVE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNDER_CONSTRAINTS)
+def test_what_is_wrong_under_constraints(name):
+    solver, condition, cause = UNDER_CONSTRAINTS[name]
+    q = torch.tensor([-1.0, 0.5, -0.7], dtype=torch.float64)
+    solve = ig.implicit(solver, condition, on_failure="ignore")
+    assert check_implicit(solve, (q,), raise_on_failure=False).cause is cause
