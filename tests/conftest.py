@@ -13,7 +13,7 @@ import pytest
 import torch
 
 hypothesis.settings.register_profile(
-    "ci", derandomize=True, deadline=None, max_examples=50, print_blob=True
+    "ci", derandomize=True, deadline=None, max_examples=30, print_blob=True
 )
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2_000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -199,7 +199,7 @@ def test_orders_in_the_inner_error(make):
 # ---------------------------------------------------------------- polish
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), distant=st.floats(-3, 0.5), lam=st.floats(0.05, 2))
 def test_polish_never_makes_the_residual_larger(seed, distant, lam):
     """Objectives with many minima, maxima and saddles; a refusal changes no bit."""
@@ -279,7 +279,7 @@ def test_an_outer_loss_that_depends_on_theta_directly():
 def test_the_bound_of_the_linear_solve_holds(form, dtype):
     """Fixed budgets on quadratics with curvatures over up to four decades."""
     ratios = []
-    for seed in range(120):
+    for seed in range(60):
         draw = draws(seed)
         n = 5 + seed % 20
         basis, _ = torch.linalg.qr(draw(n, n))
@@ -312,7 +312,7 @@ def test_the_bound_of_the_linear_solve_holds(form, dtype):
             ratios.append(monitor.last.solve_error_bound / error)
     figures = min(ratios), statistics.median(ratios), max(ratios)
     print(f"{form}, {dtype}: bound/error", *(f"{r:.3g}" for r in figures), len(ratios))
-    assert len(ratios) > 80 and min(ratios) >= 1
+    assert len(ratios) > 40 and min(ratios) >= 1
     assert statistics.median(ratios) <= 10
 
 

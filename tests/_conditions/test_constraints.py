@@ -123,7 +123,7 @@ def solved_program(seed, n, equalities, inequalities, dense):
     return {name: t.requires_grad_() for name, t in p.items()}, solve
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @drawn_programs
 def test_strictly_complementary_programs(seed, n, equalities, inequalities, dense):
     """Against central differences of the exact solution, along random directions."""

@@ -145,14 +145,14 @@ def compared(seed):
 def test_random_polyhedra():
     """Right and silent where differences ahead and behind agree, degenerate where they do not."""
     seen = collections.Counter()
-    for seed in range(150):
+    for seed in range(75):
         kink, error, status = compared(seed)
         if kink > 1e-3:
             assert status == "DEGENERATE", (seed, status)
         else:
             assert status in RIGHT and error < 1e-4, (seed, status, error)
         seen[kink > 1e-3] += 1
-    assert seen[True] >= 15 and seen[False] >= 75
+    assert seen[True] >= 7 and seen[False] >= 35
 
 
 @settings(max_examples=25)
@@ -451,7 +451,7 @@ def test_bounds_that_move_together_are_silent():
 # ---------------------------------------------------------------- nonnegative least squares
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 10**6),
     k=st.integers(0, 7),

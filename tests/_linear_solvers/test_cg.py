@@ -415,8 +415,8 @@ def test_on_semidefinite_systems_the_safeguard_changes_no_bit(dtype):
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_converged_means_a_small_true_residual(dtype):
     statuses = []
-    for seed in range(400):
-        matrix, rhs = system(seed, 5 + seed % 40, 8 * seed / 400, dtype)
+    for seed in range(0, 400, 5):
+        matrix, rhs = system(seed, 5 + seed % 39, 8 * seed / 400, dtype)
         for rtol in (None, 1e-3, 1e-6, 1e-12):
             solution = CG(rtol=rtol).solve(operator(matrix), rhs)
             statuses.append(solution.status)

@@ -157,7 +157,7 @@ def _rebuild(problem, tensors):
 # ---------------------------------------------------------------- it finds nothing else
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(draw.problems())
 def test_right_gradients_pass(problem):
     check_implicit(problem.implicit(), problem.args)
