@@ -16,8 +16,9 @@ from implicit_grad._torch.pytree import Tensors, length
 
 _CHANGED = (
     "the condition's function has other derivatives when it is evaluated again: it refers to a "
-    "variable that has changed since, or it is random. Pass everything it needs as arguments; a "
-    "loader in batches= that augments at random needs seeds that are the same in each pass"
+    "variable that has changed since, or it is random, or a spectral norm in training mode turns "
+    "in each evaluation. Pass everything it needs as arguments; a loader in batches= that augments "
+    "at random needs seeds that are the same in each pass; a spectral norm needs .eval()"
 )
 
 
