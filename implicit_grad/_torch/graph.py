@@ -85,7 +85,8 @@ def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
 def coarsest(values: Sequence[Tensor], phi: Sequence[Tensor]) -> float:
     """The relative precision of the coarsest numbers by which the values depend on φ.
 
-    Autocast, or a cast, has some of them in half precision though neither end is.
+    Autocast, or a cast, has some of them in half precision though neither end is. (Nodes of older
+    torches do not tell: there it is that of the ends.)
     """
     dtypes = {t.dtype for t in (*values, *phi)}
     if any(type(node).__name__ == _CAST for node in walk(values)):

@@ -13,6 +13,8 @@ import implicit_grad as ig
 from implicit_grad._linear_solvers.base import Operator
 
 A = torch.tensor([[3.0, 1, 0], [1, 2, 1], [0, 1, 2], [1, 0, 1]], dtype=torch.float64)
+# Nodes of older torches do not tell in which precision they compute.
+NODES_TELL = hasattr(torch.ones((), requires_grad=True).exp().grad_fn, "_input_metadata")
 LOW = pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -49,7 +51,11 @@ def test_a_coarser_precision_inside(kind, low):
         curvature=curvature,
         on_failure="raise",
     )
-    (solve(y, low) @ v).backward()
+    try:
+        (solve(y, low) @ v).backward()
+    except ig.LinearSolveError:
+        assert not NODES_TELL
+        return
     exact = torch.linalg.pinv(A).T @ v
     assert (y.grad - exact).norm() < (0.2 if low is torch.bfloat16 else 1e-3) * exact.norm()
 
