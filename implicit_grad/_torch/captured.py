@@ -55,8 +55,11 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _of_function(value)
     elif isinstance(value, dict):
         for i, (key, part) in enumerate(list(value.items())):
-            label = f"[{key!r}]" if type(key) in PLAIN else f"[{i}]"
-            yield from ((label, key), (label, part))
+            is_plain = type(key) in PLAIN
+            label = f"[{key!r}]" if is_plain else f"[{i}]"
+            if not is_plain:
+                yield label, key
+            yield label, part
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
     elif isinstance(value, nn.Module):

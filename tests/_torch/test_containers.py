@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 
 import implicit_grad as ig
 from implicit_grad._torch import pytree
+from implicit_grad._torch.captured import captured_tensors
 
 
 class Registered:
@@ -139,3 +140,12 @@ def test_a_learner_may_return_an_object(kind, style, tasks):
 
     for found, right in zip(gradients(kind), gradients(None), strict=True):
         torch.testing.assert_close(found, right)
+
+
+def test_names_do_not_count_where_tensors_are_looked_for():
+    leaf = torch.ones(2)
+    held = {str(i): 0.0 for i in range(4_000)} | {"leaf": leaf}
+    ((name, found),) = captured_tensors(held)
+    assert name == "['leaf']" and found is leaf
+    ((name, found),) = captured_tensors({leaf: 0.0})
+    assert name == "[0]" and found is leaf
