@@ -198,7 +198,13 @@ def is_opened(kind: type) -> bool:
 
 def fields_of(record: Any) -> tuple[str, ...]:
     """The names of a record's fields, and of what else it holds."""
-    fields = dataclasses.fields(record) if dataclasses.is_dataclass(record) else ()
     others: Iterable[str] = _opened.get(type(record), getattr(record, "__dict__", ()))
-    held = dict.fromkeys([*(field.name for field in fields), *others])
-    return tuple(name for name in held if hasattr(record, name))
+    held = dict.fromkeys([*_fields(type(record)), *others])  # type: ignore[arg-type]
+    return tuple([name for name in held if hasattr(record, name)])
+
+
+@functools.lru_cache(maxsize=1024)
+def _fields(kind: type) -> tuple[str, ...]:
+    if not dataclasses.is_dataclass(kind):
+        return ()
+    return tuple(field.name for field in dataclasses.fields(kind))
