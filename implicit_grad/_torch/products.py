@@ -90,35 +90,48 @@ def variables(tensors: Tensors) -> Tensors:
 
 def stand_ins(tensors: Tensors, wanted: Sequence[bool]) -> Tensors:
     """Detached copies, to be differentiated by only where that is wanted."""
-    pairs = zip(variables(tensors), wanted, strict=True)
-    return tuple(v if wants else v.detach() for v, wants in pairs)
+    pairs = zip(tensors, wanted, strict=True)
+    return tuple([t.detach().requires_grad_(wants) for t, wants in pairs])
 
 
 def device_types(devices: Iterable[torch.device]) -> set[str]:
     """The devices' types, and the CPU's."""
-    return {"cpu", *(d.type for d in devices)}
+    return {"cpu", *[d.type for d in devices]}
 
 
-@contextlib.contextmanager
-def own_precision(devices: Iterable[torch.device], changes: bool = False) -> Iterator[None]:
+NOTHING = contextlib.nullcontext()  # in the place of contexts that would change nothing
+
+
+def own_precision(
+    devices: Iterable[torch.device], changes: bool = False
+) -> contextlib.AbstractContextManager[object]:
     """Autocast off: products are taken in the tensors' own precision, whatever surrounds them.
 
     `changes` says that it is set anew inside, and to be put back as it was.
     """
     kinds = device_types(devices)
     if not changes and not any(map(torch.is_autocast_enabled, kinds)):  # the usual case
-        yield
-        return
+        return NOTHING
+    return _without_autocast(kinds)
+
+
+@contextlib.contextmanager
+def _without_autocast(kinds: set[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for device_type in kinds:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
 
-@contextlib.contextmanager
-def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+def without_hooks(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:
     """Take the user's gradient hooks off leaves: autograd runs them when it accumulates."""
-    hooks = [(t, t._backward_hooks) for t in tensors if t.is_leaf and t._backward_hooks]
+    hooked = [t for t in tensors if t.is_leaf and t._backward_hooks]
+    return _without_hooks(hooked) if hooked else NOTHING
+
+
+@contextlib.contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    hooks = [(t, t._backward_hooks) for t in tensors]
     try:
         for tensor, _ in hooks:
             tensor._backward_hooks = None

@@ -216,7 +216,8 @@ class Evaluation(Recorded):
             for place, (t, wanted) in enumerate(zip(inputs, self.wanted, strict=True))
         )
         before = versions(lent)
-        call = dataclasses.replace(Call(*self.tree.rebuild(lent, owned=True)), warm=self.warm)
+        args, kwargs, parameters = self.tree.rebuild(lent, owned=True)
+        call = Call(args, kwargs, parameters, warm=self.warm)
         modules = pytree.modules((call.args, call.kwargs))
         held = tuple(frozen(modules))
         held_before = versions(held)
@@ -229,8 +230,9 @@ class Evaluation(Recorded):
             for name, tensor in captured_tensors(thing)
         ]
         reachable += through_modules
-        ids = {id(t) for t in inputs}
-        self._uncopied = [(name, t) for name, t in through_modules if id(t) in ids]
+        if through_modules:
+            ids = {id(t) for t in inputs}
+            self._uncopied = [(name, t) for name, t in through_modules if id(t) in ids]
         self._lent = Lent([t for _, t in reachable])
         with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode(), uncached():
             returned = self._run(call, reachable)
@@ -413,7 +415,7 @@ class Evaluation(Recorded):
                 snapshot.objective.look_among(nodes)
             leaves = leaves_among(snapshot.outputs, nodes)
             self._check_dependence(leaves, at_phi)
-            if self.condition.must_depend_on_phi:
+            if self.condition.must_depend_on_phi and len(at_phi) > 1:
                 check_determined(self.phi_tree.rebuild(at_phi), leaves)
             behind = {id(t) for t in leaves}
             wanted = enumerate(zip(a, self.wanted, strict=True))
