@@ -82,14 +82,17 @@ def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
                 yield node
 
 
-def coarsest(values: Sequence[Tensor], phi: Sequence[Tensor]) -> float:
+def coarsest(
+    values: Sequence[Tensor], phi: Sequence[Tensor], nodes: Iterable[Any] | None = None
+) -> float:
     """The relative precision of the coarsest numbers by which the values depend on φ.
 
     Autocast, or a cast, has some of them in half precision though neither end is. (Nodes of older
-    torches do not tell: there it is that of the ends.)
+    torches do not tell: there it is that of the ends.) `nodes` are those behind the values, if
+    somebody has walked there before.
     """
     dtypes = {t.dtype for t in (*values, *phi)}
-    if any(type(node).__name__ == _CAST for node in walk(values)):
+    if _CAST in {type(node).__name__ for node in (walk(values) if nodes is None else nodes)}:
         for node in between(values, phi):
             dtypes |= {made.dtype for made in getattr(node, "_input_metadata", ())}
     numbers = (dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
@@ -111,10 +114,14 @@ def edges_of_graph(nodes: Iterable[Any], phi: Sequence[Tensor]) -> frozenset[Has
     for node in nodes:
         name = node.name()
         names[node] = place.get(id(node.variable), name) if name == _LEAF else name
-    return frozenset(
-        (name, *dict.fromkeys([names.get(parent) for parent, _ in node.next_functions]))
-        for node, name in names.items()
-    )
+    edges = set()
+    for node, name in names.items():
+        used: list[Hashable] = []
+        for parent, _ in node.next_functions:
+            if (result := names.get(parent)) not in used:
+                used.append(result)
+        edges.add((name, *used))
+    return frozenset(edges)
 
 
 def name_of(node: Any) -> str:

@@ -27,22 +27,22 @@ def vjp(
     ]
     if not pairs or not inputs:
         return tuple(torch.zeros_like(x) for x in inputs)
-    known = _by_its_maker([y for y, _ in pairs], inputs, tuple(c for _, c in pairs))
+    ys, cs = zip(*pairs, strict=True)
+    known = _by_its_maker(ys, inputs, cs)
     if known is not None:
         return known
     # what torch.autograd.grad calls once it has checked what is known here: a fifth of its time
     grads = _run_backward(
-        tuple(y for y, _ in pairs),
-        tuple(c for _, c in pairs),
+        ys,
+        cs,
         True,  # keep the graph
         torch.is_grad_enabled(),  # make one of the result
         tuple(inputs),
         True,  # some may be unused
         accumulate_grad=False,
     )
-    return tuple(
-        torch.zeros_like(x) if g is None else dense(g) for g, x in zip(grads, inputs, strict=True)
-    )
+    found = zip(grads, inputs, strict=True)
+    return tuple([torch.zeros_like(x) if g is None else dense(g) for g, x in found])
 
 
 def gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensors:

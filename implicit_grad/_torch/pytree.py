@@ -399,22 +399,20 @@ class Flat:
     """
 
     def __init__(self, like: Tensors, n_tasks: int | None = None) -> None:
-        self._shapes = [t.shape for t in like]
-        self._places = [(t.device, t.dtype) for t in like]
-        self._rows = () if n_tasks is None else (n_tasks,)
+        self._like, self._rows = like, () if n_tasks is None else (n_tasks,)
         self._sizes = [t.shape[len(self._rows) :].numel() for t in like]
         self.device = like[0].device if like else torch.device("cpu")
         self.dtype, self.eps = torch.float32, 0.0  # eps is that of the coarsest tensor
-        for tensor in like:
-            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
-            self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+        for dtype in {t.dtype for t in like}:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+            self.eps = max(self.eps, torch.finfo(dtype).eps)
 
     def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate; narrower dtypes (bfloat16, float16) are widened to float32."""
         if not tensors:
             return torch.zeros((*self._rows, 0), dtype=self.dtype, device=self.device)
         if not self._rows:
-            return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
+            return torch.cat([t.flatten().to(self.device, self.dtype) for t in tensors])
         rows = self._rows  # in a batch, gradients come transposed: copy them once, not twice
         vector = torch.empty((*rows, sum(self._sizes)), dtype=self.dtype, device=self.device)
         for part, tensor in zip(torch.split(vector, self._sizes, dim=-1), tensors, strict=True):
@@ -423,11 +421,7 @@ class Flat:
 
     def unravel(self, vector: Tensor) -> Tensors:
         """The parts of the vector in the original shapes and dtypes (views where they can be)."""
-        if len(self._shapes) == 1:
-            return (vector.view(self._shapes[0]).to(*self._places[0]),)
-        return tuple(
-            part.view(shape).to(device, dtype)
-            for part, shape, (device, dtype) in zip(
-                torch.split(vector, self._sizes, dim=-1), self._shapes, self._places, strict=True
-            )
-        )
+        one = len(self._like) == 1
+        parts = (vector,) if one else torch.split(vector, self._sizes, dim=-1)
+        # views as those of others: to read a shape takes longer than to make a view
+        return tuple([part.view_as(t).to(t) for part, t in zip(parts, self._like, strict=True)])
