@@ -96,6 +96,7 @@ class ConjugateGradients(Run):
         self._rz, self._energy, self._gains = rz, 0.0, deque([math.inf] * PATIENCE, PATIENCE)
         self._watch = self._watched(rz)
         eps, size, alpha = torch.finfo(r.dtype).eps, norm(self.rhs), 0.0
+        self._negligible = eps**2
         unread: Sequence[Tensor] = ()
         while self.iterations < self.budget.maxiter:
             product = self.operator.matvec(p)
@@ -145,7 +146,7 @@ class ConjugateGradients(Run):
             return True
         self._energy += gain
         self._gains.append(gain)
-        if sum(self._gains) <= torch.finfo(self.x.dtype).eps ** 2 * self._energy:
+        if sum(self._gains) <= self._negligible * self._energy:
             self.status = self.budget.stalled
             return True
         return False

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from implicit_grad._torch.graph import leaves_behind
-from implicit_grad._torch.held import PLAIN, fields_of, is_opened
+from implicit_grad._torch.held import PLAIN, is_opened, items_of
 from implicit_grad._torch.pytree import Tensors, versions
 
 # The search goes this deep, and ends after so many objects: there may be a data set among them.
@@ -68,7 +68,7 @@ def _parts(value: Any) -> Iterable[tuple[str, Any]]:
     if inspect.ismethod(value):
         return ("", value.__func__), ("", value.__self__)
     if is_opened(type(value)):
-        return [(name, getattr(value, name)) for name in fields_of(value)]
+        return items_of(value)
     if isinstance(value, GeneratorType):
         local = value.gi_frame.f_locals if value.gi_frame else {}
         return *local.items(), ("", value.gi_yieldfrom)

@@ -82,26 +82,22 @@ class _Setting:
 
     def __init__(self, *settings: tuple[Callable[[], Any], Callable[[Any], Any], Any]) -> None:
         self._settings, self._lock, self._inside = settings, threading.Lock(), 0
-        self._before: list[Any] = []
+        self._changed: list[tuple[Callable[[Any], Any], Any]] = []  # what to write back
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self._lock:
-            if self._inside == 0:
-                self._before = [read() for read, _, _ in self._settings]
-                for (_, write, value), before in zip(self._settings, self._before, strict=True):
-                    if before is not value:
-                        write(value)
+            for read, write, value in self._settings if self._inside == 0 else ():
+                if (before := read()) is not value:
+                    self._changed.append((write, before))
+                    write(value)
             self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    for (_, write, value), before in zip(self._settings, self._before, strict=True):
-                        if before is not value:
-                            write(before)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            while self._inside == 0 and self._changed:
+                write, before = self._changed.pop()
+                write(before)
 
 
 _attention = torch.backends.cuda  # the switches are there, and are those of CPUs as well
@@ -152,12 +148,12 @@ def differentiable_twice(recurrent: bool = False) -> AbstractContextManager[obje
     backward, by when weights, switches and autocast are others; and the gradient's own graph, from
     which second derivatives are taken, keeps what it would save.
     """
-    return _plain_layers_without_cudnn() if recurrent else _plain_layers()
+    return _plain_layers_without_cudnn() if recurrent else _plain_layers
 
 
 @contextlib.contextmanager
 def _plain_layers_without_cudnn() -> Iterator[None]:
-    with _plain_layers(), _without_cudnn():
+    with _plain_layers, _without_cudnn:
         yield
 
 

@@ -261,7 +261,7 @@ class Tree:
         if swap:
             for module in found:
                 replace_kept(module, lambda x, _: swap.get(id(x), x))
-        if owned:
+        if owned and found:
             own(found)
         return container
 
