@@ -1,5 +1,6 @@
 """One seed for every test, and hypothesis's profiles (HYPOTHESIS_PROFILE=long looks further)."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -22,6 +23,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 pytest.register_assert_rewrite("faults", "learners")
 # hypothesis in charge of torch's generator
 pytest_plugins = ["implicit_grad.testing.plugin"]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives to the end: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
