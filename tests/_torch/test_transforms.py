@@ -33,7 +33,7 @@ def solved(A, b):
 
 def minimum(w, theta, lam):
     """Newton's method, with as many derivatives as it is asked for."""
-    for _ in range(12):
+    for _ in range(8):
         slope = jacrev(objective)(w, theta, lam)
         w = w - solved(jacrev(jacrev(objective))(w, theta, lam), slope)
     return w
@@ -44,7 +44,7 @@ def image(x, theta, lam):
 
 
 def iterated(x, theta, lam):
-    for _ in range(60):
+    for _ in range(30):
         x = image(x, theta, lam)
     return x
 
