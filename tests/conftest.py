@@ -57,6 +57,14 @@ def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
+@pytest.fixture
+def few_rounds(benchmarks_on_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks measure times, which nobody compares here."""
+    import timing
+
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 2)
+
+
 # what imports learn2learn, by itself or through a helper; the README's program does too
 NEEDS_LEARN2LEARN = re.compile(
     r"^\s*(import|from) (learn2learn|characters|few_shot|paper_\w+)\b|README",

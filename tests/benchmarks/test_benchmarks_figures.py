@@ -11,14 +11,6 @@ for neighbour in ("learn2learn", "matplotlib", "rich"):
 pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
-@pytest.fixture
-def few_rounds(benchmarks_on_path, monkeypatch):
-    """Times are taken, and not compared."""
-    import timing
-
-    monkeypatch.setattr(timing, "LEAST_ROUNDS", 2)
-
-
 STATED = ("kappa of", "method", "steps")
 
 
