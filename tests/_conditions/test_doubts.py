@@ -23,7 +23,7 @@ def verdict(*blocks, others=5.0):
     gradient goes, to where φ would be without it. `others` is the largest of all forces.
     """
     before, times = torch.tensor(blocks).T
-    step, size = before * times, 1e3  # of the objective, which changes nothing
+    step, size = before * times, 1e3  # that of the objective changes nothing
     limits = FREE @ G + before - step
     held = torch.linalg.solve(H, 1e-3 * E + LAST)  # by the equation and the bound
     a = (FREE + held).repeat(len(blocks), 1).requires_grad_()
@@ -92,6 +92,18 @@ def test_a_concave_objective_presses_the_more_the_nearer():
     solve = ig.implicit(lambda a: phi.clone(), condition, on_failure="raise")
     a = torch.tensor(1 - 8 * INSIDE, requires_grad=True)
     assert torch.autograd.grad(solve(a)[0], a)[0].abs() < 1e-12
+
+
+def test_two_constraints_with_no_room_between_them():
+    """They stand for an equation, and hold φ however faint the force on them."""
+    condition = ig.argmin(
+        lambda x, a: (x - a).square().sum(),
+        inequality=lambda x, a: torch.stack([x[0] - 1, 1 - 1e-9 - x[0], x[1] - 1]),
+    )
+    phi = torch.tensor([1 - 5e-10, 1.0])
+    solve = ig.implicit(lambda a: phi.clone(), condition, on_failure="raise")
+    a = torch.tensor([1 + 8 * INSIDE, 5.0], requires_grad=True)
+    assert torch.autograd.grad(solve(a)[0], a)[0].norm() < 1e-12
 
 
 def test_what_nothing_pulls_on_may_lie_beside_a_constraint():
