@@ -473,8 +473,10 @@ def test_closed_forms_twice(name, dense, dtype):
     a = torch.tensor(A, dtype=dtype, requires_grad=True)
     solver = ig.Exact() if dense else None
     condition = ig.argmin(objective, **constraints)
-    solve = ig.implicit(lambda a: exact(a).detach(), condition, linear_solver=solver, **STRICT)
+    options = {"linear_solver": solver, "monitor": (monitor := ig.Monitor()), **STRICT}
+    solve = ig.implicit(lambda a: exact(a).detach(), condition, **options)
     close(twice(solve(a), a), twice(exact(a), a), 1e-9 if dtype == torch.float64 else 1e-4)
+    assert monitor.reports[0].curvature == "lagrangian"  # as recorded, and not made anew
 
 
 @settings(max_examples=50)
