@@ -96,14 +96,16 @@ def test_a_concave_objective_presses_the_more_the_nearer():
 
 def test_two_constraints_with_no_room_between_them():
     """They stand for an equation, and hold φ however faint the force on them."""
-    condition = ig.argmin(
-        lambda x, a: (x - a).square().sum(),
-        inequality=lambda x, a: torch.stack([x[0] - 1, 1 - 1e-9 - x[0], x[1] - 1]),
-    )
-    phi = torch.tensor([1 - 5e-10, 1.0])
+    normal = torch.tensor([1 / 3, 0.7, 0.0])
+
+    def inequality(x, a):
+        return torch.stack([normal @ x - 1, 7 * (1 - 1e-9 - normal @ x), x[2] - 1])
+
+    condition = ig.argmin(lambda x, a: (x - a).square().sum(), inequality=inequality)
+    phi = (1 - 5e-10) * normal / (normal @ normal) + torch.tensor([0.0, 0.0, 1.0])
     solve = ig.implicit(lambda a: phi.clone(), condition, on_failure="raise")
-    a = torch.tensor([1 + 8 * INSIDE, 5.0], requires_grad=True)
-    assert torch.autograd.grad(solve(a)[0], a)[0].norm() < 1e-12
+    a = (phi + 8 * INSIDE * normal + torch.tensor([0.0, 0.0, 4.0])).requires_grad_()
+    assert torch.autograd.grad(normal @ solve(a), a)[0].norm() < 1e-12
 
 
 def test_what_nothing_pulls_on_may_lie_beside_a_constraint():
