@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,13 +28,18 @@ class Place(NamedTuple):
 def users_line() -> Place:
     """The line at work of the nearest function that is neither ours nor torch's."""
     frame = outermost = sys._getframe(1)
-    while _name(frame).partition(".")[0] in _PASSED_OVER:
+    while _is_passed_over(_name(frame)):
         if frame.f_back is None:
             frame = outermost
             break
         frame = frame.f_back
     shown = frame.f_globals.setdefault("__warningregistry__", {})
     return Place(frame.f_code.co_filename, frame.f_lineno, _name(frame), shown)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_passed_over(module: str) -> bool:
+    return module.partition(".")[0] in _PASSED_OVER
 
 
 def _name(frame: Any) -> str:

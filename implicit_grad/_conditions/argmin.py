@@ -240,7 +240,7 @@ class argmin(Condition):
         return argmin(function, self.strong_convexity, model=model)
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
-        stationarity = functools.partial(Stationarity, starts=_starts(call, phi))
+        stationarity = functools.partial(Stationarity, starts=_starts(call, phi, variables))
         if self.batches is not None:
             data = self._over_batches(call)
             return data.snapshot(phi, variables, again, stationarity, self._sample)
@@ -276,7 +276,7 @@ class _Stacked(argmin):
 _Stacked.__name__ = argmin.__name__  # as messages call it
 
 
-def _starts(call: Call, phi: Any) -> Tensors:
+def _starts(call: Call, phi: Any, variables: Tensors) -> Tensors:
     """For each tensor of φ the one that its training started from, if that is known.
 
     So it is for a module. A container with all the names and shapes of φ, handed in as the first
@@ -284,14 +284,17 @@ def _starts(call: Call, phi: Any) -> Tensors:
     it may be); being a guess, it only tells the way that φ went, and is no argument's own tensor.
     (A single tensor in the shape of φ may be anything.)
     """
-    first = call.args[0] if call.args and call.start is None else call.start
-    if first is None or pytree.structure(first) != pytree.structure(phi):
+    is_guess = call.start is None
+    if is_guess and (len(variables) < 2 or not call.args):
         return ()
-    starts, there = pytree.flatten(first)[0], pytree.flatten(phi)[0]
+    starts, form = pytree.flatten(call.args[0] if is_guess else call.start)
+    there, form_there = pytree.flatten(phi)
+    if form.structure != form_there.structure:
+        return ()
     if len(starts) != len(there) or any(s.is_complex() for s in starts):
         return ()  # a name, a number or an array is a leaf in the place of a tensor
-    if call.start is not None:
+    if not is_guess:
         return starts
     pairs = zip(starts, there, strict=True)
     alike = all(s.shape == p.shape and not s.requires_grad for s, p in pairs)
-    return tuple(s.detach() for s in starts) if alike and len(starts) > 1 else ()
+    return tuple(s.detach() for s in starts) if alike else ()

@@ -66,7 +66,7 @@ class Constraints:
                 )
 
     def __bool__(self) -> bool:
-        return any(part is not None for part in (self.bounds, self.equality, self.inequality))
+        return self.bounds is not None or self.rows
 
     @property
     def rows(self) -> bool:

@@ -23,12 +23,13 @@ from implicit_grad._errors import GraphError
 from implicit_grad._options import check_one_of
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
 from implicit_grad._torch.graph import (
+    Graph,
     coarsest,
     custom_functions,
     edges_of_graph,
+    graph_behind,
     once_differentiable,
     unseen_by_saved_tensors_hooks,
-    walk,
     wrong_third,
 )
 from implicit_grad._torch.kinks import take_pieces
@@ -72,15 +73,15 @@ class Checks:
         phi: Tensors,
         look: Callable[[], Finding | None],
         order: int = 2,
-        nodes: Sequence[Any] | None = None,
+        graph: Graph | None = None,
     ) -> Finding | None:
         """What `look` finds, or found the last time that a graph was of this kind.
 
-        `nodes` are those behind the outputs, if somebody has walked there before.
+        `graph` is that behind the outputs, if somebody has walked there before.
         """
         if self.when == "never":
             return None
-        edges = edges_of_graph(walk(outputs) if nodes is None else nodes, phi)
+        edges = edges_of_graph(graph_behind(outputs) if graph is None else graph, phi)
         return self.of_kind((order, edges, tuple(p.dtype for p in phi)), look)
 
     def of_kind(self, kind: Hashable, look: Callable[[], Finding | None]) -> Finding | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -67,10 +67,12 @@ class Objective:
         """The relative precision of the value's gradient by φ."""
         return max(self.precision_of_parts, coarsest([self.value], self.phi))
 
-    def look_among(self, nodes: Iterable[Any]) -> None:
-        """Spare a walk through the graph where none of all the nodes behind the value is such."""
+    def look_among(self, nodes: Collection[Any]) -> None:
+        """Spare walks through the graph, of which these are all the nodes behind the value."""
         if not any(map(is_special, nodes)):
             self.__dict__["special"] = []
+        precision = coarsest([self.value], self.phi, nodes)
+        self.__dict__["precision"] = max(self.precision_of_parts, precision)
 
     @property
     def is_once_differentiable(self) -> bool:

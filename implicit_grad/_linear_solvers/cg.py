@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, get_args
 
@@ -92,9 +93,10 @@ class ConjugateGradients(Run):
         if not rz > 0:
             return self._stop_at_preconditioner()
         p = z * weight
-        self._rz, self._energy, self._gains = rz, 0.0, [math.inf] * PATIENCE
+        self._rz, self._energy, self._gains = rz, 0.0, deque([math.inf] * PATIENCE, PATIENCE)
         self._watch = self._watched(rz)
         eps, size, alpha = torch.finfo(r.dtype).eps, norm(self.rhs), 0.0
+        self._negligible = eps**2
         unread: Sequence[Tensor] = ()
         while self.iterations < self.budget.maxiter:
             product = self.operator.matvec(p)
@@ -142,8 +144,9 @@ class ConjugateGradients(Run):
         if self._watch is not None and self._near_enough(self._watch):
             self.status = Status.CONVERGED
             return True
-        self._energy, self._gains = self._energy + gain, [*self._gains[1:], gain]
-        if sum(self._gains) <= torch.finfo(self.x.dtype).eps ** 2 * self._energy:
+        self._energy += gain
+        self._gains.append(gain)
+        if sum(self._gains) <= self._negligible * self._energy:
             self.status = self.budget.stalled
             return True
         return False
@@ -155,10 +158,13 @@ class ConjugateGradients(Run):
     def solution(self, residual: float | None) -> LinearSolution:
         """The result, with CG's coefficients where a single run of recurrences made it."""
         connected = self.precondition is None and not self.restarted
-        return dataclasses.replace(
-            super().solution(residual),
-            coefficients=tuple(self.coefficients) if connected else (),
-            error_is_bound=None if self._claim is None else self._claim.is_bound,
+        return (
+            super()
+            .solution(residual)
+            ._replace(
+                coefficients=tuple(self.coefficients) if connected else (),
+                error_is_bound=None if self._claim is None else self._claim.is_bound,
+            )
         )
 
     def _kept(self, size: float) -> bool:
@@ -345,7 +351,7 @@ class CG(Iterative):
         again = self._before_flat(run)
         if again is not None:
             run = again
-            solution = dataclasses.replace(self._finish(run, verify), is_flat=True)
+            solution = self._finish(run, verify)._replace(is_flat=True)
         if run.status in _NOT_POSITIVE:
             solution = self._substitute(solution, operator, rhs, unit, verify)
         if slot is not None and solution.status.ok:
@@ -363,7 +369,7 @@ class CG(Iterative):
         left = [size for _, size in zip(curved, run.residuals, strict=False)]
         if not left:
             return None
-        near = dataclasses.replace(run.budget, target=SLACK * min(left))
+        near = run.budget._replace(target=SLACK * min(left))
         again = ConjugateGradients(run.operator, run.rhs, near, run.precondition)
         again.iterate()
         again.follow(run)
@@ -375,8 +381,7 @@ class CG(Iterative):
             return solution
         (found,) = instead_of_minimum(of_one(operator), rhs[None], self.maxiter)
         told = solution.residual is not None and found.status.ok
-        return dataclasses.replace(
-            _after(solution, found),
+        return _after(solution, found)._replace(
             status=solution.status if found.status.ok else found.status,
             residual=relative_residual(operator, found.x, rhs) if told else None,
             coefficients=solution.coefficients,
@@ -458,7 +463,7 @@ class CG(Iterative):
                 self, damping=0.0, on_negative_curvature="stop", warm_start=None
             )
         second = again._solve(operator, rhs, unit, verify)
-        return dataclasses.replace(_after(solution, second), substitute=policy)
+        return _after(solution, second)._replace(substitute=policy)
 
 
 def _signs(operator: Operator, rhs: Tensor) -> Tensor:
@@ -473,7 +478,7 @@ def _after(first: LinearSolution, second: LinearSolution) -> LinearSolution:
     """The second solution, with the products of a first attempt and the extremes that it met."""
     met = (*(first.extremes or ()), *(second.extremes or ()))
     iterations = first.iterations + second.iterations
-    return dataclasses.replace(second, iterations=iterations, extremes=(min(met), max(met)))
+    return second._replace(iterations=iterations, extremes=(min(met), max(met)))
 
 
 def _refusal(solution: LinearSolution) -> LinearSolveError:

@@ -11,7 +11,6 @@ curvature, and leaves the solution that it has found long before.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -76,6 +75,6 @@ def told_flat(
             length, along = norm(x), dot(x, b)
             is_curved = along > _SLACK * size * length**2
             is_short = length * norm(b) <= _LONG * along
-            solution = dataclasses.replace(solution, is_flat=is_curved and is_short)
+            solution = solution._replace(is_flat=is_curved and is_short)
         found.append(solution)
     return found

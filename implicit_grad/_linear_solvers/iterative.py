@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Generator
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,9 +80,7 @@ class Iterative(LinearSolver):
     def budget(self, operator: Operator, rhs: Tensor, unit: float) -> Budget:
         """These rules for a right-hand side that was divided by `unit`."""
         relative = self.relative_budget(operator, rhs, rhs.numel())
-        return dataclasses.replace(
-            relative, target=max(relative.target * norm(rhs), self.atol / unit)
-        )
+        return relative._replace(target=max(relative.target * norm(rhs), self.atol / unit))
 
     def relative_budget(self, operator: Operator, rhs: Tensor, unknowns: int) -> Budget:
         """The rules but for `atol`, for a right-hand side of norm 1."""
@@ -94,8 +92,7 @@ class Iterative(LinearSolver):
         return Budget(eps if fixed else rtol, maxiter, fixed)
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """When to stop: at a residual norm, or after a number of iterations."""
 
     target: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ class Accuracy:
     rtol_error: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Solved:
+class Solved(NamedTuple):
     """What came of solving a system around φ.
 
     Attributes:
@@ -100,7 +100,7 @@ def solve_adjoint(
                 "derivatives: solve to a tolerance, such as CG() without damping",
                 anchor="second-derivatives",
             )
-        return dataclasses.replace(solved, x=around.recover(solved.x, v))
+        return solved._replace(x=around.recover(solved.x, v))
 
 
 def solve_newton(solver: LinearSolver, around: Linearization) -> Solved:
@@ -144,7 +144,7 @@ def _held_to_symmetry(
     if all(proven):
         return found
     return [
-        s if fine or symmetric else dataclasses.replace(s, status=Status.NOT_SYMMETRIC)
+        s if fine or symmetric else s._replace(status=Status.NOT_SYMMETRIC)
         for s, fine, symmetric in zip(found, proven, operator.is_symmetric(like), strict=True)
     ]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from implicit_grad._errors import GraphError, Status
 from implicit_grad._linear_solvers.base import Filter, Times
 from implicit_grad._torch.graph import coarsest, once_differentiable
-from implicit_grad._torch.products import vjp, without_hooks
+from implicit_grad._torch.products import Pullback, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors, length
 
 Curvature = Literal["auto", "hessian", "gauss_newton", "finite_difference"]
@@ -193,7 +193,11 @@ class Linearization:
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """The part of Aᵀu that the functions' curvature makes."""
-        return vjp(self.smooth, self.phi, u)
+        return self._to_phi(u)
+
+    @functools.cached_property
+    def _to_phi(self) -> Pullback:
+        return Pullback(self.smooth, self.phi)
 
     def smooth_product(self, x: Tensors) -> Tensors:
         """The curvature's part of A x, as the derivative of the map w ↦ Aᵀw (double vjp)."""

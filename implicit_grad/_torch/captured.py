@@ -9,38 +9,42 @@ import inspect
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from types import CodeType, FrameType, FunctionType, GeneratorType, ModuleType
+from collections.abc import Iterable, Iterator, Sequence
+from types import CellType, CodeType, FrameType, FunctionType, GeneratorType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from implicit_grad._torch.graph import leaves_behind
-from implicit_grad._torch.held import PLAIN, fields_of, is_opened
+from implicit_grad._torch.held import PLAIN, is_opened, items_of
 from implicit_grad._torch.pytree import Tensors, versions
 
 # The search goes this deep, and ends after so many objects: there may be a data set among them.
 _DEPTH, _MOST = 6, 5_000
-_PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType, FrameType)
+_PLAIN = (int, float, complex, str, bytes, type, ModuleType, FrameType)
 
 
 def captured_tensors(*holders: object) -> list[tuple[str, Tensor]]:
     """The distinct tensors behind functions and objects, each with the name it is held under."""
-    pending = deque((holder, "", _DEPTH) for holder in holders)
+    pending = deque((holder, "", _DEPTH) for holder in holders if not _is_plain(holder))
     seen: set[int] = set()
     found = []
     while pending and len(seen) < _MOST:
         value, name, depth = pending.popleft()
-        if isinstance(value, _PLAIN) or id(value) in seen:
+        if id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
             found.append((name, value))
         elif depth:
             for label, part in itertools.islice(_parts(value), _MOST):
-                if not isinstance(part, _PLAIN):
+                if type(part) not in PLAIN and not _is_plain(part):
                     pending.append((part, _joined(name, label), depth - 1))
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, _PLAIN)
 
 
 def _joined(name: str, label: str) -> str:
@@ -49,67 +53,77 @@ def _joined(name: str, label: str) -> str:
     return f"{name}.{label}" if label else name
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(value: Any) -> Iterable[tuple[str, Any]]:
     """What a container, module, function, method, partial, wrapper or other object holds."""
     if isinstance(value, FunctionType):
-        yield from _of_function(value)
-    elif isinstance(value, dict):
-        for i, (key, part) in enumerate(list(value.items())):
-            is_plain = type(key) in PLAIN
-            label = f"[{key!r}]" if is_plain else f"[{i}]"
-            if not is_plain:
-                yield label, key
-            yield label, part
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        yield from ((f"[{i}]", part) for i, part in enumerate(value))
-    elif isinstance(value, nn.Module):
-        yield from value.named_parameters()
-        for label, module in value.named_modules():
-            if type(module).__module__.startswith("torch."):
-                continue
-            loose = [(n, v) for n, v in vars(module).items() if isinstance(v, _LOOSE)]
-            yield from ((_joined(label, n), v) for n, v in loose)
-    elif isinstance(value, functools.partial):
-        yield from (("", value.func), ("args", value.args), ("", value.keywords))
-    elif inspect.ismethod(value):
-        yield from (("", value.__func__), ("", value.__self__))
-    elif is_opened(type(value)):
-        yield from ((name, getattr(value, name)) for name in fields_of(value))
-    elif isinstance(value, GeneratorType):
-        yield from dict(value.gi_frame.f_locals if value.gi_frame else ()).items()
-        yield "", value.gi_yieldfrom
-    elif isinstance(value, weakref.ReferenceType):
-        yield "", value()
-    elif hasattr(value, "__dict__") or _slots(type(value)):  # type: ignore[arg-type]
-        yield from list(getattr(value, "__dict__", {}).items())
-        for slot in _slots(type(value)):  # type: ignore[arg-type]
-            if hasattr(value, slot):
-                yield slot, getattr(value, slot)
-    else:  # made in C: iterators, views of dicts, methods
-        yield from (("", part) for part in gc.get_referents(value))
+        return _of_function(value)
+    if isinstance(value, dict):
+        return _of_dict(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ((f"[{i}]", part) for i, part in enumerate(value))
+    if isinstance(value, nn.Module):
+        return _of_module(value)
+    if isinstance(value, functools.partial):
+        return ("", value.func), ("args", value.args), ("", value.keywords)
+    if inspect.ismethod(value):
+        return ("", value.__func__), ("", value.__self__)
+    if is_opened(type(value)):
+        return items_of(value)
+    if isinstance(value, GeneratorType):
+        local = value.gi_frame.f_locals if value.gi_frame else {}
+        return *local.items(), ("", value.gi_yieldfrom)
+    if isinstance(value, weakref.ReferenceType):
+        return (("", value()),)
+    slots = _slots(type(value))  # type: ignore[arg-type]
+    if hasattr(value, "__dict__") or slots:
+        named = ((slot, getattr(value, slot)) for slot in slots if hasattr(value, slot))
+        return *getattr(value, "__dict__", {}).items(), *named
+    # made in C: iterators, views of dicts, methods
+    return (("", part) for part in gc.get_referents(value))
+
+
+def _of_dict(values: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for i, (key, part) in enumerate(list(values.items())):
+        is_plain = type(key) in PLAIN
+        label = f"[{key!r}]" if is_plain else f"[{i}]"
+        if not is_plain:
+            yield label, key
+        yield label, part
 
 
 # Attributes of a module that may hold what no list of its parameters has.
 _LOOSE = (Tensor, FunctionType, list, tuple)
 
 
-def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    code = function.__code__
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # a variable that has no value yet
-            yield name, cell.cell_contents
+def _of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from module.named_parameters()
+    for label, part in module.named_modules():
+        if type(part).__module__.startswith("torch."):
+            continue
+        loose = [(n, v) for n, v in vars(part).items() if isinstance(v, _LOOSE)]
+        yield from ((_joined(label, n), v) for n, v in loose)
+
+
+def _of_function(function: FunctionType) -> list[tuple[str, Any]]:
+    code, cells = function.__code__, function.__closure__ or ()
+    around = zip(code.co_freevars, cells, strict=True)
+    found = [(name, cell.cell_contents) for name, cell in around if cell != _EMPTY]
     if "site-packages" not in code.co_filename:  # a library has no tensors of the user's
         known, names = function.__globals__, _names(code)
-        for name in names:
-            value = known.get(name)
+        for name in [n for n in names if n in known]:
+            value = known[name]
             if isinstance(value, ModuleType):
                 held = vars(value)
-                yield from ((f"{name}.{n}", held[n]) for n in names if n in held)
+                found += [(f"{name}.{n}", held[n]) for n in names if n in held]
             else:
-                yield name, value
-    yield "defaults", function.__defaults__
-    yield "", function.__kwdefaults__
-    yield "", getattr(function, "__wrapped__", None)
+                found.append((name, value))
+    found.append(("defaults", function.__defaults__))
+    found.append(("", function.__kwdefaults__))
+    found.append(("", getattr(function, "__wrapped__", None)))
+    return found
+
+
+_EMPTY = CellType()  # of a variable that has no value yet
 
 
 @functools.lru_cache(maxsize=1024)

@@ -41,6 +41,21 @@ def walk(roots: Iterable[Any], stop: Callable[[Any], bool] = lambda _: False) ->
                 pending.append(parent)
 
 
+Graph = dict[Any, list[Any]]  # nodes, each with those whose results it uses, or None for constants
+
+
+def graph_behind(roots: Iterable[Tensor]) -> Graph:
+    """All the nodes of the graph behind the roots."""
+    graph: Graph = {None: []}
+    pending: list[Any] = [r.grad_fn for r in roots]
+    while pending:
+        if (node := pending.pop()) not in graph:
+            graph[node] = used = [parent for parent, _ in node.next_functions]
+            pending += used
+    del graph[None]
+    return graph
+
+
 def leaves_behind(
     roots: Sequence[Tensor], stop: Callable[[Any], bool] = lambda _: False
 ) -> Tensors:
@@ -82,14 +97,17 @@ def between(values: Sequence[Tensor], phi: Sequence[Tensor]) -> Iterator[Any]:
                 yield node
 
 
-def coarsest(values: Sequence[Tensor], phi: Sequence[Tensor]) -> float:
+def coarsest(
+    values: Sequence[Tensor], phi: Sequence[Tensor], nodes: Iterable[Any] | None = None
+) -> float:
     """The relative precision of the coarsest numbers by which the values depend on φ.
 
     Autocast, or a cast, has some of them in half precision though neither end is. (Nodes of older
-    torches do not tell: there it is that of the ends.)
+    torches do not tell: there it is that of the ends.) `nodes` are those behind the values, if
+    somebody has walked there before.
     """
     dtypes = {t.dtype for t in (*values, *phi)}
-    if any(type(node).__name__ == _CAST for node in walk(values)):
+    if _CAST in {type(node).__name__ for node in (walk(values) if nodes is None else nodes)}:
         for node in between(values, phi):
             dtypes |= {made.dtype for made in getattr(node, "_input_metadata", ())}
     numbers = (dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
@@ -101,20 +119,18 @@ def kind_of_graph(values: Sequence[Tensor]) -> frozenset[str]:
     return frozenset(node.name() for node in walk(values))
 
 
-def edges_of_graph(nodes: Iterable[Any], phi: Sequence[Tensor]) -> frozenset[Hashable]:
+def edges_of_graph(graph: Graph, phi: Sequence[Tensor]) -> frozenset[Hashable]:
     """Which operations use results of which others, or which tensors of φ, and which do not.
 
     A place where a result was detached shows; how often the same is done, as in a loop, does not.
     """
     place = {id(p): i for i, p in enumerate(phi)}
     names: dict[Any, Hashable] = {}
-    for node in nodes:
+    for node in graph:
         name = node.name()
         names[node] = place.get(id(node.variable), name) if name == _LEAF else name
-    return frozenset(
-        (name, *dict.fromkeys([names.get(parent) for parent, _ in node.next_functions]))
-        for node, name in names.items()
-    )
+    uses = ((name, map(names.get, graph[node])) for node, name in names.items())
+    return frozenset([(name, *dict.fromkeys(used)) for name, used in uses])
 
 
 def name_of(node: Any) -> str:

@@ -8,7 +8,7 @@ import functools
 import itertools
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, KeysView, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -198,7 +198,22 @@ def is_opened(kind: type) -> bool:
 
 def fields_of(record: Any) -> tuple[str, ...]:
     """The names of a record's fields, and of what else it holds."""
-    fields = dataclasses.fields(record) if dataclasses.is_dataclass(record) else ()
     others: Iterable[str] = _opened.get(type(record), getattr(record, "__dict__", ()))
-    held = dict.fromkeys([*(field.name for field in fields), *others])
-    return tuple(name for name in held if hasattr(record, name))
+    held = dict.fromkeys([*_fields(type(record)), *others])  # type: ignore[arg-type]
+    return tuple([name for name in held if hasattr(record, name)])
+
+
+def items_of(record: Any) -> list[tuple[str, Any]]:
+    """What it holds, by these names, in any order."""
+    kind, held = type(record), getattr(record, "__dict__", {})
+    if kind in _opened:
+        return [(name, getattr(record, name)) for name in fields_of(record)]
+    elsewhere = _fields(kind) - held.keys()  # type: ignore[arg-type]
+    return [*held.items(), *[(n, getattr(record, n)) for n in elsewhere if hasattr(record, n)]]
+
+
+@functools.lru_cache(maxsize=1024)
+def _fields(kind: type) -> KeysView[str]:
+    """The names of a dataclass's fields, in order."""
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return dict.fromkeys(field.name for field in fields).keys()

@@ -7,6 +7,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.utils.checkpoint
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
-from implicit_grad._torch.products import device_types, own_precision
+from implicit_grad._torch.products import NOTHING, device_types, own_precision
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -37,7 +38,7 @@ class RandomState:
     """The state of the random generators that an evaluation may draw from (dropout masks)."""
 
     def __init__(self, devices: set[torch.device]) -> None:
-        self._cuda = sorted(d.index or 0 for d in devices if d.type == "cuda")
+        self._cuda = [d.index or 0 for d in devices if d.type == "cuda"]
         self._states = (torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in self._cuda])
 
     def restore(self) -> None:
@@ -56,14 +57,17 @@ class Ambient:
         wide = any(p.dtype == torch.float32 for p in phi)
         self._casting = [d for d in device_types(devices) if wide and torch.is_autocast_enabled(d)]
 
-    @contextlib.contextmanager
-    def casts(self) -> Iterator[None]:
+    def casts(self) -> AbstractContextManager[object]:
         """Autocast as it was, but to float32; off where it was off.
 
         So bfloat16 features still meet float32 weights, and products with derivatives are taken in
         the precision of φ nevertheless.
         """
-        with own_precision(self.devices, bool(self._casting)):  # puts everything back
+        return self._cast() if self._casting else own_precision(self.devices)
+
+    @contextlib.contextmanager
+    def _cast(self) -> Iterator[None]:
+        with own_precision(self.devices, changes=True):  # puts everything back
             for device_type in self._casting:
                 torch.set_autocast_dtype(device_type, torch.float32)
                 torch.set_autocast_enabled(device_type, True)
@@ -78,26 +82,22 @@ class _Setting:
 
     def __init__(self, *settings: tuple[Callable[[], Any], Callable[[Any], Any], Any]) -> None:
         self._settings, self._lock, self._inside = settings, threading.Lock(), 0
-        self._before: list[Any] = []
+        self._changed: list[tuple[Callable[[Any], Any], Any]] = []  # what to write back
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self._lock:
-            if self._inside == 0:
-                self._before = [read() for read, _, _ in self._settings]
-                for (_, write, value), before in zip(self._settings, self._before, strict=True):
-                    if before is not value:
-                        write(value)
+            for read, write, value in self._settings if self._inside == 0 else ():
+                if (before := read()) is not value:
+                    self._changed.append((write, before))
+                    write(value)
             self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    for (_, write, value), before in zip(self._settings, self._before, strict=True):
-                        if before is not value:
-                            write(before)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            while self._inside == 0 and self._changed:
+                write, before = self._changed.pop()
+                write(before)
 
 
 _attention = torch.backends.cuda  # the switches are there, and are those of CPUs as well
@@ -141,18 +141,19 @@ _plain_layers = _Setting(
 _without_cudnn = _Setting((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
 
 
-_NOTHING = contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def differentiable_twice(recurrent: bool = False) -> Iterator[None]:
+def differentiable_twice(recurrent: bool = False) -> AbstractContextManager[object]:
     """Attention as products and a softmax, no checkpoints, `recurrent` layers without cuDNN.
 
     Fused kernels have no second derivative. A checkpoint would compute its layers again in
     backward, by when weights, switches and autocast are others; and the gradient's own graph, from
     which second derivatives are taken, keeps what it would save.
     """
-    with _plain_layers(), _without_cudnn() if recurrent else _NOTHING:
+    return _plain_layers_without_cudnn() if recurrent else _plain_layers
+
+
+@contextlib.contextmanager
+def _plain_layers_without_cudnn() -> Iterator[None]:
+    with _plain_layers, _without_cudnn:
         yield
 
 
@@ -178,16 +179,17 @@ def isolated(ambient: Ambient) -> Iterator[None]:
         before.restore()
 
 
-@contextlib.contextmanager
-def uncached() -> Iterator[None]:
+def uncached() -> AbstractContextManager[object]:
     """Nothing that `torch.nn.utils.parametrize.cached` around has kept is seen inside, or kept.
 
     It knows modules by their ids only, which copies take over from one another, and not by weights,
     which change while a solver trains.
     """
-    if not parametrize._cache_enabled:
-        yield
-        return
+    return _uncached() if parametrize._cache_enabled else NOTHING
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
     before = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:

@@ -27,15 +27,18 @@ from implicit_grad._torch.module_form import Argument, Form, can_be_opened, own,
 
 Tensors = tuple[Tensor, ...]
 NAMESPACE = "implicit_grad"
-# Types of leaves that have been seen: there is nothing to look into.
+_WHOLE = "implicit_grad: modules are leaves"
+# Types of leaves that have been seen: there is nothing to look into, or nobody does in modules.
 _opaque: set[type] = {Tensor, nn.Parameter, int, float, bool, str}
-_registering = threading.Lock()
+_whole: set[type] = set(_opaque)
+_containers: set[type] = set()  # those that optree looks into since it has learned them here
+_learning = threading.Lock()
 
 
 def _learn(leaves: list[Any]) -> None:
     """Have optree look into objects of these types from now on, where that can be done."""
-    with _registering:
-        for kind in set(map(type, leaves)) - _opaque:
+    with _learning:
+        for kind in set(map(type, leaves)) - _opaque - _containers:
             if kind in trees_of_torch.SUPPORTED_NODES:
                 _register_as_torch(kind)
             elif is_record(kind):
@@ -44,6 +47,17 @@ def _learn(leaves: list[Any]) -> None:
                 _register_module(kind)
             else:
                 _opaque.add(kind)
+                _whole.add(kind)
+
+
+def _register(kind: Any, parts: Any, rebuilt: Any, **entry: Any) -> None:
+    """Have optree look into a class, but in modules only where they are not leaves."""
+    optree.register_pytree_node(kind, parts, rebuilt, namespace=NAMESPACE, **entry)
+    if issubclass(kind, nn.Module):
+        _whole.add(kind)
+    else:
+        optree.register_pytree_node(kind, parts, rebuilt, namespace=_WHOLE, **entry)
+    _containers.add(kind)
 
 
 def _register_as_torch(kind: type) -> None:
@@ -52,7 +66,7 @@ def _register_as_torch(kind: type) -> None:
     def rebuilt(context: Any, parts: Iterable[Any]) -> Any:
         return node.unflatten_fn(list(parts), context)
 
-    optree.register_pytree_node(kind, node.flatten_fn, rebuilt, namespace=NAMESPACE)
+    _register(kind, node.flatten_fn, rebuilt)
 
 
 def _register_record(kind: type) -> None:
@@ -70,9 +84,7 @@ def _register_record(kind: type) -> None:
             object.__setattr__(record, name, part)  # of a frozen one as well
         return record
 
-    optree.register_pytree_node(
-        kind, parts, rebuilt, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE
-    )
+    _register(kind, parts, rebuilt, path_entry_type=optree.GetAttrEntry)
 
 
 def _register_module(kind: type) -> None:
@@ -83,13 +95,7 @@ def _register_module(kind: type) -> None:
         form = Form(module, weights)
         return list(weights.values()), form, form.names
 
-    optree.register_pytree_node(
-        kind,
-        parts,
-        Form.filled,  # type: ignore[arg-type]  # optree knows containers only
-        path_entry_type=optree.GetAttrEntry,
-        namespace=NAMESPACE,
-    )
+    _register(kind, parts, Form.filled, path_entry_type=optree.GetAttrEntry)
 
 
 def _of_argument(argument: Any) -> tuple[list[Tensor], Form, tuple[str, ...]]:
@@ -98,13 +104,7 @@ def _of_argument(argument: Any) -> tuple[list[Tensor], Form, tuple[str, ...]]:
     return list(taken.values()), form, form.names
 
 
-optree.register_pytree_node(
-    Argument,  # type: ignore[arg-type]
-    _of_argument,
-    Form.filled,  # type: ignore[arg-type]  # as above: what comes back is the module
-    path_entry_type=optree.GetAttrEntry,
-    namespace=NAMESPACE,
-)
+_register(Argument, _of_argument, Form.filled, path_entry_type=optree.GetAttrEntry)
 
 
 def as_arguments(container: Any) -> tuple[Any, list[nn.Module]]:
@@ -125,17 +125,17 @@ def modules(container: Any) -> list[nn.Module]:
 
 def _with_modules_whole(container: Any) -> tuple[list[Any], Any]:
     """Leaves and structure, with modules as leaves."""
-    leaves, structure = _parted(container, _is_module)
-    while not _opaque.issuperset(type(leaf) for leaf in leaves if not _is_module(leaf)):
-        _learn([leaf for leaf in leaves if not _is_module(leaf)])
-        leaves, structure = _parted(container, _is_module)
+    leaves, structure = _parted(container, _WHOLE)
+    while not _whole.issuperset(map(type, leaves)):
+        _learn(leaves)
+        leaves, structure = _parted(container, _WHOLE)
     return leaves, structure
 
 
-def _parted(container: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+def _parted(container: Any, namespace: str) -> tuple[list[Any], Any]:
     """Leaves and structure, as far as is known by now what is a container."""
     try:
-        return optree.tree_flatten(container, is_leaf, namespace=NAMESPACE)
+        return optree.tree_flatten(container, namespace=namespace)
     except RecursionError as error:
         raise InvalidArgumentError(
             f"{_too_deep(container)} cannot be taken apart: something in it holds itself, or it is "
@@ -148,7 +148,7 @@ def _too_deep(container: Any) -> str:
     if isinstance(container, tuple) and len(container) == 2 and isinstance(container[1], dict):
         for name, part in (*enumerate(container[0]), *container[1].items()):
             try:
-                optree.tree_flatten(part, _is_module, namespace=NAMESPACE)
+                optree.tree_flatten(part, namespace=_WHOLE)
             except RecursionError:
                 return f"argument {name}, {describe(part)},"
     return describe(container)
@@ -170,10 +170,11 @@ def unwrapped(container: Any) -> Any:
 
 def are_alike(one: Any, other: Any) -> bool:
     """Whether both are modules of one class with the same parameters, or containers with such."""
-    (first, form), (second, other_form) = map(_with_modules_whole, (one, other))
-    if form != other_form or not any(map(_is_module, first)):
+    first, form = _with_modules_whole(one)
+    if not any(map(_is_module, first)):
         return False
-    return all(map(_leaves_are_alike, first, second))
+    second, other_form = _with_modules_whole(other)
+    return bool(form == other_form) and all(map(_leaves_are_alike, first, second))
 
 
 def _leaves_are_alike(one: Any, other: Any) -> bool:
@@ -210,10 +211,10 @@ def _in_order(values: Any, of: Any) -> Any:
 
 def _flattened(container: Any) -> tuple[list[Any], Any]:
     """optree's leaves and structure, with all objects in it looked into."""
-    leaves, structure = _parted(container)
+    leaves, structure = _parted(container, NAMESPACE)
     while not _opaque.issuperset(map(type, leaves)):
         _learn(leaves)
-        leaves, structure = _parted(container)
+        leaves, structure = _parted(container, NAMESPACE)
     return leaves, structure
 
 
@@ -260,7 +261,7 @@ class Tree:
         if swap:
             for module in found:
                 replace_kept(module, lambda x, _: swap.get(id(x), x))
-        if owned:
+        if owned and found:
             own(found)
         return container
 
@@ -302,8 +303,8 @@ def unknowns(container: Any) -> tuple[Tensors, Tree]:
 
 def in_reals(tensors: Tensors, tree: Tree) -> tuple[Tensors, Tree]:
     """Tensors with pairs of reals for complex numbers, and the tree that undoes that."""
-    tree.in_pairs = frozenset(i for i, t in enumerate(tensors) if t.is_complex())
-    return tuple(map(real, tensors)), tree
+    tree.in_pairs = frozenset([i for i, t in enumerate(tensors) if t.is_complex()])
+    return (tuple(map(real, tensors)) if tree.in_pairs else tensors), tree
 
 
 def is_continuous(tensor: Tensor) -> bool:
@@ -398,22 +399,20 @@ class Flat:
     """
 
     def __init__(self, like: Tensors, n_tasks: int | None = None) -> None:
-        self._shapes = [t.shape for t in like]
-        self._places = [(t.device, t.dtype) for t in like]
-        self._rows = () if n_tasks is None else (n_tasks,)
+        self._like, self._rows = like, () if n_tasks is None else (n_tasks,)
         self._sizes = [t.shape[len(self._rows) :].numel() for t in like]
         self.device = like[0].device if like else torch.device("cpu")
         self.dtype, self.eps = torch.float32, 0.0  # eps is that of the coarsest tensor
-        for tensor in like:
-            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
-            self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+        for dtype in {t.dtype for t in like}:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+            self.eps = max(self.eps, torch.finfo(dtype).eps)
 
     def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate; narrower dtypes (bfloat16, float16) are widened to float32."""
         if not tensors:
             return torch.zeros((*self._rows, 0), dtype=self.dtype, device=self.device)
         if not self._rows:
-            return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
+            return torch.cat([t.flatten().to(self.device, self.dtype) for t in tensors])
         rows = self._rows  # in a batch, gradients come transposed: copy them once, not twice
         vector = torch.empty((*rows, sum(self._sizes)), dtype=self.dtype, device=self.device)
         for part, tensor in zip(torch.split(vector, self._sizes, dim=-1), tensors, strict=True):
@@ -422,11 +421,7 @@ class Flat:
 
     def unravel(self, vector: Tensor) -> Tensors:
         """The parts of the vector in the original shapes and dtypes (views where they can be)."""
-        if len(self._shapes) == 1:
-            return (vector.view(self._shapes[0]).to(*self._places[0]),)
-        return tuple(
-            part.view(shape).to(device, dtype)
-            for part, shape, (device, dtype) in zip(
-                torch.split(vector, self._sizes, dim=-1), self._shapes, self._places, strict=True
-            )
-        )
+        one = len(self._like) == 1
+        parts = (vector,) if one else torch.split(vector, self._sizes, dim=-1)
+        # views as those of others: to read a shape takes longer than to make a view
+        return tuple([part.view_as(t).to(t) for part, t in zip(parts, self._like, strict=True)])

@@ -18,7 +18,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from implicit_grad._errors import GraphError, InvalidArgumentError
-from implicit_grad._torch.products import vjp
+from implicit_grad._torch.products import NOTHING, vjp
 from implicit_grad._torch.pytree import Tensors, is_continuous
 
 
@@ -92,14 +92,18 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-@contextlib.contextmanager
-def outside_forward_mode() -> Iterator[None]:
+def outside_forward_mode() -> contextlib.AbstractContextManager[object]:
     """Let code that knows nothing of an ambient dual level use torch.func's forward mode itself.
 
     torch has one level only. torch.func shares it between nested calls, and counts these; its next
     call is to be a nested one.
     """
-    inside = in_forward_mode() and eager_transforms.JVP_NESTING == 0
+    return _outside_forward_mode() if in_forward_mode() else NOTHING
+
+
+@contextlib.contextmanager
+def _outside_forward_mode() -> Iterator[None]:
+    inside = eager_transforms.JVP_NESTING == 0
     eager_transforms.JVP_NESTING += inside
     try:
         yield

@@ -34,7 +34,13 @@ from implicit_grad._theorem.report import OnFailure, Reporting, solve_and_report
 from implicit_grad._torch import pytree
 from implicit_grad._torch.captured import Lent, captured_tensors
 from implicit_grad._torch.clone import kept_objects, kept_tensors
-from implicit_grad._torch.graph import leaves_among, leaves_behind, once_differentiable, walk
+from implicit_grad._torch.graph import (
+    Graph,
+    graph_behind,
+    leaves_among,
+    leaves_behind,
+    once_differentiable,
+)
 from implicit_grad._torch.isolation import Ambient, isolated, uncached
 from implicit_grad._torch.module_form import frozen, kept, mark_of, marked
 from implicit_grad._torch.products import own_precision, stand_ins, variables
@@ -216,7 +222,8 @@ class Evaluation(Recorded):
             for place, (t, wanted) in enumerate(zip(inputs, self.wanted, strict=True))
         )
         before = versions(lent)
-        call = dataclasses.replace(Call(*self.tree.rebuild(lent, owned=True)), warm=self.warm)
+        args, kwargs, parameters = self.tree.rebuild(lent, owned=True)
+        call = Call(args, kwargs, parameters, warm=self.warm)
         modules = pytree.modules((call.args, call.kwargs))
         held = tuple(frozen(modules))
         held_before = versions(held)
@@ -229,8 +236,9 @@ class Evaluation(Recorded):
             for name, tensor in captured_tensors(thing)
         ]
         reachable += through_modules
-        ids = {id(t) for t in inputs}
-        self._uncopied = [(name, t) for name, t in through_modules if id(t) in ids]
+        if through_modules:
+            ids = {id(t) for t in inputs}
+            self._uncopied = [(name, t) for name, t in through_modules if id(t) in ids]
         self._lent = Lent([t for _, t in reachable])
         with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode(), uncached():
             returned = self._run(call, reachable)
@@ -408,12 +416,12 @@ class Evaluation(Recorded):
                     "it to the solver as an argument",
                     anchor="captured-under-transforms",
                 )
-            nodes = list(walk(snapshot.outputs))
+            graph = graph_behind(snapshot.outputs)
             if snapshot.objective is not None:
-                snapshot.objective.look_among(nodes)
-            leaves = leaves_among(snapshot.outputs, nodes)
+                snapshot.objective.look_among(graph)
+            leaves = leaves_among(snapshot.outputs, graph)
             self._check_dependence(leaves, at_phi)
-            if self.condition.must_depend_on_phi:
+            if self.condition.must_depend_on_phi and len(at_phi) > 1:
                 check_determined(self.phi_tree.rebuild(at_phi), leaves)
             behind = {id(t) for t in leaves}
             wanted = enumerate(zip(a, self.wanted, strict=True))
@@ -421,7 +429,7 @@ class Evaluation(Recorded):
             own = {id(t) for t in (*at_phi, *a)}
             self.captured = self._not_made_inside([t for t in leaves if id(t) not in own], a)
             self._check_captured(inputs)
-            self.finding = self._found(2, self._checked, nodes)
+            self.finding = self._found(2, self._checked, graph)
             self._keep(phi, inputs)
         return tuple(t.detach() for t in self._phi)
 
@@ -461,11 +469,11 @@ class Evaluation(Recorded):
         self,
         order: int,
         look: Callable[[Snapshot, check.Probe], Finding | None],
-        nodes: Sequence[Any] | None = None,
+        graph: Graph | None = None,
     ) -> Finding | None:
         """What a look finds, or found before, in the record, or in a sample of its data.
 
-        `nodes` are those behind the record's outputs, where they are known.
+        `graph` is that behind the record's outputs, where it is known.
         """
         if self.method.checks.when == "never":
             return None
@@ -477,10 +485,10 @@ class Evaluation(Recorded):
             def value(moved: Tensors) -> Tensor:
                 return self._evaluate(moved, a, condition=condition).outputs[0]
 
-            snapshot, nodes = self._evaluate(self._at_phi, a, value, condition), None
+            snapshot, graph = self._evaluate(self._at_phi, a, value, condition), None
         probe = functools.partial(self._to_check, condition, snapshot)
         found = self.method.checks.finding(
-            snapshot.outputs, self._at_phi, lambda: look(snapshot, probe()), order, nodes
+            snapshot.outputs, self._at_phi, lambda: look(snapshot, probe()), order, graph
         )
         if self.condition.processes is None:
             return found

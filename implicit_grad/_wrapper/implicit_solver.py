@@ -146,6 +146,8 @@ class ImplicitSolver(Followed):
         inputs, tree = pytree.flatten((*opened, self.setup.condition.parameters))
         if tree.has_others:
             check_objects(tree.others, [p for m in modules for p in m.parameters()])
+        if not any([t.is_inference() for t in inputs]):
+            return inputs, tree
         with torch.inference_mode(False):
             return tuple(t.clone() if t.is_inference() else t for t in inputs), tree
 

@@ -24,9 +24,12 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
     """
     if isinstance(returned, Iterator):
         raise InvalidSolutionError(f"the solver returned {describe(returned)}. {_PARAMETERS}")
-    parts = pytree.leaves(returned)
-    if not parts:
-        if modules := pytree.modules(returned):
+    modules = pytree.modules(returned)
+    leaves, tree = pytree.flatten(returned, _is_no_count if template is None else _is_any)
+    if not leaves:
+        leaves, tree = pytree.flatten(returned, _is_any)  # counts are nothing to stand beside
+    if not leaves:
+        if modules:
             raise InvalidSolutionError(
                 f"the solver returned {describe(modules[0])} of which no parameter requires "
                 "grad, so that nothing in it is phi: what was trained has to require grad when "
@@ -36,14 +39,12 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
             f"the solver returned {describe(returned)}; it must return phi: a tensor, "
             "a module, or a container of them"
         )
-    if template is not None and pytree.structure(returned) != pytree.structure(template):
+    if template is not None and tree.structure != pytree.structure(template):
         raise InvalidSolutionError(
-            f"the solver returned phi of the form {pytree.structure(returned)}; theta has the form "
+            f"the solver returned phi of the form {tree.structure}; theta has the form "
             f"{pytree.structure(template)}, and phi must have the same",
             anchor="another-form",
         )
-    counts = template is None and not all(map(_is_count, parts))
-    leaves, tree = pytree.flatten(returned, lambda leaf: not (counts and _is_count(leaf)))
     likes = [None] * len(tree.slots) if template is None else pytree.leaves(template)
     found: dict[int, Tensor] = {}
     for place, (slot, like) in enumerate(zip(tree.slots, likes, strict=True)):
@@ -72,7 +73,7 @@ def checked(returned: Any, inputs: Tensors, template: Any | None) -> tuple[Tenso
         )
     # copies: a solver may return its own buffer and write to it again, or one of its arguments
     phi = tuple(found[slot].detach().clone() for slot in range(len(leaves)))
-    if pytree.modules(returned):
+    if modules:
         _, tree = pytree.flatten(tree.rebuild(phi, owned=True))
     return pytree.in_reals(phi, tree)
 
@@ -134,6 +135,14 @@ _WHOLE = (
 def _is_count(leaf: Any) -> bool:
     """Whether it is an integer or a truth value, which cannot be an unknown."""
     return isinstance(leaf, (int, np.integer, np.bool_))
+
+
+def _is_no_count(leaf: Any) -> bool:
+    return not _is_count(leaf)
+
+
+def _is_any(leaf: Any) -> bool:
+    return True
 
 
 def _is_number(leaf: Any) -> bool:

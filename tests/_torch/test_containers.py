@@ -149,3 +149,35 @@ def test_names_do_not_count_where_tensors_are_looked_for():
     assert name == "['leaf']" and found is leaf
     ((name, found),) = captured_tensors({leaf: 0.0})
     assert name == "[0]" and found is leaf
+
+
+def test_a_class_that_another_thread_has_learned_meanwhile_is_learned_once():
+    @dataclasses.dataclass
+    class Record:
+        weight: Tensor
+
+    for found in ([Record(torch.ones(1))], [nn.ReLU()], [print]):
+        pytree._learn(found)
+        pytree._learn(found)
+    both = [Record(torch.ones(1)), module := nn.ReLU()]
+    assert pytree.modules(both) == [module] and len(pytree.leaves(both)) == 1
+
+
+LOOKED_UP = torch.ones(1)
+
+
+def test_what_functions_refer_to_is_looked_up_in_each_call(monkeypatch):
+    inside, held = torch.ones(1), {"in": [torch.ones(1)]}
+
+    def captures():
+        return inside, later, held, LOOKED_UP
+
+    def found():
+        return {name: id(tensor) for name, tensor in captured_tensors(captures)}
+
+    first = {"inside": inside, "held['in'][0]": held["in"][0], "LOOKED_UP": LOOKED_UP}
+    assert found() == {name: id(t) for name, t in first.items()}  # later has no value yet
+    inside, later, held["in"][0] = torch.zeros(3).unbind()
+    monkeypatch.setitem(globals(), "LOOKED_UP", other := torch.zeros(1))
+    then = {"inside": inside, "later": later, "held['in'][0]": held["in"][0], "LOOKED_UP": other}
+    assert found() == {name: id(t) for name, t in then.items()}
