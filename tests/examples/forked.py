@@ -21,7 +21,8 @@ def child(rank: int, port: str, script: Path, arguments: list[str]) -> None:
     size, own = str(COUNT), str(rank)
     os.environ.update(RANK=own, LOCAL_RANK=own, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ.update(TORCHELASTIC_RUN_ID="forked", TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(TORCHELASTIC_RUN_ID="forked", TORCHELASTIC_RESTART_COUNT="0")
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")
     sys.modules[script.stem].main(arguments)
 
 
