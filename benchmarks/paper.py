@@ -1,10 +1,11 @@
-"""The paper's few-shot table on all of Omniglot: every method of it, and ours, under one protocol.
+"""The paper's few-shot tables: every method of them, and ours, under one protocol.
 
     python benchmarks/paper.py --data DIR --method fomaml maml reptile imaml-gn --out out/paper
 
-DIR holds images_background.zip and images_evaluation.zip. Whatever is stopped goes on with
---resume, to the bit; finished runs are not run again. What comes out: a log and a result for each
-run, one table and one picture over all.
+DIR holds images_background.zip and images_evaluation.zip; with --protocol photographs, for the
+table on mini-ImageNet, it is a zip of train/CLASS/*.jpg and test/CLASS/*.jpg. Whatever is stopped
+goes on with --resume, to the bit; finished runs are not run again. What comes out: a log and a
+result for each run, one table and one picture over all.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import workers
 
 from implicit_grad.testing import peak_memory
 
-BATCH_FOR_MEMORY = 1
+PROTOCOLS = ("finn", "lake", "photographs")
 
 
 class MetaLearner:
@@ -41,7 +42,7 @@ class MetaLearner:
         names = ("ways", "shots", "steps", "lr", "meta_lr", "lam")
         self.setting = Setting(**{name: getattr(options, name) for name in names})
         self.meta_batch = options.meta_batch
-        self.model = l2l.vision.models.OmniglotCNN(options.ways, options.hidden)
+        self.model = network(options)
         self.method = METHODS[method](self.model, self.setting)
         self.optimiser = torch.optim.Adam(self.method.parameters(), lr=options.meta_lr)
 
@@ -86,6 +87,15 @@ class MetaLearner:
         return peak_memory(lambda: self.step(tasks))
 
 
+def network(options: argparse.Namespace) -> torch.nn.Module:
+    """What the paper's tasks of this kind are learned by."""
+    if options.protocol != "photographs":
+        return l2l.vision.models.OmniglotCNN(options.ways, options.hidden)
+    left = (paper_tasks.SIDE // 2**4) ** 2  # pixels after four poolings
+    size = left * options.hidden
+    return l2l.vision.models.MiniImagenetCNN(options.ways, options.hidden, embedding_size=size)
+
+
 def plan(options: argparse.Namespace) -> list[runs.Run]:
     """One run for each method and seed, after a look at what is there to go on from."""
     planned = []
@@ -115,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         planned = plan(options)
     except characters.InputError as error:
         parser.error(str(error))
-    tasks = paper_tasks.Tasks(train, options.ways, options.shots, paper_tasks.TURNS)
+    turns = 1 if options.protocol == "photographs" else paper_tasks.TURNS
+    tasks = paper_tasks.Tasks(train, options.ways, options.shots, turns)
     with checkpoint.own_random_numbers(runs.TEST_SEED):
         supply = paper_tasks.Tasks(test, options.ways, options.shots, 1)
         test_tasks = [supply.sample() for _ in range(options.test_tasks)]
@@ -147,10 +158,10 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of Omniglot's two zip files")
+    add("--data", type=Path, required=True, help="folder of Omniglot's zips, or zip of photographs")
     add("--method", nargs="+", choices=METHODS, default=["fomaml"], help="one or several")
     add("--seed", nargs="+", type=int, default=[0], help="one or several")
-    add("--protocol", choices=("finn", "lake"), default="lake", help="how characters are split")
+    add("--protocol", choices=PROTOCOLS, default="lake", help="what tasks are made of")
     add("--official-runs", type=Path, help="all_runs.zip: test on the 20 runs (20 ways, 1 shot)")
     add("--ways", type=int, default=5, help="classes in a task")
     add("--shots", type=int, default=1, help="drawings of each class to adapt on")

@@ -1,17 +1,20 @@
-"""Omniglot's tasks by three protocols: random characters, alphabets apart, the official runs.
+"""Few-shot tasks by four protocols: Omniglot's three, and photographs.
 
 Finn et al. (2017): 1,200 characters at random to train on, the rest to test on. Lake et al. (2015):
 the background alphabets to train on, the evaluation alphabets to test on, which leaks nothing. And
 the 20 official one-shot runs, each with 20 characters of one evaluation alphabet. Training turns
-characters by 90, 180 and 270 degrees, each a class of its own; testing does not.
+characters by 90, 180 and 270 degrees, each a class of its own; testing does not. Photographs, as
+mini-ImageNet's tasks: a folder for each class, in one for training and one for testing.
 """
 
 from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from examples_path import characters
 from PIL import Image
@@ -19,6 +22,7 @@ from torch import Tensor
 
 FINN_TRAINS_ON, FINN_SEED = 1_200, 0
 TURNS = 4
+SIDE = 42  # of photographs, in pixels: half of mini-ImageNet's, a quarter of its time
 
 Batch = tuple[Tensor, Tensor]
 
@@ -26,8 +30,8 @@ Batch = tuple[Tensor, Tensor]
 class Tasks:
     """An endless supply of tasks from torch's generator: sorted by class, 2·shots of each."""
 
-    def __init__(self, images: Tensor, ways: int, shots: int, turns: int) -> None:
-        """`images` has a row for each character, and in it its drawings."""
+    def __init__(self, images: Sequence[Tensor], ways: int, shots: int, turns: int) -> None:
+        """`images` has an item for each class, and in it its drawings."""
         self.images, self.ways, self.shots, self.turns = images, ways, shots, turns
 
     def sample(self) -> Batch:
@@ -36,13 +40,16 @@ class Tasks:
         drawings = [self._class(*divmod(c, len(self.images))) for c in classes]
         return torch.cat(drawings), torch.arange(self.ways).repeat_interleave(2 * self.shots)
 
-    def _class(self, turn: int, character: int) -> Tensor:
-        chosen = torch.randperm(self.images.shape[1])[: 2 * self.shots]
-        return torch.rot90(self.images[character, chosen], turn, (2, 3))
+    def _class(self, turn: int, number: int) -> Tensor:
+        images = self.images[number]
+        chosen = torch.randperm(len(images))[: 2 * self.shots]
+        return torch.rot90(images[chosen], turn, (2, 3))
 
 
-def load(data: Path, protocol: str) -> tuple[Tensor, Tensor]:
-    """The characters to train and to test on."""
+def load(data: Path, protocol: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The classes to train and to test on."""
+    if protocol == "photographs":
+        return photographs(data, "train"), photographs(data, "test")
     background, evaluation = (
         characters.read_omniglot([data / f"images_{part}.zip"]).images
         for part in ("background", "evaluation")
@@ -52,6 +59,24 @@ def load(data: Path, protocol: str) -> tuple[Tensor, Tensor]:
     every = torch.cat([background, evaluation])
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(FINN_SEED))
     return every[order[:FINN_TRAINS_ON]], every[order[FINN_TRAINS_ON:]]
+
+
+def photographs(path: Path, split: str) -> list[Tensor]:
+    """Each class's pictures from SPLIT/CLASS/*.jpg in a zip: (pictures, 3, SIDE, SIDE), 0 to 1."""
+    if not zipfile.is_zipfile(path):
+        raise characters.InputError(f"--data {path}: no zip of {split}/CLASS/*.jpg")
+    classes: dict[str, list[Tensor]] = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            folder, _, file = name.rpartition("/")
+            if folder.startswith(f"{split}/") and file.endswith(".jpg"):
+                picture = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+                picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+                pixels = torch.from_numpy(np.array(picture, dtype=np.float32)) / 255
+                classes.setdefault(folder, []).append(pixels.permute(2, 0, 1))
+    if not classes:
+        raise characters.InputError(f"--data {path}: no {split}/CLASS/*.jpg in it")
+    return [torch.stack(pictures) for pictures in classes.values()]
 
 
 def official_runs(path: Path) -> list[Batch]:

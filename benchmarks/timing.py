@@ -42,7 +42,6 @@ def interleaved(methods: dict[str, Callable[[], object]], seconds: float, label:
         first = i % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(cpu_seconds(methods[name]))
-    gc.unfreeze()
     return times
 
 

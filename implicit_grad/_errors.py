@@ -178,10 +178,10 @@ _SENTENCES = {
         "NaN: look at the inner objective's second derivatives at phi (sqrt or norm at 0?)"
     ),
     Status.INNER_NOT_STATIONARY: (
-        "phi does not solve the inner problem (its residual is not small), so the implicit "
-        "gradient is not the derivative of this phi. Run the solver longer, or check that the "
-        "condition describes what the solver solves (a minimum at a kink, as an L1 norm has it, is "
-        "for prox_gradient)"
+        "phi does not solve the inner problem (its residual is not small, or is so only where "
+        "curvature is), so the implicit gradient is not the derivative of this phi. Run the solver "
+        "longer, or check that the condition describes what the solver solves (a minimum at a "
+        "kink, as an L1 norm has it, is for prox_gradient)"
     ),
     Status.DIVERGED: (
         "the terms of the Neumann series grow instead of shrinking: an eigenvalue of scale times "

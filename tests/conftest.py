@@ -1,5 +1,6 @@
 """One seed for every test, and hypothesis's profiles (HYPOTHESIS_PROFILE=long looks further)."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -22,6 +23,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 pytest.register_assert_rewrite("faults", "learners")
 # hypothesis in charge of torch's generator
 pytest_plugins = ["implicit_grad.testing.plugin"]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives to the end: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +55,14 @@ def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Import the benchmarks as they import each other; leave torch's threads as they were."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+@pytest.fixture
+def few_rounds(benchmarks_on_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks measure times, which nobody compares here."""
+    import timing
+
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 2)
 
 
 # what imports learn2learn, by itself or through a helper; the README's program does too

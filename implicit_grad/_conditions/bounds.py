@@ -23,6 +23,11 @@ def as_pair(name: str, bounds: Any) -> tuple[Any, Any]:
         raise InvalidArgumentError(
             f"{name}: bounds must be a pair (lower, upper), got {describe(bounds)}"
         )
+    if any(map(callable, bounds)):
+        raise InvalidArgumentError(
+            f"{name}: a bound is no function, but argmin's bounds may be one, of the arguments, "
+            "which returns the pair: bounds=lambda *args: (lower, upper)"
+        )
     return bounds[0], bounds[1]
 
 

@@ -39,7 +39,6 @@ def as_root(
         raise GraphError(
             f"second derivatives are not available here: {why}", anchor="second-derivatives"
         )
-    around.bounds_move = False  # they are arguments
     limits = attached(around.limits, stand_ins, a)
     bounds = tuple(
         torch.where(fixed, limit, 0.0) for fixed, limit in zip(around.fixed, limits, strict=True)

@@ -171,7 +171,8 @@ class Operator:
         )
 
 
-class LinearSolution(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LinearSolution:
     """What a linear solver found, and how it knows.
 
     Attributes:
@@ -217,14 +218,16 @@ class LinearSolution(NamedTuple):
     def of_negated(self) -> LinearSolution:
         """The solution of M x = rhs, found as that of (−M) x = −rhs."""
         least, greatest = self.extremes or (math.inf, -math.inf)
-        return self._replace(
+        return dataclasses.replace(
+            self,
             extremes=None if self.extremes is None else (-greatest, -least),
             coefficients=tuple((-a, b, rr) for a, b, rr in self.coefficients),
         )
 
     def in_units_of(self, unit: float) -> LinearSolution:
         """The solution for a right-hand side that is `unit` times as large; x is overwritten."""
-        return self._replace(
+        return dataclasses.replace(
+            self,
             x=self.x.mul_(unit),
             coefficients=tuple((a, b, rr * unit * unit) for a, b, rr in self.coefficients),
             residual_norm=None if self.residual_norm is None else self.residual_norm * unit,

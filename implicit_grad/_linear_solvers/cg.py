@@ -158,13 +158,10 @@ class ConjugateGradients(Run):
     def solution(self, residual: float | None) -> LinearSolution:
         """The result, with CG's coefficients where a single run of recurrences made it."""
         connected = self.precondition is None and not self.restarted
-        return (
-            super()
-            .solution(residual)
-            ._replace(
-                coefficients=tuple(self.coefficients) if connected else (),
-                error_is_bound=None if self._claim is None else self._claim.is_bound,
-            )
+        return dataclasses.replace(
+            super().solution(residual),
+            coefficients=tuple(self.coefficients) if connected else (),
+            error_is_bound=None if self._claim is None else self._claim.is_bound,
         )
 
     def _kept(self, size: float) -> bool:
@@ -351,7 +348,7 @@ class CG(Iterative):
         again = self._before_flat(run)
         if again is not None:
             run = again
-            solution = self._finish(run, verify)._replace(is_flat=True)
+            solution = dataclasses.replace(self._finish(run, verify), is_flat=True)
         if run.status in _NOT_POSITIVE:
             solution = self._substitute(solution, operator, rhs, unit, verify)
         if slot is not None and solution.status.ok:
@@ -381,7 +378,8 @@ class CG(Iterative):
             return solution
         (found,) = instead_of_minimum(of_one(operator), rhs[None], self.maxiter)
         told = solution.residual is not None and found.status.ok
-        return _after(solution, found)._replace(
+        return dataclasses.replace(
+            _after(solution, found),
             status=solution.status if found.status.ok else found.status,
             residual=relative_residual(operator, found.x, rhs) if told else None,
             coefficients=solution.coefficients,
@@ -463,7 +461,7 @@ class CG(Iterative):
                 self, damping=0.0, on_negative_curvature="stop", warm_start=None
             )
         second = again._solve(operator, rhs, unit, verify)
-        return _after(solution, second)._replace(substitute=policy)
+        return dataclasses.replace(_after(solution, second), substitute=policy)
 
 
 def _signs(operator: Operator, rhs: Tensor) -> Tensor:
@@ -478,7 +476,7 @@ def _after(first: LinearSolution, second: LinearSolution) -> LinearSolution:
     """The second solution, with the products of a first attempt and the extremes that it met."""
     met = (*(first.extremes or ()), *(second.extremes or ()))
     iterations = first.iterations + second.iterations
-    return second._replace(iterations=iterations, extremes=(min(met), max(met)))
+    return dataclasses.replace(second, iterations=iterations, extremes=(min(met), max(met)))
 
 
 def _refusal(solution: LinearSolution) -> LinearSolveError:

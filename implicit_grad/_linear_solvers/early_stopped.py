@@ -154,7 +154,7 @@ def instead_of_minimum(operator: Operator, rhs: Tensor, most: int | None) -> lis
     target = operator.precision(rhs) ** (2 / 3)
     products = _PRODUCTS if most is None else min(_PRODUCTS, most)
     found = apply_filter(operator, rhs, filters, products, target, Status.TRUNCATED)
-    return [solution._replace(substitute="early_stopped") for solution in found]
+    return [dataclasses.replace(solution, substitute="early_stopped") for solution in found]
 
 
 def _unknown_trainings(operator: Operator, rows: int) -> list[Filter]:

@@ -60,7 +60,7 @@ class Exact(TogetherIfSmall):
             return _factorised(matrix, rhs, operator.precision(rhs), n)
         found = _factorised(matrix[there][:, there], rhs[there], operator.precision(rhs), n)
         x = torch.zeros_like(rhs).masked_scatter(there, found.x)
-        return found._replace(x=x)
+        return dataclasses.replace(found, x=x)
 
 
 def _factorised(matrix: Tensor, rhs: Tensor, eps: float, products: int) -> LinearSolution:

@@ -11,6 +11,7 @@ curvature, and leaves the solution that it has found long before.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -75,6 +76,6 @@ def told_flat(
             length, along = norm(x), dot(x, b)
             is_curved = along > _SLACK * size * length**2
             is_short = length * norm(b) <= _LONG * along
-            solution = solution._replace(is_flat=is_curved and is_short)
+            solution = dataclasses.replace(solution, is_flat=is_curved and is_short)
         found.append(solution)
     return found

@@ -38,8 +38,9 @@ class General(TogetherIfSmall):
         except GraphError:  # the residual cannot be differentiated twice
             return first
         better = _residual(second) < _residual(first) or second.status.ok
-        found = second if better else first
-        return found._replace(iterations=first.iterations + second.iterations)
+        return dataclasses.replace(
+            second if better else first, iterations=first.iterations + second.iterations
+        )
 
 
 def _residual(solution: LinearSolution) -> float:

@@ -115,7 +115,7 @@ class _Arnoldi(Run):
 
     def solution(self, residual: float | None) -> LinearSolution:
         """The result, with ‖M‖ beside the extremes, which are 0 where M is a quarter turn."""
-        return super().solution(residual)._replace(norm=self.size or None)
+        return dataclasses.replace(super().solution(residual), norm=self.size or None)
 
     def _cycle(self, beta: float) -> Status | None:
         """One cycle, from a residual of norm `beta`; a status if the iteration ends with it."""

@@ -80,7 +80,7 @@ class _MinimalResidual(Stepwise):
     def solution(self, residual: float | None) -> LinearSolution:
         found = super().solution(residual)
         # the extremes are 0 where M only links two groups of unknowns, such as φ and multipliers
-        return found._replace(norm=self.size if self.operator.scale is None else None)
+        return dataclasses.replace(found, norm=self.size if self.operator.scale is None else None)
 
     def steps(self) -> Generator[Tensor, Tensor, None]:
         """MINRES on operator · d = residual, adding d to x.

@@ -78,4 +78,4 @@ class PositivePart(Filtering):
 def _in_own_units(solution: LinearSolution, x: Tensor, lam: Tensor) -> LinearSolution:
     """A solution in units of λ as the x that it stands for."""
     sizes = [abs(h) * float(lam.max()) for h in solution.extremes or ()]
-    return solution._replace(x=x, extremes=None, norm=max(sizes, default=None))
+    return dataclasses.replace(solution, x=x, extremes=None, norm=max(sizes, default=None))

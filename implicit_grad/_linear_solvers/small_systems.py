@@ -135,7 +135,7 @@ def _solve_small(
         if not fine:
             single = solver.solve(matrices.alone(operator, task), rhs[task], verify)
             x[task] = single.x
-            found.append(single._replace(x=x[task]))  # and hold no other
+            found.append(dataclasses.replace(single, x=x[task]))  # and hold no other
             continue
         known = None if skew and status is Status.EXACT else (met[0], met[1])
         found.append(LinearSolution(x[task], status, n, relative, known, norm=norm))

@@ -144,7 +144,7 @@ def _held_to_symmetry(
     if all(proven):
         return found
     return [
-        s if fine or symmetric else s._replace(status=Status.NOT_SYMMETRIC)
+        s if fine or symmetric else dataclasses.replace(s, status=Status.NOT_SYMMETRIC)
         for s, fine, symmetric in zip(found, proven, operator.is_symmetric(like), strict=True)
     ]
 

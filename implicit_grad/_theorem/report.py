@@ -193,7 +193,9 @@ class Reporting:
         if self.on_failure == "warn":
             warn(sentence, anchor, place, of)
 
-    def record(self, solved: Solved, around: Linearization, place: Place | None) -> None:
+    def record(
+        self, solved: Solved, around: Linearization, v: Tensors, place: Place | None
+    ) -> None:
         """Keep a report of each solve for the monitor, and warn or raise if one failed."""
         fine = all(judged(s, around).ok for s in solved.solutions)
         if not self.wants_residual and (
@@ -201,7 +203,7 @@ class Reporting:
         ):
             return  # nobody would read a report: measure nothing
         along = _AlongResidual(around)
-        judged_all = self._judged(solved, along)
+        judged_all = self._judged(solved, along, v)
         if self.monitor is None and all(judgement.status.ok for judgement in judged_all):
             return  # and whatever else a report tells need not be found out
         reports = [
@@ -227,7 +229,7 @@ class Reporting:
             # no figures here: Python shows a warning once only if its text does not change
             warn(sentence, anchor, place)
 
-    def _judged(self, solved: Solved, along: _AlongResidual) -> list[_Judgement]:
+    def _judged(self, solved: Solved, along: _AlongResidual, v: Tensors) -> list[_Judgement]:
         """What each task's solve, or the only one, came to."""
         around = along.around
         flat, count = Flat(around.phi, around.n_tasks), len(solved.solutions)
@@ -235,17 +237,19 @@ class Reporting:
             F, phi, u = (
                 flat.ravel(t).view(count, -1) for t in (around.residual, around.phi, solved.x)
             )
+            w = Flat(v, around.n_tasks).ravel(v).view(count, -1)
             if count == 1 and not F.is_cuda:
-                rows = [[norm(F[0]), norm(phi[0]), -dot(u[0], F[0])]]
+                rows = [[norm(F[0]), norm(phi[0]), -dot(u[0], F[0]), norm(w[0])]]
             else:
-                rows = torch.stack(
-                    [dots(F, F).sqrt(), dots(phi, phi).sqrt(), -dots(u, F)], 1
-                ).tolist()
+                sizes = [dots(x, x).sqrt() for x in (F, phi, w)]
+                rows = torch.stack([*sizes[:2], -dots(u, F), sizes[2]], 1).tolist()
         found = []
         for task, (solution, row) in enumerate(zip(solved.solutions, rows, strict=True)):
-            status, unsolved, (inner, size, outer_error) = judged(solution, around), False, row
+            status, unsolved = judged(solution, around), False
+            inner, size, outer_error, steep = row
             if status.ok or status in _MAY_COME_OF_PHI:
-                unsolved = self._is_unsolved(solution, solved.solver, along, task, inner, size)
+                way = abs(outer_error) / steep if steep and _solves(solution) else 0.0
+                unsolved = self._is_unsolved(solution, solved.solver, along, task, inner, size, way)
                 if unsolved and status.ok:
                     status = Status.INNER_NOT_STATIONARY
             found.append(_Judgement(status, inner, outer_error, unsolved))
@@ -259,8 +263,12 @@ class Reporting:
         task: int,
         inner: float,
         size: float,
+        way: float,
     ) -> bool:
-        """Whether φ is farther from a solution than was meant."""
+        """Whether φ is farther from a solution than was meant.
+
+        `way` is |uᵀF|/‖v‖, to first order how far it is along v: where curvature is small, F is.
+        """
         around = along.around
         least, greatest = solution.extremes or (None, None)
         size_of_A = solution.norm
@@ -272,16 +280,20 @@ class Reporting:
         if not promised or size_of_A is None or around.is_adjoint:
             return False
         # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
-        reach = INNER_TOLERANCE * size_of_A
-        if inner <= reach * size:
+        reach, constrained = INNER_TOLERANCE * size_of_A, around.curvature == "lagrangian"
+        rounding = _ZERO * around.precision * size_of_A * size
+        is_off = way > INNER_TOLERANCE * size and inner > rounding and not constrained
+        if inner <= reach * size and not is_off:
             return False
         at_stake = _at_stake(around)
-        if around.curvature == "lagrangian":
+        if constrained:
             if inner <= reach * _CORNER:
                 return 0.0 < _LARGE * at_stake < inner
             size = max(size, _CORNER)
         if inner <= _NEAR_ZERO * at_stake:
             return False
+        if is_off:
+            return True
         # v need not have met the greatest curvatures, and so A may be larger: look along F
         return not inner <= INNER_TOLERANCE * along.sizes[task] * size
 
@@ -334,6 +346,12 @@ class Reporting:
         return math.sqrt(largest) * bound
 
 
+def _solves(solution: LinearSolution) -> bool:
+    """Whether it is a solution, and nothing in the place of one."""
+    exact = solution.status in (Status.CONVERGED, Status.EXACT)
+    return exact and solution.filter_error is None and solution.substitute is None
+
+
 def _at_stake(around: Linearization) -> float:
     """Σ |wᵀ(∂F/∂a) a|/‖w‖, element by element: how much of F is there by the arguments a."""
     own = {id(p) for p in around.phi}
@@ -379,7 +397,7 @@ def solve_and_report(
     """
     verify = reporting.wants_residual
     solved = solve_adjoint(solver, around, v, verify, reporting.accuracy(around))
-    reporting.record(solved, around, place)
+    reporting.record(solved, around, v, place)
     if reporting.on_failure != "ignore" and (remark := (solved.convex or around).remark):
         reporting.say(remark, anchor="gauss-newton-bends", place=place)
     return solved.x

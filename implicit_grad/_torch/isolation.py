@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from implicit_grad._torch.products import NOTHING, device_types, own_precision
 from implicit_grad._torch.pytree import Tensors
+from implicit_grad._torch.transforms import outside_forward_mode
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,6 +172,7 @@ def isolated(ambient: Ambient) -> Iterator[None]:
             _private_buffers(),
             differentiable_twice(),
             uncached(),
+            outside_forward_mode(),
             ambient.casts(),
             torch.enable_grad(),
         ):

@@ -6,8 +6,6 @@ there, and the inner solution with it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from implicit_grad._torch.graph import walk
@@ -16,16 +14,12 @@ from implicit_grad._torch.pytree import Tensors
 
 def beside_padding(direction: Tensors, value: Tensor, phi: Tensors) -> Tensors:
     """The direction in the space of φ, with zeros in the rows that embeddings hold."""
-    places: dict[Any, int] = {
-        p.grad_fn if p.grad_fn is not None else id(p): i for i, p in enumerate(phi)
-    }
-    found = list(direction)
+    places, found = {id(p): i for i, p in enumerate(phi)}, list(direction)
     for node in walk([value]):
-        row = getattr(node, "_saved_padding_idx", -1)
-        table = node.next_functions[0][0] if node.name() == "EmbeddingBackward0" else None
-        leaf = id(getattr(table, "variable", None))
-        place = places.get(table, places.get(leaf))
-        if place is not None and 0 <= row < len(found[place]):  # none is a number beyond all rows
-            found[place] = found[place].clone()
-            found[place][row] = 0.0
+        if node.name() == "EmbeddingBackward0":
+            table, row = node.next_functions[0][0], node._saved_padding_idx
+            i = places.get(id(getattr(table, "variable", None)))
+            if i is not None and row < len(found[i]):  # none is a number beyond all rows
+                found[i] = found[i].clone()
+                found[i][row] = 0.0
     return tuple(found)

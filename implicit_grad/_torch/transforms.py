@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 from implicit_grad._errors import GraphError, InvalidArgumentError
-from implicit_grad._torch.products import NOTHING, vjp
+from implicit_grad._torch.products import vjp
 from implicit_grad._torch.pytree import Tensors, is_continuous
 
 
@@ -60,14 +62,17 @@ def is_wrapped(t: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+def layers(t: Tensor) -> Iterator[Tensor]:
+    """The tensor as each of the transforms around sees it, from the innermost outwards."""
+    yield t
+    while is_wrapped(t):
+        t = torch._C._functorch.get_unwrapped(t)
+        yield t
+
+
 def is_batched(t: Tensor) -> bool:
     """Whether `vmap` looks at the tensor, below other transforms or not."""
-    functorch = torch._C._functorch
-    while is_wrapped(t):
-        if functorch.is_batchedtensor(t):
-            return True
-        t = functorch.get_unwrapped(t)
-    return False
+    return any(map(torch._C._functorch.is_batchedtensor, layers(t)))
 
 
 class CannotBatch(Exception):
@@ -82,9 +87,22 @@ class CannotBatch(Exception):
         self.known, self.apart = known, apart
 
 
-def has_derivatives(tensors: Iterable[Tensor]) -> bool:
-    """Whether a gradient or a tangent is asked of the tensors, under whatever transforms."""
-    return any(t.requires_grad or _tangent(t) is not None for t in tensors)
+def has_tangent(t: Tensor) -> bool:
+    """Whether forward mode looks at the tensor, below other transforms or not."""
+    functorch = torch._C._functorch
+    if _tangent(t) is not None:
+        return True
+    innermost = functorch.peek_interpreter_stack()
+    if innermost is None:
+        return False
+    outside = functorch.get_unwrapped(t) if functorch.maybe_get_level(t) == innermost.level() else t
+    with temporarily_pop_interpreter_stack():  # a tangent is not seen from further within
+        return has_tangent(outside)
+
+
+def taking_gradients() -> AbstractContextManager[None]:
+    """Functions may make variables by `requires_grad_()`, which torch.func refuses otherwise."""
+    return eager_transforms.enable_inplace_requires_grad(True)
 
 
 def in_forward_mode() -> bool:
@@ -92,17 +110,20 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def outside_forward_mode() -> contextlib.AbstractContextManager[object]:
-    """Let code that knows nothing of an ambient dual level use torch.func's forward mode itself.
+def outside_forward_mode() -> AbstractContextManager[object]:
+    """Let code that knows nothing of what surrounds it use forward mode itself.
 
-    torch has one level only. torch.func shares it between nested calls, and counts these; its next
-    call is to be a nested one.
+    torch turns it off in a Function's forward, where the user's code runs. And it has one dual
+    level only, which torch.func shares between nested calls, and counts these: around us may be
+    one, and the next call is to be a nested one.
     """
-    return _outside_forward_mode() if in_forward_mode() else NOTHING
+    if in_forward_mode():
+        return _within_forward_mode()
+    return forward_ad._set_fwd_grad_enabled(True)
 
 
 @contextlib.contextmanager
-def _outside_forward_mode() -> Iterator[None]:
+def _within_forward_mode() -> Iterator[None]:
     inside = eager_transforms.JVP_NESTING == 0
     eager_transforms.JVP_NESTING += inside
     try:
@@ -111,9 +132,9 @@ def _outside_forward_mode() -> Iterator[None]:
         if not (in_forward_mode() and "Nested forward mode" in str(error)):
             raise
         raise GraphError(
-            "the solver uses forward mode (dual_level) and is called within forward mode, of which "
-            "torch has one level only: use torch.func.jvp, jacfwd or hessian in the solver, or "
-            "reverse mode around it"
+            "the solver, or the condition's function, uses forward mode (dual_level) and is called "
+            "within forward mode, of which torch has one level only: use torch.func.jvp, jacfwd or "
+            "hessian in it, or reverse mode around it"
         ) from error
     finally:
         eager_transforms.JVP_NESTING -= inside

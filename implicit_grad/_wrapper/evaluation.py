@@ -47,10 +47,13 @@ from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
 from implicit_grad._torch.spectral_norm import turned
 from implicit_grad._torch.transforms import (
-    has_derivatives,
+    has_tangent,
     is_batched,
     is_transformed,
+    is_wrapped,
+    layers,
     outside_forward_mode,
+    taking_gradients,
 )
 from implicit_grad._warnings import users_line
 from implicit_grad._wrapper.arguments import tell_of_arguments
@@ -126,6 +129,11 @@ def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
 
 # Tensors that φ's modules keep as the solver was lent them, and the places of these arguments.
 Given = list[tuple[Tensor, int]]
+
+
+def followed(outputs: Sequence[Tensor]) -> Tensors:
+    """The leaves that the transforms around, or torch without any, differentiate outputs by."""
+    return leaves_behind([layer for t in outputs for layer in layers(t)])
 
 
 def _is_copy(tensor: Tensor, of: Tensor) -> bool:
@@ -545,16 +553,33 @@ class Evaluation(Recorded):
     def captured_transformed(self) -> bool:
         """Whether the user's function captured tensors that transforms at work look at.
 
-        It is evaluated again, at φ. Random numbers under `vmap` look like a captured batch.
+        It is evaluated again, at φ. Random numbers under `vmap` look like a captured batch, and
+        what it makes to take gradients by itself is there once only.
+        """
+        outputs, random = self._as_transforms_see()
+        if any(map(has_tangent, outputs)) or (not random and any(map(is_batched, outputs))):
+            return True
+        leaves = followed(outputs)
+        return bool(leaves) and any(
+            t is leaf for t in followed(self._as_transforms_see()[0]) for leaf in leaves
+        )
+
+    def _as_transforms_see(self) -> tuple[Tensors, bool]:
+        """The outputs of the user's function at φ under the transforms around, and if it is random.
+
+        What torch.func cannot run, such as NumPy or most custom Functions, is looked into instead.
         """
         assert self._phi is not None and self._record is not None
         phi, a = (tuple(t.detach() for t in ts) for ts in (self._phi, self._record[1]))
-        with isolated(self._ambient):
+        with isolated(self._ambient), taking_gradients():
             before = torch.get_rng_state()
             at_phi, condition = self.container(phi, a), self._record[0].sample or self.condition
-            outputs = condition.at(at_phi, phi, self._seen(a), None).outputs
-            random = not torch.equal(before, torch.get_rng_state())
-        return has_derivatives(outputs) or (not random and any(map(is_batched, outputs)))
+            try:
+                outputs = condition.at(at_phi, phi, self._seen(a), None).outputs
+            except Exception:
+                found = captured_tensors(self.condition, *self.tree.others)
+                return tuple(t for _, t in found if is_wrapped(t) or has_tangent(t)), False
+            return outputs, not torch.equal(before, torch.get_rng_state())
 
     def _polished(
         self, phi: Tensors, snapshot: Snapshot, at_phi: Tensors, a: Tensors

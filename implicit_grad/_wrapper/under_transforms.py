@@ -10,6 +10,7 @@ from implicit_grad._conditions.base import Call
 from implicit_grad._errors import GraphError, ImplicitGradError, InvalidSolutionError
 from implicit_grad._theorem.implicit_function import ImplicitFunction
 from implicit_grad._torch import pytree
+from implicit_grad._torch.captured import captured_tensors
 from implicit_grad._torch.isolation import RandomState
 from implicit_grad._torch.pytree import Tensors, Tree
 from implicit_grad._torch.transforms import CannotBatch, Plain, is_batched, lifted
@@ -18,6 +19,11 @@ from implicit_grad._wrapper.evaluation import Evaluation, Setup
 CAPTURED = (
     "under torch.func and forward mode, the condition's function must not have captured a tensor "
     "that requires grad or that they look at: pass it to the solver as an argument"
+)
+
+BATCHED = (
+    "under torch.func.vmap, the solver or the condition's function must not have captured a tensor "
+    "of which there is one for each sample: pass it to the solver as an argument"
 )
 
 
@@ -36,7 +42,13 @@ class Transformed:
         batched = None
         if at_once is not None:
             batched = Plain(lambda xs, known: self._batch(*at_once, xs, known))
-        phi = lifted(Plain(self._single, batched), inputs)
+        try:
+            phi = lifted(Plain(self._single, batched), inputs)
+        except RuntimeError as error:  # torch's, maybe, of a batch where there is none
+            reached = captured_tensors(self.setup.condition, self.solver, *self.tree.others)
+            if any(is_batched(t) for _, t in reached):
+                raise GraphError(BATCHED, anchor="captured-under-transforms") from error
+            raise
         assert self._first is not None and self._phi_tree is not None
         # below, in the plain calls, what a transform looks at passes for a number without a history
         if self._first.captured_transformed():

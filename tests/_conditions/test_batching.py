@@ -14,7 +14,7 @@ from implicit_grad.solvers import GradientDescent, Nesterov, NewtonCG, TorchOpti
 # torch's own, in the decompositions that forward mode needs
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 
-B, N, M = 5, 3, 6
+B, N, M = 3, 3, 6
 LAM = 0.7
 TIGHT = {"linear_solver": ig.CG(rtol=1e-13), "on_failure": "raise"}
 
@@ -31,10 +31,10 @@ def black_box(theta, X):
 SOLVERS = {
     "a function": black_box,
     "Newton": NewtonCG(maxiter=50, tol=1e-13),
-    "descent": GradientDescent(lr=0.05, steps=30),
-    "accelerated": Nesterov(lr=0.05, kappa=20.0, steps=30),
+    "descent": GradientDescent(lr=0.05, steps=10),
+    "accelerated": Nesterov(lr=0.05, kappa=20.0, steps=10),
     "until a tolerance": GradientDescent(lr=0.05, tol=0.1),
-    "of torch": TorchOptim(factory=lambda t: torch.optim.SGD(t, lr=0.05), steps=30),
+    "of torch": TorchOptim(factory=lambda t: torch.optim.SGD(t, lr=0.05), steps=10),
 }
 
 

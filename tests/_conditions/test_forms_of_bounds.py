@@ -127,6 +127,11 @@ def test_bounds_in_another_form_than_phi(case):
         solve(a)
 
 
+def test_a_function_in_the_pair_is_told_where_it_belongs():
+    with pytest.raises(ig.InvalidArgumentError, match=r"bounds=lambda \*args: \(lower, upper\)"):
+        ig.argmin(lambda z, a: (z - a).sum() ** 2, bounds=(0.0, lambda a: a))
+
+
 def test_a_function_of_the_arguments_that_returns_no_pair():
     a = torch.ones(2, requires_grad=True)
     condition = ig.argmin(lambda z, a: (z - a).sum() ** 2, bounds=lambda a: a)

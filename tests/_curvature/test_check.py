@@ -580,25 +580,48 @@ def test_nothing_is_said_in_half_precision(dtype):
     assert report.check is None
 
 
-def test_rows_for_padding_are_held_on_purpose():
-    words, lam = torch.tensor([[1, 2, 0], [3, 0, 0]]), torch.tensor(0.3, requires_grad=True)
-    table, targets = nn.Embedding(4, 2, padding_idx=0), normal(2, 2, seed=1, grad=False)
+@pytest.mark.parametrize("row", [0, 3])
+def test_rows_for_padding_are_held_on_purpose(row):
+    """Those of one table; another has none."""
+    words, lam = torch.tensor([[1, 2, row], [3 - row, row, row]]), torch.tensor(0.3)
+    tables = nn.ModuleList([nn.Embedding(4, 2), nn.Embedding(4, 2, padding_idx=row)])
+    targets, free = normal(2, 2, seed=1, grad=False), torch.arange(4) != row
 
-    def value(table, lam):
-        return (table(words).mean(1) - targets).square().sum() + lam * table.weight.square().sum()
+    def value(tables, lam):
+        mean = tables[1](words).mean(1) + 0 * tables[0](words[:, 0])
+        return (mean - targets).square().sum() + sum(
+            lam * table.weight.square().sum() for table in tables
+        )
 
     def exact(lam):
-        shares = F.one_hot(words, 4).double().mean(1)[:, 1:]
+        shares = F.one_hot(words, 4).double().mean(1)[:, free]
         return torch.linalg.solve(shares.T @ shares + lam * torch.eye(3), shares.T @ targets)
 
     @torch.no_grad()
-    def train(table, lam):
-        table.weight[1:] = exact(lam)
-        return table
+    def train(tables, lam):
+        tables[0].weight.zero_()
+        tables[1].weight[free] = exact(lam)
+        return tables
 
+    lam.requires_grad_()
     solve = ig.implicit(train, ig.argmin(value), on_failure="raise")
-    solve(table, lam).weight.square().sum().backward()
+    solve(tables, lam)[1].weight.square().sum().backward()
     torch.testing.assert_close(lam.grad, grad(exact(lam).square().sum(), lam)[0])
+
+
+@pytest.mark.parametrize("padding", [0, None])
+def test_rows_that_are_not_for_padding_are_not_held(padding):
+    words, targets = torch.tensor([3, 3]), normal(2, 2, seed=1, grad=False)
+    known = nn.Embedding(4, 2, padding_idx=0)  # no part of phi
+
+    def value(table, lam):
+        error = table(words).detach() * table(words) + known(words) - targets
+        return error.square().sum() + lam * table.weight.square().sum()
+
+    solve = ig.implicit(lambda table, lam: table, ig.argmin(value))
+    lam = torch.tensor(0.3, requires_grad=True)
+    with pytest.warns(ig.ImplicitGradWarning, match="held constant"):
+        solve(nn.Embedding(4, 2, padding_idx=padding), lam).weight.sum().backward()
 
 
 @pytest.mark.parametrize("make", PROBLEMS)

@@ -142,3 +142,47 @@ def test_curvature_that_the_outer_loss_does_not_see_counts_all_the_same(linear_s
     (solve(a) * a.new_tensor([0.0, 1.0, 3.0])).sum().backward()
     assert monitor.last.inner_residual > 0.05
     assert monitor.last.status is not ig.Status.INNER_NOT_STATIONARY
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+@pytest.mark.parametrize("linear_solver", [ig.CG(), ig.MINRES(), ig.Exact()])
+@pytest.mark.parametrize("kind", ["argmin", "root"])
+def test_a_small_residual_where_curvature_is_small_is_no_solution(kind, linear_solver, tasks):
+    """Descent along curvatures of 1 to 1e4 leaves the flattest at 0, and F is 3e-5 ‖A‖‖φ‖."""
+    if kind == "root":
+        linear_solver = ig.Exact() if linear_solver == ig.Exact() else ig.GMRES()
+    curvatures = torch.tensor([1.0, 1e2, 1e4], dtype=torch.float64)
+
+    def residual(w, a):
+        return curvatures.to(w.dtype) * (w - a)
+
+    def objective(w, a):
+        return (curvatures * (w - a).square()).sum() / 2
+
+    def status(solver, outer, dtype=torch.float64):
+        a = torch.tensor([0.5, 1.0, 1.0], dtype=dtype)
+        condition = ig.argmin(objective) if kind == "argmin" else ig.root(residual)
+        monitor = ig.Monitor()
+        solve = ig.implicit(
+            solver, condition, linear_solver=linear_solver, monitor=monitor, on_failure="ignore"
+        )
+        loss = lambda a: outer(solve(a))  # noqa: E731
+        if tasks:
+            torch.func.vmap(torch.func.grad(loss))(torch.stack([a, a]))
+        else:
+            torch.autograd.grad(loss(a.requires_grad_()), a)
+        (found,) = {report.status for report in monitor.reports}
+        return found
+
+    def descent(a):
+        w = torch.zeros_like(a)
+        for _ in range(100):
+            w = w - curvatures * (w - a) / 1e4
+        return w
+
+    everything = torch.Tensor.sum
+    assert status(descent, everything) is ig.Status.INNER_NOT_STATIONARY
+    assert status(descent, lambda w: w[2]).ok  # which is where it should be, and all that counts
+    assert status(lambda a: a.clone(), everything).ok
+    assert status(lambda a: a * (1 + 1e-4), everything).ok
+    assert status(lambda a: a + torch.finfo(a.dtype).eps, everything, torch.float32).ok

@@ -1,5 +1,6 @@
 """Spectral norms: in training mode the cure is told, and it is one."""
 
+import threading
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import implicit_grad as ig
+from implicit_grad._torch.spectral_norm import turned
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 NORMS = {"parametrization": parametrizations.spectral_norm, "hook": nn.utils.spectral_norm}
@@ -73,3 +75,33 @@ def test_one_that_is_no_part_of_phi_is_no_matter(kind):
 
     phi = ig.implicit(fit, ig.argmin(value), on_failure="raise")(pull)
     torch.autograd.grad(phi.sum(), pull)
+
+
+class Named:
+    """A hook with a name, as that of the older spectral norm has one."""
+
+    name = "weight"
+
+    def __call__(self, module, args):
+        return None
+
+
+def test_a_vector_is_divided_by_its_length_which_takes_no_iteration():
+    layer = parametrizations.spectral_norm(nn.Linear(3, 2), "bias")
+    layer.register_forward_pre_hook(Named())
+    solve = solver([p.detach() + 0.2 for p in layer.parameters()], on_failure="raise")
+    pull, h = torch.tensor(1.0, requires_grad=True), 1e-4
+    (found,) = torch.autograd.grad(outer(solve, layer, pull), pull)
+    ends = [outer(solve, layer, pull.detach() + s * h).detach() for s in (1, -1)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * h), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_what_other_threads_do_and_what_comes_after_is_no_matter(kind):
+    layer = normed(kind)
+    with turned() as found:
+        other = threading.Thread(target=layer, args=(X,))
+        other.start()
+        other.join()
+    layer(X)
+    assert not found

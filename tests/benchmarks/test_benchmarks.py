@@ -36,7 +36,7 @@ def test_interleaved_measures_some_rounds_whatever_the_budget() -> None:
     assert [timed[0], timed[3]] == ["a", "b"]  # nobody is always first
 
 
-def test_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rounds: None) -> None:
     import floor
 
     monkeypatch.setitem(floor.JOBS, "MLP, 1M weights", lambda: floor.perceptron(width=8))
@@ -49,7 +49,7 @@ def test_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "floor.png").stat().st_size > 0
 
 
-def test_large_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rounds: None) -> None:
     import data_in_batches
 
     monkeypatch.setattr(data_in_batches, "BATCH", 20)
@@ -62,7 +62,9 @@ def test_large_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(float(row["over_raw"]) > 0 for row in table(tmp_path / "large_data_time.csv"))
 
 
-def test_peers_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_are_missing_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rounds: None
+) -> None:
     import peers
 
     nowhere = peers.Peer("nobody", "no_such_package", peers.betty)

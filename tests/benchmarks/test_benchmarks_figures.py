@@ -29,7 +29,8 @@ def column(path: Path, value: str, *keys: str) -> dict[tuple[str, ...], float]:
 def test_memory_does_not_grow_with_the_steps(tmp_path, monkeypatch):
     import memory
 
-    monkeypatch.setattr(memory, "NETS", {name: memory.NETS[name] for name in ("OmniglotCNN",)})
+    nets = {"OmniglotCNN": lambda ways: memory.l2l.vision.models.OmniglotCNN(ways, hidden_size=16)}
+    monkeypatch.setattr(memory, "NETS", nets)
     memory.main(["--out", str(tmp_path), "--steps", "4", "--shots", "1"])
     peaks = column(tmp_path / "memory_steps.csv", "MiB", "method", "steps")
     assert peaks["iMAML", "4"] == pytest.approx(peaks["iMAML", "1"], rel=1e-5)  # some numbers
@@ -39,23 +40,26 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, monkeypatch):
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
-def test_cost_grows_with_parameters_and_tasks_and_memory_not_with_iterations(tmp_path, monkeypatch):
+def test_cost_grows_with_parameters_and_tasks_and_memory_not_with_iterations(
+    tmp_path, monkeypatch, few_rounds
+):
     import scaling
 
     monkeypatch.setattr(scaling, "TASKS", (1, 2, 4))
-    scaling.main(["--out", str(tmp_path), "--largest", "10000", "--shots", "1", "--repeats", "1"])
+    monkeypatch.setattr(scaling, "ITERATIONS", (1, 8, 64))
+    scaling.main(["--out", str(tmp_path), "--largest", "10000", "--shots", "1", "--repeats", "0"])
     memory = column(tmp_path / "scaling_exponents.csv", "memory", "factor")
     assert memory["parameters",] == pytest.approx(1, abs=0.1)
     assert memory["CG iterations",] == memory["tasks",] == 0
     taken = column(tmp_path / "scaling.csv", "iterations", "factor", "value")
-    assert taken["CG iterations", "128"] == 128  # nothing ends CG earlier
+    assert taken["CG iterations", "64"] == 64  # nothing ends CG earlier
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
-def test_figure_2_in_miniature(tmp_path):
+def test_figure_2_in_miniature(tmp_path, few_rounds):
     import figure2
 
-    sizes = {"problems": 2, "steps": 64, "ways": 5, "shots": 1, "repeats": 1, "unrolled": 4}
+    sizes = {"problems": 2, "steps": 64, "ways": 5, "shots": 1, "repeats": 0, "unrolled": 4}
     options = [part for k, v in sizes.items() for part in (f"--{k}", str(v))]
     figure2.main(["--out", str(tmp_path), "--kappa", "100", *options])
     error = column(tmp_path / "figure2_error.csv", "error", "method", "steps")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,31 @@ def test_a_run_is_resumed_and_finished(paper, tmp_path, monkeypatch, capsys):
     for method in ("fomaml", "imaml-default"):
         log = (tmp_path / f"{method}-seed0" / "log.csv").read_text().splitlines()
         assert [line.split(",")[0] for line in log[1:]] == ["0", "1", "1", "2", "2"]
+
+
+def test_photographs_are_read_class_by_class_and_fit_their_network(paper, tmp_path):
+    import paper as script
+    from PIL import Image
+
+    pictures = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(pictures, "w") as archive:
+        for place, shade in {
+            "train/a/1": 0,
+            "train/b/1": 51,
+            "train/b/2": 102,
+            "test/c/1": 255,
+        }.items():
+            content = io.BytesIO()
+            Image.new("RGB", (84, 84), (shade, shade, 0)).save(content, "jpeg")
+            archive.writestr(f"{place}.jpg", content.getvalue())
+    train, test = script.paper_tasks.load(pictures, "photographs")
+    assert [images.shape for images in train + test] == [(n, 3, 42, 42) for n in (1, 2, 1)]
+    torch.testing.assert_close(
+        train[1][:, 0].mean((1, 2)), torch.tensor([0.2, 0.4]), atol=0.02, rtol=0
+    )
+    sizes = "--protocol photographs --ways 3 --hidden 4 --data"
+    options = script.argument_parser().parse_args([*sizes.split(), str(pictures)])
+    assert script.network(options)(train[1]).shape == (2, 3)
+    for wrong in (tmp_path, pictures):
+        with pytest.raises(script.characters.InputError, match="--data"):
+            script.paper_tasks.photographs(wrong, "validation")

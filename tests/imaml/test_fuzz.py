@@ -395,6 +395,6 @@ def gradient_of(maml: Any) -> Tensor:
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 TestCalls = Calls.TestCase
 TestCalls.settings = settings(
-    max_examples=2_500 if LONG else 150, stateful_step_count=40 if LONG else 25, deadline=None
+    max_examples=2_500 if LONG else 100, stateful_step_count=40 if LONG else 25, deadline=None
 )
 TestCalls.pytestmark = [pytest.mark.timeout(3_600 if LONG else 120)]

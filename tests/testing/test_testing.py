@@ -208,9 +208,9 @@ def test_few_shot_tasks_pass(task, network):
     check_implicit(solve, (theta, X), outer=lambda phi: loss(call(phi, test_X), test_y))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_two_oracles_agree_to_six_digits(seed):
-    """Differences through the solver, and 300 unrolled steps of another one."""
+    """Differences through the solver, and 100 unrolled steps of another one."""
     task = draw.Task(shots=3, queries=3, seed=seed)
     (X, y), (test_X, test_y) = task.support, task.query
     module = draw.Network((2, 2, 2), bias=False, seed=seed).module
@@ -222,7 +222,7 @@ def test_two_oracles_agree_to_six_digits(seed):
 
     def unrolled(theta):
         phi = {k: t.clone() for k, t in theta.items()}
-        for _ in range(300):
+        for _ in range(100):
             pull = sum((phi[k] - t).square().sum() for k, t in theta.items())
             slopes = torch.autograd.grad(loss(phi, X, y) + pull, phi.values(), create_graph=True)
             phi = {k: p - 0.3 * g for (k, p), g in zip(phi.items(), slopes, strict=True)}
