@@ -66,7 +66,7 @@ class Stagnating(ig.CG):
     """CG that says of itself that it stagnated."""
 
     def solve(self, operator, rhs, verify=False):
-        return super().solve(operator, rhs, verify)._replace(status=STAGNATED)
+        return dataclasses.replace(super().solve(operator, rhs, verify), status=STAGNATED)
 
 
 STAGNATED = ig.Status.STAGNATED
