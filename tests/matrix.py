@@ -65,7 +65,8 @@ def arithmetics() -> Iterator[tuple[str, dict[str, str], str]]:
 
 
 def run_bounds(wanted: str) -> None:
-    """The bounds' tests in every setting."""
+    """The bounds' tests in every setting, on more problems."""
+    os.environ["IMPLICIT_GRAD_LONG"] = "1"
     run_arithmetics("bounds", BOUNDS, wanted)
 
 

@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import functools
 import math
+import os
 import statistics
 
 import numpy as np
@@ -54,7 +55,8 @@ SPECTRA = {
     "two": lambda n, k, u: torch.tensor([1.0, k], dtype=F64),
 }
 FAMILIES = list(SPECTRA)
-SEEDS = 20
+LONG = "IMPLICIT_GRAD_LONG" in os.environ
+SEEDS = 20 if LONG else 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,16 +140,16 @@ def problems(dtype: torch.dtype) -> list[Convex]:
     return [problem for problem in drawn if problem is not None]
 
 
-@pytest.mark.parametrize(("dtype", "count"), [(F64, 390), (F32, 380)])
-def test_the_bound_holds_and_is_tight(dtype, count):
-    """800 problems, truncated at up to 9 places and solved, 5,816 times: never violated.
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_the_bound_holds_and_is_tight(dtype):
+    """20 problems of a family, truncated at up to 9 places and solved, 5,816 times: never violated.
 
     No bound can be tight for an error whose residual might all lie along μ but does not: where the
     least Ritz value has met μ already, or the right-hand side has hardly any part along μ, it is
     looser; by no more than κ.
     """
     ratios, early, drawn = [], [], problems(dtype)
-    assert len(drawn) >= count
+    assert len(drawn) >= 0.95 * SEEDS * len(FAMILIES)
     for problem in drawn:
         n = len(problem.rhs)
         steps = [k for k in (1, 2, 3, 5, 8, 13, 20, 40, 80) if k <= n]
@@ -161,7 +163,7 @@ def test_the_bound_holds_and_is_tight(dtype, count):
                 ritz = ritz_values(solution.coefficients)
                 if ritz and ritz[0] > 1.001 * problem.mu:
                     early.append(bound / error)
-    assert len(ratios) > 1_000 and len(early) > 0.7 * len(ratios)
+    assert len(ratios) > 50 * SEEDS and len(early) > 0.7 * len(ratios)
     assert statistics.median(ratios) <= 2.0
     assert sum(ratio <= 30 for ratio in ratios) >= 0.96 * len(ratios)
     assert sum(ratio <= 30 for ratio in early) >= 0.99 * len(early)
@@ -189,7 +191,7 @@ def test_the_bound_holds_for_products_in_bfloat16():
             bound = error_bound(solution, rounded.mu)
             tried, known = tried + 1, known + (bound is not None)
             assert bound is None or bound >= rounded.error(solution.x)
-    assert tried > 500 and known > 0.8 * tried
+    assert tried > 25 * SEEDS and known > 0.8 * tried
 
 
 @pytest.mark.parametrize("factor", [1e-3, 0.5])
@@ -278,7 +280,7 @@ def test_a_residual_that_was_not_recomputed_bounds_nothing():
 @pytest.mark.parametrize("rtol_error", [0.3, 1e-2, 1e-4])
 def test_a_known_mu_makes_the_error_as_small_as_asked(dtype, rtol_error):
     iterations, needed, by_error = 0, 0, 0
-    drawn = problems(dtype)[::4]
+    drawn = problems(dtype)[:: 4 if LONG else 2]
     for problem in drawn:
         known = problem.known(mu=problem.mu, rtol_error=rtol_error)
         for solver in (ig.CG(), ig.CG(maxiter=500)):
@@ -307,7 +309,7 @@ def test_a_known_mu_makes_the_error_as_small_as_asked(dtype, rtol_error):
 @pytest.mark.parametrize("rtol_error", [1e-2, 1e-4])
 def test_an_estimated_mu_is_called_an_estimate(rtol_error):
     within, total = 0, 0
-    for problem in problems(F64)[::2]:
+    for problem in problems(F64)[:: 2 if LONG else 1]:
         solution = ig.CG().solve(problem.known(rtol_error=rtol_error), problem.rhs)
         if solution.error_is_bound is None:
             continue
@@ -360,7 +362,7 @@ def test_an_error_below_rounding_is_not_claimed(rtol_error):
         if solution.status == Status.CONVERGED:
             limit = rtol_error * problem.norm(solution.x.double().numpy())
             assert problem.error(solution.x) <= 2 * limit
-    assert statuses.count(Status.CONVERGED) > 10 and statuses.count(Status.STAGNATED) > 10
+    assert min(map(statuses.count, (Status.CONVERGED, Status.STAGNATED))) > SEEDS / 2
     assert set(statuses) == {Status.CONVERGED, Status.STAGNATED}
 
 
