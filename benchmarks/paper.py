@@ -117,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Do all runs asked for, then one table and one picture over all runs in the folder."""
     parser = argument_parser()
     options = parser.parse_args(arguments)
+    if options.protocol == "photographs" and options.official_runs is not None:
+        parser.error("--official-runs: these are characters, and no test of photographs")
     options.device, options.workers = torch.device("cpu"), workers.Workers()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)

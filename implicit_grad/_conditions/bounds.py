@@ -23,12 +23,17 @@ def as_pair(name: str, bounds: Any) -> tuple[Any, Any]:
         raise InvalidArgumentError(
             f"{name}: bounds must be a pair (lower, upper), got {describe(bounds)}"
         )
-    if any(map(callable, bounds)):
+    if any(map(_is_function, bounds)):
         raise InvalidArgumentError(
             f"{name}: a bound is no function, but argmin's bounds may be one, of the arguments, "
             "which returns the pair: bounds=lambda *args: (lower, upper)"
         )
     return bounds[0], bounds[1]
+
+
+def _is_function(bound: Any) -> bool:
+    """Whether it can be called and holds nothing, as modules in the form of φ do."""
+    return callable(bound) and any(leaf is bound for leaf in pytree.leaves(bound))
 
 
 def spread(name: str, bounds: Any, phi: Any) -> tuple[Limits, Limits]:

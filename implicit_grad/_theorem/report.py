@@ -248,7 +248,7 @@ class Reporting:
             status, unsolved = judged(solution, around), False
             inner, size, outer_error, steep = row
             if status.ok or status in _MAY_COME_OF_PHI:
-                way = abs(outer_error) / steep if steep and _solves(solution) else 0.0
+                way = abs(outer_error) / steep if steep and _solves(solution, around) else 0.0
                 unsolved = self._is_unsolved(solution, solved.solver, along, task, inner, size, way)
                 if unsolved and status.ok:
                     status = Status.INNER_NOT_STATIONARY
@@ -346,8 +346,10 @@ class Reporting:
         return math.sqrt(largest) * bound
 
 
-def _solves(solution: LinearSolution) -> bool:
-    """Whether it is a solution, and nothing in the place of one."""
+def _solves(solution: LinearSolution, around: Linearization) -> bool:
+    """Whether it is a solution, of A's own system, and nothing in the place of one."""
+    if around.curvature == "gauss_newton":  # which may have next to no curvature where A has much
+        return False
     exact = solution.status in (Status.CONVERGED, Status.EXACT)
     return exact and solution.filter_error is None and solution.substitute is None
 

@@ -44,6 +44,8 @@ class Transformed:
             batched = Plain(lambda xs, known: self._batch(*at_once, xs, known))
         try:
             phi = lifted(Plain(self._single, batched), inputs)
+        except ImplicitGradError:
+            raise
         except RuntimeError as error:  # torch's, maybe, of a batch where there is none
             reached = captured_tensors(self.setup.condition, self.solver, *self.tree.others)
             if any(is_batched(t) for _, t in reached):

@@ -132,6 +132,28 @@ def test_a_function_in_the_pair_is_told_where_it_belongs():
         ig.argmin(lambda z, a: (z - a).sum() ** 2, bounds=(0.0, lambda a: a))
 
 
+def test_a_module_bounds_a_module_although_it_can_be_called():
+    low = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        low.weight.copy_(torch.tensor([[0.0, 2.0]]))
+        low.bias.fill_(-1.0)
+
+    def fit(a):
+        module = torch.nn.Linear(2, 1)
+        with torch.no_grad():
+            module.weight.copy_(torch.maximum(a, low.weight))
+            module.bias.zero_()
+        return module
+
+    def objective(module, a):
+        return (module.weight - a).square().sum() + module.bias.square().sum()
+
+    a = torch.ones(2, requires_grad=True)
+    phi = ig.implicit(fit, ig.argmin(objective, bounds=(low, None)))(a)
+    (grad,) = torch.autograd.grad(phi.weight.sum(), a)
+    assert grad.tolist() == [1.0, 0.0]
+
+
 def test_a_function_of_the_arguments_that_returns_no_pair():
     a = torch.ones(2, requires_grad=True)
     condition = ig.argmin(lambda z, a: (z - a).sum() ** 2, bounds=lambda a: a)

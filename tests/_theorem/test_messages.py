@@ -186,3 +186,27 @@ def test_a_small_residual_where_curvature_is_small_is_no_solution(kind, linear_s
     assert status(lambda a: a.clone(), everything).ok
     assert status(lambda a: a * (1 + 1e-4), everything).ok
     assert status(lambda a: a + torch.finfo(a.dtype).eps, everything, torch.float32).ok
+
+
+@pytest.mark.parametrize("linear_solver", [ig.CG(), ig.Exact()])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_curvature_that_gauss_newton_leaves_out_is_no_flat_direction(curvature, linear_solver):
+    """1e-4 from the minimum, where w₁ has a curvature of 10, and by Gauss-Newton one of 1e-3."""
+
+    def model(w, a):
+        return torch.stack([w[0], w[1] ** 2, *w])
+
+    def loss(o, a):
+        return (o[0] - a).square() / 2 + (o[1] + 5).square() / 2 + 1e-3 * o[2:].square().sum() / 2
+
+    solve = ig.implicit(
+        lambda a: torch.stack([a / 1.001, torch.full_like(a, 1e-4)]),
+        ig.argmin(loss, model=model),
+        curvature=curvature,
+        linear_solver=linear_solver,
+        monitor=(monitor := ig.Monitor()),
+        on_failure="ignore",
+    )
+    a = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    torch.autograd.grad(solve(a).sum(), a)
+    assert monitor.last.curvature == curvature and monitor.last.status.ok

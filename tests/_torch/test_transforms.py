@@ -227,6 +227,20 @@ def test_captured_tensors_are_refused_under_transforms():
         vmap(through_capture)(torch.tensor([0.5, 0.6]))
 
 
+def test_what_else_is_wrong_is_not_taken_for_a_captured_batch():
+    def diverged(w):
+        def solver(t):
+            solver.log = w  # which has no part in the problem
+            return t * float("nan")
+
+        return ig.implicit(solver, ig.argmin(lambda phi, t: (phi - t).square().sum()))(
+            AT[0] + 0 * w
+        )
+
+    with pytest.raises(ig.InvalidSolutionError, match="diverged"):
+        vmap(diverged)(torch.tensor([0.5, 0.6]))
+
+
 @pytest.mark.parametrize("inner", [grad, jacfwd, lambda f: lambda x: vmap(f)(x[None])[0]])
 @pytest.mark.parametrize("outer", [grad, jacfwd])
 def test_what_a_transform_further_out_looks_at_is_captured_too(outer, inner):

@@ -11,12 +11,13 @@ import implicit_grad as ig
 
 
 def frames(call: Callable[[], object]) -> int:
-    """How many functions of Python a call runs: times would depend on the machine."""
+    """How many functions of ours a call runs: times would depend on the machine."""
     seen = 0
 
     def count(frame, event, arg):
         nonlocal seen
-        seen += event == "call"
+        ours = frame.f_globals.get("__name__", "").startswith("implicit_grad")  # others' vary
+        seen += ours and event == "call"
 
     before = sys.getprofile()
     sys.setprofile(count)
@@ -41,4 +42,4 @@ def test_a_warm_call_runs_few_functions_of_python():
     made = []
     forward = frames(lambda: made.append(solve(X, y, lam).sum()))
     backward = frames(made[0].backward)  # of ten iterations
-    assert forward <= 500 and backward <= 600, (forward, backward)
+    assert forward <= 380 and backward <= 510, (forward, backward)

@@ -141,6 +141,8 @@ def test_photographs_are_read_class_by_class_and_fit_their_network(paper, tmp_pa
     sizes = "--protocol photographs --ways 3 --hidden 4 --data"
     options = script.argument_parser().parse_args([*sizes.split(), str(pictures)])
     assert script.network(options)(train[1]).shape == (2, 3)
+    with pytest.raises(SystemExit):  # before hours of training, after which they do not fit
+        script.main([*sizes.split(), str(pictures), "--official-runs", str(pictures)])
     for wrong in (tmp_path, pictures):
         with pytest.raises(script.characters.InputError, match="--data"):
             script.paper_tasks.photographs(wrong, "validation")

@@ -36,6 +36,7 @@ def main(script: Path, arguments: list[str]) -> int:
         if not (pid := os.fork()):
             code = 1
             try:
+                os.close(tell)  # so that the read ends where the parent has died
                 child(rank, os.read(told, 8).decode(), script, arguments)
                 sys.stdout.flush()
                 code = 0

@@ -94,6 +94,7 @@ def test_batched_is_the_loop(
     assert batched["config"] == {**loop["config"], "batched": True}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the workers are forked")
 def test_two_workers_do_what_one_process_does(
     omniglot: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
