@@ -110,12 +110,12 @@ def _of_function(function: FunctionType) -> list[tuple[str, Any]]:
     found = [(name, cell.cell_contents) for name, cell in around if cell != _EMPTY]
     if "site-packages" not in code.co_filename:  # a library has no tensors of the user's
         known, names = function.__globals__, _names(code)
-        for name in [n for n in names if n in known]:
-            value = known[name]
+        for name in names:
+            value = known.get(name)
             if isinstance(value, ModuleType):
                 held = vars(value)
                 found += [(f"{name}.{n}", held[n]) for n in names if n in held]
-            else:
+            elif value is not None:
                 found.append((name, value))
     found.append(("defaults", function.__defaults__))
     found.append(("", function.__kwdefaults__))
