@@ -131,7 +131,7 @@ def phi_replaces_first(condition: Condition, phi: Any, call: Call) -> bool:
 Given = list[tuple[Tensor, int]]
 
 
-def followed(outputs: Sequence[Tensor]) -> Tensors:
+def _followed(outputs: Sequence[Tensor]) -> Tensors:
     """The leaves that the transforms around, or torch without any, differentiate outputs by."""
     return leaves_behind([layer for t in outputs for layer in layers(t)])
 
@@ -559,9 +559,9 @@ class Evaluation(Recorded):
         outputs, random = self._as_transforms_see()
         if any(map(has_tangent, outputs)) or (not random and any(map(is_batched, outputs))):
             return True
-        leaves = followed(outputs)
+        leaves = _followed(outputs)
         return bool(leaves) and any(
-            t is leaf for t in followed(self._as_transforms_see()[0]) for leaf in leaves
+            t is leaf for t in _followed(self._as_transforms_see()[0]) for leaf in leaves
         )
 
     def _as_transforms_see(self) -> tuple[Tensors, bool]:
