@@ -32,8 +32,6 @@ import workers
 
 from implicit_grad.testing import peak_memory
 
-PROTOCOLS = ("finn", "lake", "photographs")
-
 
 class MetaLearner:
     """One method with its network and its meta-optimiser, as a run wants them."""
@@ -127,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         planned = plan(options)
     except characters.InputError as error:
         parser.error(str(error))
-    turns = 1 if options.protocol == "photographs" else paper_tasks.TURNS
+    turns = paper_tasks.PROTOCOLS[options.protocol]
     tasks = paper_tasks.Tasks(train, options.ways, options.shots, turns)
     with checkpoint.own_random_numbers(runs.TEST_SEED):
         supply = paper_tasks.Tasks(test, options.ways, options.shots, 1)
@@ -163,7 +161,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="folder of Omniglot's zips, or zip of photographs")
     add("--method", nargs="+", choices=METHODS, default=["fomaml"], help="one or several")
     add("--seed", nargs="+", type=int, default=[0], help="one or several")
-    add("--protocol", choices=PROTOCOLS, default="lake", help="what tasks are made of")
+    add("--protocol", choices=paper_tasks.PROTOCOLS, default="lake", help="what tasks are made of")
     add("--official-runs", type=Path, help="all_runs.zip: test on the 20 runs (20 ways, 1 shot)")
     add("--ways", type=int, default=5, help="classes in a task")
     add("--shots", type=int, default=1, help="drawings of each class to adapt on")

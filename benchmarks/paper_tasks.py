@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 FINN_TRAINS_ON, FINN_SEED = 1_200, 0
-TURNS = 4
+TURNS = characters.TURNS
+PROTOCOLS = {"finn": TURNS, "lake": TURNS, "photographs": 1}  # and turns, in training
 SIDE = 42  # of photographs, in pixels: half of mini-ImageNet's, a quarter of its time
 
 Batch = tuple[Tensor, Tensor]
