@@ -80,7 +80,7 @@ def solved(objective, start, *args):
 
 @pytest.mark.parametrize("make", [random_logistic, random_network], ids=lambda f: f.__name__)
 def test_the_estimate_on_problems_with_exact_solutions(make):
-    """After a few steps of gradient descent, on 30 problems each."""
+    """After a few steps of gradient descent, on 60 problems each."""
     ratios, relative, corrections, outer_errors, refused = [], [], [], [], 0
     for seed in range(300):
         draw = draws(seed)
@@ -117,13 +117,13 @@ def test_the_estimate_on_problems_with_exact_solutions(make):
         outer_errors.append(c.outer_loss_error / float(wavy(solution) - wavy(phi)))
         if relative[-1] < 0.01:
             assert c.inner_error == pytest.approx(float((phi - solution).norm()), rel=0.1)
-        if len(ratios) == 30:
+        if len(ratios) == 60:
             break
     figures = min(ratios), statistics.median(ratios), max(ratios)
     print(f"{len(ratios)} problems, relative errors {min(relative):.1e} to {max(relative):.2f}")
     print("estimate/true", *(f"{r:.3f}" for r in figures), f"; {refused} refused")
     print(f"corrected/plain error median {statistics.median(corrections):.3f}")
-    assert len(ratios) == 30 and max(relative) > 0.1 and refused < 5
+    assert len(ratios) == 60 and max(relative) > 0.2 and refused < 5
     # a Hessian that is much nearer to singular at phi than at the solution makes it larger still
     outside = sum(not 0.8 <= ratio <= 2 for ratio in ratios)
     assert outside <= (0 if make is random_logistic else 2) and min(ratios) >= 0.8

@@ -142,7 +142,7 @@ def problems(dtype: torch.dtype) -> list[Convex]:
 
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_the_bound_holds_and_is_tight(dtype):
-    """20 problems of a family, truncated at up to 9 places and solved, 5,816 times: never violated.
+    """Problems truncated at up to 9 places and solved, 5,816 times if LONG: never violated.
 
     No bound can be tight for an error whose residual might all lie along μ but does not: where the
     least Ritz value has met μ already, or the right-hand side has hardly any part along μ, it is
