@@ -22,6 +22,8 @@ TOUCHING, CLOSE = 0.5, 0.4
 # How far beside a constraint a solver that stops at an objective's error of 1e-11 may leave φ, if
 # it rests there without a force: more than the root of that.
 BESIDE = 1e-5
+# How far away a constraint may be that it is asked whether a step of Newton's leads there.
+NEARBY = 1e-3
 
 
 class Bounds(NamedTuple):
@@ -30,18 +32,17 @@ class Bounds(NamedTuple):
     lower: Limits
     upper: Limits
 
-    def at(self, phi: Tensors, reach: float) -> tuple[Tensor, Tensor]:
-        """Which elements of the flat φ lie at, or beyond, their lower and their upper bound."""
+    def distances(self, phi: Tensors) -> Tensor:
+        """How far the elements of the flat φ are from their lower and their upper bound: 2 rows."""
 
-        def near(bound: Tensor | None, p: Tensor, sign: int) -> Tensor:
-            if bound is None:
-                return torch.zeros_like(p, dtype=torch.bool)
-            return sign * (p - bound) <= reach
+        def distance(bound: Tensor | None, p: Tensor, sign: int) -> Tensor:
+            apart = torch.full_like(p, torch.inf) if bound is None else sign * (p - bound)
+            return apart.flatten()
 
-        return tuple(  # type: ignore[return-value]
-            torch.cat([near(b, p, s).flatten() for b, p in zip(bounds, phi, strict=True)])
-            for bounds, s in ((self.lower, 1), (self.upper, -1))
-        )
+        return torch.stack([
+            torch.cat([distance(b, p, sign) for b, p in zip(limits, phi, strict=True)])
+            for limits, sign in ((self.lower, 1), (self.upper, -1))
+        ])  # fmt: skip
 
     def values(self, phi: Tensors, at_lower: Tensors) -> Tensors:
         """For elements at a bound, the bound."""
@@ -72,8 +73,11 @@ class ActiveSet(NamedTuple):
         stiffness: of the objective: how large forces become over a distance of 1.
         loose: which elements of the flat φ neither the objective's curvature nor a row holds.
         slack: how far φ is from the rows; 0 for equations.
-        beside: of rows that are not touched, but nearly: their gradients, of norm 1, one a row, and
-            how far φ is from them.
+        nearby: of rows that are not touched, but not far: their gradients, of norm 1, one a row,
+            and how far φ is from them.
+        room: how far the elements of the flat φ are from their lower and their upper bound, a row
+            each; infinitely far unless nearby.
+        size: of φ, which decides what is near.
     """
 
     rows: list[Tensor]
@@ -88,7 +92,9 @@ class ActiveSet(NamedTuple):
     stiffness: float
     loose: Tensor
     slack: Tensor
-    beside: tuple[Tensor, Tensor]
+    nearby: tuple[Tensor, Tensor]
+    room: Tensor
+    size: float
 
     @property
     def held(self) -> Tensor:
@@ -114,6 +120,13 @@ class ActiveSet(NamedTuple):
         if pairs and part_ways(pairs, phi, self.onto_tangent(self.units, phi)):
             return Status.DEPENDENT_CONSTRAINTS
         return None
+
+    def without_bound(self, i: int) -> ActiveSet:
+        """The same for a φ whose element i is not held."""
+        free = torch.ones_like(self.at_lower)
+        free[i] = False
+        freed = self._replace(at_lower=self.at_lower & free, at_upper=self.at_upper & free)
+        return freed._replace(units=self.gradients * ~freed.held / self.lengths[:, None])
 
     def onto_tangent(self, units: Tensor, phi: Tensors) -> Callable[[Tensor], Tensor]:
         """Projects flat vectors on the directions in which φ may move along such rows."""
@@ -174,11 +187,12 @@ def active_set(
     equations = torch.arange(len(rows), device=flat.device) < len(equality)
     # what is violated has to be felt in F, whatever its multiplier
     equations = equations | (values > close * lengths)
-    beyond = torch.logical_or(*bounds.at(phi, -close))
+    room = bounds.distances(phi)
+    beyond = torch.logical_or(*(room <= -close))
     force, stiffness = flat.ravel(slope), _stiffness(slope, phi, flat)
     for reach in (touching, close):
         near = equations | (values >= -reach * lengths)
-        at_lower, at_upper = bounds.at(phi, reach)
+        at_lower, at_upper = room <= reach
         constraints = Touched(
             rows=gradients[near],
             equations=equations[near],
@@ -191,8 +205,8 @@ def active_set(
         if found.explained and not bool(off.any()):
             break
     pressing_rows = near.nonzero()[found.rows].flatten()
-    beside = ~near & (values >= -BESIDE * size * lengths)
-    apart = gradients[beside] / lengths[beside, None], -values[beside] / lengths[beside]
+    nearby = ~near & (values >= -NEARBY * size * lengths)
+    apart = gradients[nearby] / lengths[nearby, None], -values[nearby] / lengths[nearby]
     slack = (-values / lengths).masked_fill(equations | (lengths == 0), 0.0)[pressing_rows]
     lengths, gradients = lengths[pressing_rows], gradients[pressing_rows]
     violated = values[pressing_rows].abs() > close * lengths
@@ -213,7 +227,9 @@ def active_set(
         stiffness=_largest(stiffness) or _largest(force) / size or 1.0,
         loose=(stiffness == 0) & ~found.held & (units.abs() <= flat.eps**DEPENDENT).all(0),
         slack=slack.clamp(min=0.0),
-        beside=apart,
+        nearby=apart,
+        room=room.clamp(min=0.0).masked_fill(room > max(close, NEARBY * size), torch.inf),
+        size=size,
     )
 
 

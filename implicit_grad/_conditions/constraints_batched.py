@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_grad._conditions.active_set import BESIDE, CLOSE, TOUCHING, Bounds
+from implicit_grad._conditions.active_set import BESIDE, CLOSE, NEARBY, TOUCHING, Bounds
 from implicit_grad._conditions.batching import batched
 from implicit_grad._conditions.bounds import check_order, check_pair, spread
 from implicit_grad._conditions.constraints import Constraints, Evaluated, Held, KKTSystem, values_of
@@ -243,13 +243,13 @@ class _Measured(NamedTuple):
         lengths = self.gradients.norm(dim=2)
         near = self.values >= -reach * lengths
         near[:, : self.equations] = True
-        at_lower, at_upper = self.x - self.lower <= reach, self.upper - self.x <= reach
+        below, above = self.x - self.lower, self.upper - self.x
+        at_lower, at_upper = below <= reach, above <= reach
         sign = at_upper.to(force.dtype) - at_lower.to(force.dtype)
         held = at_lower | at_upper
-        beyond = (self.x - self.lower <= -close) | (self.upper - self.x <= -close)
+        beyond = (below <= -close) | (above <= -close)
         odd = (beyond | (at_lower & at_upper)).any(1)
         odd |= (near & ((lengths == 0) | (self.values.abs() > reach * lengths))).any(1)
-        odd |= (~near & (self.values >= -BESIDE * size * lengths)).any(1)
         lengths = torch.where(lengths > 0, lengths, 1.0)
         unit = self.gradients / lengths[:, :, None] * near[:, :, None]
         nu, independent = _multipliers(unit * ~held[:, None, :], force, near, eps)
@@ -261,10 +261,17 @@ class _Measured(NamedTuple):
         noise = noise + eps**NO_FORCE * forces
         presses = (nu[:, :, None] * unit.abs() > noise[:, None, :]).any(2)
         presses[:, : self.equations] = True
+        nearby, free = NEARBY * size, pulled * ~held
+        odd |= ((below <= nearby) & (free > 0) | (above <= nearby) & (free < 0)).any(1)
+        toward = (self.gradients @ free[:, :, None])[:, :, 0] < 0
+        odd |= (~near & (self.values >= -nearby * lengths) & toward).any(1)
         clear = ~odd & independent & explained
         clear &= (presses | ~near).all(1) & ((push > noise) | ~held).all(1)
-        faint = near & (self.values < 0) & (nu <= BESIDE * nu.norm(dim=1, keepdim=True))
+        hardly = BESIDE * torch.cat([nu, push], 1).norm(dim=1, keepdim=True)
+        faint = near & (self.values < 0) & (nu <= hardly)
         clear &= ~faint[:, self.equations :].any(1)
+        apart = torch.where(at_lower, below, above) > 0
+        clear &= ~(held & apart & (push <= hardly)).any(1)
         greatest = self.stiffness.amax(1)
         instead = force.abs().amax(1) / size[:, 0]
         instead = torch.where(instead > 0, instead, 1.0)

@@ -282,7 +282,7 @@ class Reporting:
         # ‖F‖ ≤ ‖A‖·‖φ − φ*‖: a residual this large means a φ at least that far away
         reach, constrained = INNER_TOLERANCE * size_of_A, around.curvature == "lagrangian"
         rounding = _ZERO * around.precision * size_of_A * size
-        is_off = way > INNER_TOLERANCE * size and inner > rounding and not constrained
+        is_off = way > INNER_TOLERANCE * size and inner > rounding
         if inner <= reach * size and not is_off:
             return False
         at_stake = _at_stake(around)

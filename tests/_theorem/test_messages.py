@@ -146,11 +146,13 @@ def test_curvature_that_the_outer_loss_does_not_see_counts_all_the_same(linear_s
 
 @pytest.mark.parametrize("tasks", [False, True])
 @pytest.mark.parametrize("linear_solver", [ig.CG(), ig.MINRES(), ig.Exact()])
-@pytest.mark.parametrize("kind", ["argmin", "root"])
+@pytest.mark.parametrize("kind", ["argmin", "bounds", "inequality", "root"])
 def test_a_small_residual_where_curvature_is_small_is_no_solution(kind, linear_solver, tasks):
     """Descent along curvatures of 1 to 1e4 leaves the flattest at 0, and F is 3e-5 ‖A‖‖φ‖."""
     if kind == "root":
         linear_solver = ig.Exact() if linear_solver == ig.Exact() else ig.GMRES()
+    if kind == "inequality" and linear_solver == ig.CG():
+        linear_solver = None  # which multipliers do not go with
     curvatures = torch.tensor([1.0, 1e2, 1e4], dtype=torch.float64)
 
     def residual(w, a):
@@ -159,9 +161,16 @@ def test_a_small_residual_where_curvature_is_small_is_no_solution(kind, linear_s
     def objective(w, a):
         return (curvatures * (w - a).square()).sum() / 2
 
+    conditions = {
+        "argmin": ig.argmin(objective),
+        "bounds": ig.argmin(objective, bounds=(None, 2.0)),
+        "inequality": ig.argmin(objective, inequality=lambda w, a: w - 2.0),
+        "root": ig.root(residual),
+    }
+
     def status(solver, outer, dtype=torch.float64):
         a = torch.tensor([0.5, 1.0, 1.0], dtype=dtype)
-        condition = ig.argmin(objective) if kind == "argmin" else ig.root(residual)
+        condition = conditions[kind]
         monitor = ig.Monitor()
         solve = ig.implicit(
             solver, condition, linear_solver=linear_solver, monitor=monitor, on_failure="ignore"
