@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from implicit_grad._errors import describe
 from implicit_grad._torch.bound import owner_of
 from implicit_grad._torch.captured import captured_tensors
+from implicit_grad._torch.graph import leaves_behind
 from implicit_grad._torch.held import PLAIN, fields_of, parts_of
 from implicit_grad._torch.rebinding import Rebinding, Steps
 from implicit_grad._torch.weak import WEAK
@@ -113,30 +114,73 @@ class _Following(Rebinding):
     def __init__(self, memo: Memo) -> None:
         super().__init__(memo, lambda tensor, _: tensor)
         self._memo = memo
-        self._others: list[Any] = []  # that are not looked into
+        self._others: list[Any] = []  # that are not looked into, or tensors that were not copied
 
     def _step(self, value: Any) -> tuple[Any, Steps | None]:
         copied = self._memo.get(id(value), value)
         if isinstance(copied, Followed) and id(value) in self._memo:
             return copied, None  # whose functions follow as well
-        if _is_other(copied):
+        if isinstance(copied, Tensor) and copied is value:
+            copied = self._view_of_copied(value)
+        if _is_other(copied) or (isinstance(copied, Tensor) and copied is value):
             self._others.append(copied)
         return super()._step(copied)
 
+    @functools.cached_property
+    def _memory(self) -> dict[int | None, Tensor]:
+        """Where the tensors lie that were copied."""
+        kept = self._memo.get(id(self._memo), ())  # alive, by `copy`, until all is copied
+        return {_address(value): value for value in kept if isinstance(value, Tensor)}
+
+    def _view_of_copied(self, tensor: Tensor) -> Tensor:
+        """The same part of a copy, if the tensor is part of a tensor that was copied, else itself.
+
+        Tensors with a graph stay, as that of the original is in it.
+        """
+        address = _address(tensor)
+        if address is None or tensor.requires_grad or address not in self._memory:
+            return tensor
+        original = self._memory[address]
+        copied: Tensor = self._memo[id(original)]
+        if copied.stride() != original.stride() or copied.dtype != tensor.dtype:
+            return tensor
+        start = copied.storage_offset() + tensor.storage_offset() - original.storage_offset()
+        try:
+            return copied.detach().as_strided(tensor.shape, tensor.stride(), start)
+        except RuntimeError:  # of a tensor that was itself a part
+            return tensor
+
     def tell(self) -> None:
-        """Warn of objects that refer to what was copied, and not to the copy."""
+        """Warn of objects and tensors that refer to what was copied, and not to the copy."""
+        memory = self._memory.keys() - {None}
         for thing in self._others:
             for name, tensor in captured_tensors(thing):
                 if id(tensor) in self._memo:
-                    warn(
-                        "the copy of a solver that copy.deepcopy made may compute with the "
-                        f"original: {describe(thing)}, to which its functions refer, holds "
-                        f"{describe(tensor)} of what was copied, as {name}, and was not copied. "
+                    holds = f"holds {describe(tensor)} of what was copied, as {name}, and"
+                    cure = (
                         "Let what is copied keep that object, too, or make its class a dataclass; "
-                        "or take a list in the place of an iterator",
-                        anchor="holds-the-original",
+                        "or take a list in the place of an iterator"
                     )
-                    break
+                elif not memory.isdisjoint(map(_address, (tensor, *leaves_behind([tensor])))):
+                    holds = "is or holds what was made of a tensor that was copied, and"
+                    cure = "Let the function make it"
+                else:
+                    continue
+                warn(
+                    "the copy of a solver that copy.deepcopy made may compute with the original: "
+                    f"{describe(thing)}, to which its functions refer, {holds} was not copied. "
+                    f"{cure}",
+                    anchor="holds-the-original",
+                )
+                break
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where its memory is, which it may share with others; None if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):  # sparse ones, those of transforms
+        return None
 
 
 def _is_other(value: Any) -> bool:

@@ -370,6 +370,66 @@ def test_what_does_not_follow_is_told(form):
     close(outcome(solve, [root.b.weight]), expected(2.0, 1))
 
 
+# what a function refers to that is part of a tensor of a module, and has no graph
+PARTS: dict[str, Callable[[Tensor], object]] = {
+    "detached": lambda weights: weights.detach(),
+    "data": lambda weights: weights.data,
+    "column": lambda weights: weights.detach()[:, 1],
+    "in a list": lambda weights: [weights.detach()[1]],
+    "turned": lambda weights: weights.detach().T,
+}
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("form", PARTS)
+def test_parts_of_what_was_copied_are_parts_of_the_copy(form, buffer):
+    part = Part(2.0)
+    weights = torch.arange(12.0, dtype=torch.float64).view(3, 4)
+    part.weights = weights[:, 1:] if buffer else nn.Parameter(weights)
+    made = PARTS[form](part.weights)
+
+    def read() -> Tensor:
+        return part.weight * (made[0] if isinstance(made, list) else made).sum()
+
+    part.solve = solver_of([read])
+    twin, after = copy.deepcopy(part), copy.deepcopy(part)
+    with torch.no_grad():
+        twin.weights.mul_(2.0)
+        part.weights.zero_()
+    held = PARTS[form](after.weights)
+    total = (held[0] if isinstance(held, list) else held).sum()
+    for one, times in ((twin, 2), (after, 1)):
+        close(one.solve(X), times * 2.0 * total * X / (1 + RIDGE))
+
+
+# and what has one, or is not looked into
+MADE: dict[str, Callable[[Tensor], object]] = {
+    "view": lambda weight: weight.view(1)[0],
+    "product": lambda weight: weight * 1.0,
+    "leaf": lambda weight: weight.detach().requires_grad_(),
+    "in an object": lambda weight: Loss(weight.detach()),
+    "in bits": lambda weight: weight.detach().view(torch.int64),
+}
+
+
+@pytest.mark.parametrize("form", MADE)
+def test_tensors_made_of_what_was_copied_are_told(form):
+    part = Part(2.0)
+    made = MADE[form](part.weight)
+    part.solve = solver_of([lambda: made.part if isinstance(made, Loss) else made])
+    twin = copy.deepcopy(part)
+    with pytest.warns(ig.ImplicitGradWarning, match="made of a tensor that was copied") as told:
+        twin.solve(X)
+    assert [w.filename for w in told] == [__file__]
+
+
+def test_tensors_of_their_own_are_no_reason_to_tell():
+    part, one, other = Part(2.0), torch.ones((), requires_grad=True), nn.Parameter(torch.zeros(0))
+    product = one * 2
+    part.solve = solver_of([lambda: part.weight, lambda: one + other.sum(), lambda: product])
+    copy.deepcopy(part).solve(X)
+
+
 class Keeping(Part):
     """A model with a solver that is its own method, under the condition of another."""
 
