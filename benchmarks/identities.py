@@ -137,8 +137,10 @@ def draw(bounds: list[Row], limits: list[Row], path: Path) -> None:
     bound.plot(ends, ends, "k--", linewidth=1, label="error = bound")
     bound.set(xlabel="allowed: M δ + δ′", ylabel="error of the meta-gradient")
     bound.set_title("(a) Theorem 1, quadratic problems", fontsize=10)
+    rounding = torch.finfo(torch.float64).eps  # in the place of 0, which has no logarithm
     for name in list(limits[0])[1:]:
-        limit.plot([r["steps"] for r in limits], [r[name] for r in limits], "o-", label=name)
+        differences = [max(float(r[name]), rounding) for r in limits]
+        limit.plot([r["steps"] for r in limits], differences, "o-", label=name)
     limit.set(xlabel="steps", ylabel="relative difference")
     limit.set_title("(b), (c) what is equal in the limit, tanh network", fontsize=10)
     for panel in (bound, limit):
