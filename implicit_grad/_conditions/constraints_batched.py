@@ -261,10 +261,7 @@ class _Measured(NamedTuple):
         noise = noise + eps**NO_FORCE * forces
         presses = (nu[:, :, None] * unit.abs() > noise[:, None, :]).any(2)
         presses[:, : self.equations] = True
-        nearby, free = NEARBY * size, pulled * ~held
-        odd |= ((below <= nearby) & (free > 0) | (above <= nearby) & (free < 0)).any(1)
-        toward = (self.gradients @ free[:, :, None])[:, :, 0] < 0
-        odd |= (~near & (self.values >= -nearby * lengths) & toward).any(1)
+        odd |= self._pushed_nearby(NEARBY * size, pulled * ~held, eps**ROUNDING * forces, near)
         clear = ~odd & independent & explained
         clear &= (presses | ~near).all(1) & ((push > noise) | ~held).all(1)
         hardly = BESIDE * torch.cat([nu, push], 1).norm(dim=1, keepdim=True)
@@ -286,6 +283,17 @@ class _Measured(NamedTuple):
             gradients=self.gradients,
             loose=(self.stiffness == 0) & ~held & (unit.abs() <= eps**DEPENDENT).all(1),
         )
+
+    def _pushed_nearby(
+        self, nearby: Tensor, free: Tensor, rounding: Tensor, near: Tensor
+    ) -> Tensor:
+        """In which tasks the force on what is free leads to a limit that is not touched."""
+        below = (self.x - self.lower <= nearby) & (free > rounding)
+        above = (self.upper - self.x <= nearby) & (-free > rounding)
+        rows, lengths = self.gradients, self.gradients.norm(dim=2)
+        pushed = (-rows @ free[:, :, None] > rows.abs() @ rounding[:, :, None])[:, :, 0]
+        pushed &= ~near & (self.values >= -nearby * lengths)
+        return (below | above).any(1) | pushed.any(1)
 
 
 def _multipliers(rows: Tensor, force: Tensor, near: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,28 @@ def test_steps_to_a_constraint_in_a_batch(times, before, constraints):
     assert status.ok == (times < 1)
 
 
+def test_rounding_sends_no_task_its_own_way():
+    """A limit to which only rounding pushes φ is for the batch as one that is far away."""
+    random = torch.Generator().manual_seed(0)
+    rows, a = (torch.randn(k, 6, generator=random) for k in (8, 50))
+    phi, calls = a - (a.sum(1, keepdim=True) - 1) / 6, []  # the nearest with a sum of 1
+
+    def evaluations(before):
+        condition = ig.argmin(
+            lambda x, a, limits: calls.append(1) or (x - a).square().sum(),
+            equality=lambda x, a, limits: x.sum() - 1,
+            inequality=lambda x, a, limits: rows @ x - limits,
+        )
+        solve = ig.implicit(lambda a, limits: a - (a.sum() - 1) / 6, condition)
+        calls.clear()
+        torch.func.vmap(torch.func.grad(lambda *args: solve(*args)[0]))(
+            a, phi @ rows.T + before * rows.norm(dim=1)
+        )
+        return len(calls)
+
+    assert evaluations(NEARBY) == evaluations(1.0)
+
+
 def test_as_many_bounds_as_unknowns_cost_no_more_products():
     """All 300 elements lie beside a bound, with hardly a force: five are looked at."""
     products = []
