@@ -130,7 +130,8 @@ class _Following(Rebinding):
     def _memory(self) -> dict[int | None, Tensor]:
         """Where the tensors lie that were copied."""
         kept = self._memo.get(id(self._memo), ())  # alive, by `copy`, until all is copied
-        return {_address(value): value for value in kept if isinstance(value, Tensor)}
+        tensors = (v for v in kept if isinstance(v, Tensor) and id(v) in self._memo)
+        return {_address(tensor): tensor for tensor in tensors}
 
     def _view_of_copied(self, tensor: Tensor) -> Tensor:
         """The same part of a copy, if the tensor is part of a tensor that was copied, else itself.
