@@ -3,7 +3,6 @@
 import datetime
 import functools
 import itertools
-import multiprocessing.forkserver
 import os
 import re
 import sys
@@ -29,6 +28,7 @@ from batched_problem import (
     trained,
     whole,
 )
+from forking import start_method
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,11 +84,7 @@ class Pair:
 
     def _start(self):
         self.stop()
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "torch._dynamo"])  # which optimizers import
-        with pytest.MonkeyPatch.context() as patch:  # where the server is to find this file
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-            multiprocessing.forkserver.ensure_running()
+        context = torch.multiprocessing.get_context(start_method(__name__))
         file = self._folder / f"rendezvous{next(self._names)}"
         for rank in range(2):
             here, there = context.Pipe()
