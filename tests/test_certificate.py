@@ -93,7 +93,8 @@ def test_the_estimate_on_problems_with_exact_solutions(make):
 
         path = [theta.detach()]
         for _ in range(60):
-            slope = torch.func.grad(objective)(path[-1], theta.detach(), X.detach())
+            w = path[-1].detach().requires_grad_()
+            (slope,) = torch.autograd.grad(objective(w, theta.detach(), X.detach()), w)
             path.append(path[-1] - slope / (2 + lam))
         solution, hessian = solved(objective, path[-1], theta, X)
         if torch.linalg.eigvalsh(hessian)[0] < 0.05:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from fingerprint import untouched
+from forking import start_method
 from problems import in_threads, minimize, normal, prox
 from torch import Tensor, nn
 from torch.autograd import grad
@@ -247,7 +248,9 @@ def behind_a_layer(encoder: nn.Module, inner: nn.Module, seed: int) -> Tensor:
 
 def test_data_parallel_processes_average_the_gradients(tmp_path):
     address, file = f"file://{tmp_path}/rendezvous", str(tmp_path / "found")
-    context = torch.multiprocessing.spawn(processes, (address, file), nprocs=2, join=False)
+    context = torch.multiprocessing.start_processes(
+        processes, (address, file), nprocs=2, join=False, start_method=start_method(__name__)
+    )
     deadline = time.monotonic() + 120
     try:
         while not context.join(timeout=5):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
+from implicit_grad._torch.unrecorded import operations_unrecorded
+
 
 def peak_memory(call: Callable[[], object]) -> int:
     """The most bytes of CPU tensors alive at once during a call, above those alive before it.
@@ -18,7 +20,8 @@ def peak_memory(call: Callable[[], object]) -> int:
     4000
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
+        with operations_unrecorded():
+            call()
     events = record.profiler.kineto_results.events()  # as JSON they are large, and slow to read
     changes = [
         (event.start_ns(), event.nbytes())

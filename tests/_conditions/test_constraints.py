@@ -519,7 +519,10 @@ def on_curves(p, s, r, b):
 
     z = torch.tensor([1.0, 0.34, 0.3, 0.1, 0.5, 0.0, 0.5])
     for _ in range(30):
-        z = z - torch.linalg.solve(torch.func.jacrev(F)(z), F(z))
+        step = torch.linalg.solve(torch.func.jacrev(F)(z), F(z))
+        z = z - step
+        if step.norm() < 1e-12:  # the next one would be at rounding error
+            break
     return z[:5]
 
 

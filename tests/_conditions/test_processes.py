@@ -28,6 +28,7 @@ from batched_problem import (
     trained,
     whole,
 )
+from forking import start_method
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,7 +62,7 @@ def serve(rank, file, pipe):
 
 
 class Pair:
-    """Two processes that run functions side by side."""
+    """Two processes that run functions side by side, forked after this file's imports."""
 
     def __init__(self, folder):
         self._folder, self._names = folder, itertools.count()
@@ -83,7 +84,7 @@ class Pair:
 
     def _start(self):
         self.stop()
-        context = torch.multiprocessing.get_context("spawn")
+        context = torch.multiprocessing.get_context(start_method(__name__))
         file = self._folder / f"rendezvous{next(self._names)}"
         for rank in range(2):
             here, there = context.Pipe()
@@ -188,6 +189,11 @@ def second_derivatives(group, times=1.0):
     return torch.stack(torch.autograd.grad(first[0] * 2 + first[1] ** 2, args))
 
 
+def nearby(objective):
+    """Not far from the minimum: on the way there, each product would take two messages."""
+    return {k: v + 0.01 for k, v in NEWTON.minimize(objective, START).items()}
+
+
 def proximal(group):
     theta = {k: v.clone().requires_grad_() for k, v in START.items()}
     strength = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
@@ -198,7 +204,10 @@ def proximal(group):
         condition = ig.proximal(
             misfit, strength, batches=mine(group), regularizer=penalty, group=group
         )
-    w = ig.implicit(NEWTON, condition)(theta, *args)
+    start = nearby(
+        lambda w: whole(w, *args) + 0.75 * sum((w[k] - START[k]).square().sum() for k in w)
+    )
+    w = ig.implicit(NEWTON, condition, init=lambda *_: start)(theta, *args)
     grads = torch.autograd.grad(outer(w), (*theta.values(), *args, strength))
     return torch.cat([g.flatten() for g in grads])
 
@@ -215,12 +224,16 @@ def captured(group):
     def regularizer(w, lam):
         return weight * penalty(w, None, lam)
 
+    def objective(w, lam):
+        return loss(w, (X, Y), lam) + regularizer(w, lam)
+
     if group is None:
-        condition = ig.argmin(lambda w, lam: loss(w, (X, Y), lam) + regularizer(w, lam))
+        condition = ig.argmin(objective)
     else:
         condition = ig.argmin(loss, batches=mine(group), regularizer=regularizer, group=group)
     lam = arguments()[1]
-    w = ig.implicit(NEWTON, condition, init=lambda lam: START)(lam)
+    start = nearby(lambda w: objective(w, lam))
+    w = ig.implicit(NEWTON, condition, init=lambda lam: start)(lam)
     grads = torch.autograd.grad(outer(w), (lam, weight, *features.parameters()))
     return torch.cat([g.flatten() for g in grads])
 
@@ -272,7 +285,8 @@ def influence(group):
 def warm(group):
     found = []
     condition = ig.argmin(whole) if group is None else shared(group)
-    solve = ig.implicit(NEWTON, condition, init=lambda *_: START, warm_start=True)
+    start = nearby(lambda w: whole(w, *arguments()))
+    solve = ig.implicit(NEWTON, condition, init=lambda *_: start, warm_start=True)
     for shift in (0.0, 0.05):
         args = [a.detach().add(shift).requires_grad_() for a in arguments()]
         found.extend(torch.autograd.grad(outer(solve(*args)), args))

@@ -11,6 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 (which the first optimizer imports)
 import torch.distributed as dist
 
 COUNT = 2

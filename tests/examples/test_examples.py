@@ -1,8 +1,5 @@
 """The examples with a point: each makes it in miniature, with a hypergradient that is right."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -317,24 +314,16 @@ def test_the_batch_of_linear_systems_is_what_a_learner_does():
     torch.testing.assert_close(found[0], expected)
 
 
-def test_wrong_sources_of_large_data_are_found_by_one_process_as_by_two(tmp_path):
+def test_wrong_sources_of_large_data_are_found_by_one_process_as_by_two(tmp_path, in_two_processes):
     import large_data
 
     numbers = {"batches": 3, "steps": 2}
     alone = large_data.main(command_line(tmp_path / "one", **numbers))
     assert alone["weights"][:3].max() < 0.3 < 0.7 < alone["weights"][3:].min()
     assert picture(tmp_path / "one", "large_data")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = [large_data.__file__, *command_line(tmp_path / "two", **numbers)]
-    ran = subprocess.run(
-        [*torchrun, *script],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    printed = in_two_processes("large_data.py", *command_line(tmp_path / "two", **numbers))
     weights = ", ".join(f"{w:.3f}" for w in alone["weights"])
-    assert ran.stdout.count(f"weights {weights};") == 1
+    assert printed.count(f"weights {weights};") == 1
 
 
 def test_hypergradient_of_the_sources_weights():

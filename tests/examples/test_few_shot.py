@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,23 +91,15 @@ def test_batched_is_the_loop(
     assert batched["config"] == {**loop["config"], "batched": True}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the workers are forked")
 def test_two_workers_do_what_one_process_does(
-    omniglot: tuple[Path, list[Path]], tmp_path: Path
+    omniglot: tuple[Path, list[Path]], tmp_path: Path, in_two_processes: Callable[..., str]
 ) -> None:
     """Three tasks for two, and five to test on; solves that fail in either are counted."""
     arguments = ["--data", f"omniglot:{omniglot[0]}", "--algorithm", "imaml", "--iterations", "3"]
     arguments += ["--curvature", "hessian", "--meta-batch", "3", "--test-tasks", "5"]
     few_shot(tmp_path / "one", *arguments)
-    script = [str(Path(__file__).with_name("forked.py")), str(EXAMPLES / "few_shot.py"), *TINY]
-    ran = subprocess.run(
-        [sys.executable, *script, *arguments, "--out", str(tmp_path / "two")],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ran.stdout.count("MiB") == 1  # the table of results
+    printed = in_two_processes("few_shot.py", *TINY, *arguments, "--out", str(tmp_path / "two"))
+    assert printed.count("MiB") == 1  # the table of results
     one, two = (tmp_path / way / "imaml-seed0" for way in ("one", "two"))
     for column in ("loss", "accuracy", "failed_solves", "test_accuracy"):
         expected = {k: float(v) for k, v in rows(one, column).items()}
