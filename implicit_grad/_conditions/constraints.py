@@ -16,6 +16,7 @@ from implicit_grad._conditions.bounds import check_pair, spread
 from implicit_grad._conditions.dependence import is_pushed
 from implicit_grad._conditions.doubts import is_in_doubt
 from implicit_grad._conditions.lagrangian import Multipliers, multipliers_at
+from implicit_grad._curvature.auto import missing_told
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError, Status, describe
 from implicit_grad._theorem.linearization import Linearization
@@ -201,7 +202,7 @@ def forces(
     phi = objective.phi
     with torch.enable_grad():
         slope = gradient(objective.value, phi)
-    with torch.no_grad(), objective.guard():
+    with torch.no_grad(), objective.guard(), missing_told(_MISSING):
         return slope, active_set(slope, phi, bounds, equality, inequality)
 
 
@@ -272,7 +273,8 @@ class KKTSystem(Linearization):
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu."""
-        product = super().smooth_transposed((*self._free(u), *u[self._size :]))
+        with missing_told(_MISSING):
+            product = super().smooth_transposed((*self._free(u), *u[self._size :]))
         head = (
             torch.where(fixed, unit * x, p)
             for fixed, unit, x, p in zip(self.fixed, self._unit, u, product, strict=False)
@@ -292,6 +294,10 @@ _ONCE = (
     "once_differentiable, or a function is compiled (torch.compile), or F.linear_cross_entropy "
     "works in chunks: it has no second derivative, and under constraints no differences are taken "
     "in its place. Write it in torch operations"
+)
+_MISSING = (
+    "an operation of the objective or of a constraint has no second derivative in torch, and under "
+    "constraints no differences are taken in its place: use another form of the operation"
 )
 _TIED = (
     "active constraints depend on each other at phi, and only to first order is it known that they "

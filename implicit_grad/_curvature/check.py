@@ -175,7 +175,37 @@ def check_lagrangian(
     except Exception:  # as above
         return None
     weighed = dataclasses.replace(probe, outputs=(value,), elsewhere=elsewhere)
-    return check_objective(dataclasses.replace(objective, value=value), weighed, "hessian")
+    of_all = dataclasses.replace(objective, value=value)
+    found = check_objective(of_all, weighed, "hessian")
+    try:
+        if found is None and _constraints_are_wrong(probe, lagrangian):
+            said = "how a constraint changes with an argument is not what differences say"
+            found = Finding(f"{said}: {probe.suspects}", False)
+    except Exception:  # as above
+        return None
+    return found
+
+
+def _constraints_are_wrong(probe: Probe, lagrangian: Callable[[Tensors], Tensor]) -> bool:
+    """Whether their values move with arguments in a way that their derivatives do not know."""
+    targets = tuple(probe.inputs[i] for i in probe.moving)
+    if not targets:
+        return False
+    away = direction(targets)
+
+    def pull(outputs: Tensors) -> Tensor:
+        return lagrangian(outputs) - outputs[0]
+
+    def moved(t: float) -> Tensors:
+        with torch.enable_grad():
+            outputs = probe.elsewhere(probe.phi, probe.moved_inputs(away, t))
+        return (pull(outputs).detach(),)
+
+    with torch.enable_grad():
+        here = pull(probe.outputs)
+    with torch.no_grad():
+        claimed = inner(vjp((here,), targets, (torch.ones_like(here),)), away)
+    return any(is_wrong(moved, (here.detach(),), (here.new_tensor(claimed),), probe.eps))
 
 
 def check_third(objective: Objective, probe: Probe) -> Finding | None:

@@ -101,3 +101,55 @@ def test_a_missing_second_derivative_is_refused(kind):
     w = ig.implicit(*problem(kind, SquaresOnce.apply))(a)
     with pytest.raises(ig.GraphError, match="under constraints no differences"):
         w.sum().backward()
+
+
+class HalfOfTheCube(torch.autograd.Function):
+    """Σ w - b³, whose derivative by b is half of what it should be, or None."""
+
+    @staticmethod
+    def forward(ctx, w, b, knows):
+        ctx.save_for_backward(b)
+        ctx.knows = knows
+        return w.sum() - b**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (b,) = ctx.saved_tensors
+        return g.expand(3), -1.5 * g * b**2 if ctx.knows else None, None
+
+
+@pytest.mark.parametrize("name", ["equality", "inequality"])
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_wrong_derivative_of_a_constraint_by_an_argument_is_told(name, knows):
+    b, monitor = torch.tensor(-1.2, requires_grad=True), ig.Monitor()
+    plane = {name: lambda w, b: HalfOfTheCube.apply(w, b, knows)}
+    least = ig.argmin(lambda w, b: w.square().sum(), **plane)
+    solve = ig.implicit(
+        lambda b: (b**3 / 3).expand(3).clone(), least, monitor=monitor, on_failure="ignore"
+    )
+    solve(b).sum().backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+    assert "how a constraint changes" in monitor.last.check
+
+
+def speech(w):
+    """An operation whose second derivative torch does not have."""
+    targets, lengths = torch.tensor([[1, 2]]), (torch.tensor([6]), torch.tensor([2]))
+    scores = torch.linspace(0, 1, 24).sin().view(6, 1, 4) + w
+    return torch.nn.functional.ctc_loss(scores.log_softmax(2), targets, *lengths)
+
+
+@pytest.mark.parametrize("kind", ["bounds", "equality"])
+def test_an_operation_without_second_derivative_is_said_with_advice(kind):
+    a, known = torch.full((4,), 0.1, requires_grad=True), speech(torch.zeros(4))
+
+    def distance(w, a):
+        return (w - a).square().sum()
+
+    conditions = {
+        "bounds": ig.argmin(lambda w, a: distance(w, a) + speech(w), bounds=(0, None)),
+        "equality": ig.argmin(distance, equality=lambda w, a: speech(w) - known),
+    }
+    w = ig.implicit(lambda a: torch.zeros(4), conditions[kind])(a)
+    with pytest.raises(ig.GraphError, match="another form of the operation"):
+        w.sum().backward()
