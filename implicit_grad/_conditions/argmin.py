@@ -258,6 +258,7 @@ class argmin(Condition):
             objective,
             apart=found.apart,
             n_multipliers=found.n_multipliers,
+            lagrangian=found.lagrangian,
         )
 
 

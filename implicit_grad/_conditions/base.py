@@ -27,7 +27,8 @@ class Snapshot:
 
     Where data come in batches, `sample` is the condition with the first of them, and `batches` how
     many there are. `apart` tells which of many tasks cannot be linearised with the others, if there
-    may be such; each task has `n_multipliers` beside φ.
+    may be such; each task has `n_multipliers` beside φ. Under constraints, `lagrangian` makes from
+    such outputs what F is the gradient of, with the multipliers of this φ.
     """
 
     outputs: Tensors
@@ -37,6 +38,7 @@ class Snapshot:
     batches: int | None = None
     apart: Callable[[], Tensor] | None = None
     n_multipliers: int = 0
+    lagrangian: Callable[[Tensors], Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,12 @@ from implicit_grad._conditions.bounds import check_pair, spread
 from implicit_grad._conditions.dependence import is_pushed
 from implicit_grad._conditions.doubts import is_in_doubt
 from implicit_grad._conditions.lagrangian import Multipliers, multipliers_at
+from implicit_grad._curvature.auto import missing_told
 from implicit_grad._curvature.objective import Objective
-from implicit_grad._errors import InvalidArgumentError, Status, describe
+from implicit_grad._errors import GraphError, InvalidArgumentError, Status, describe
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
+from implicit_grad._torch.graph import once_differentiable
 from implicit_grad._torch.products import gradient, vjp
 from implicit_grad._torch.pytree import Tensors
 
@@ -32,12 +34,14 @@ class Evaluated(NamedTuple):
         linearize: makes F from it.
         apart: in a batch, tells which tasks are not for F of a batch.
         n_multipliers: how many each task has there.
+        lagrangian: makes ℒ from such outputs, with the multipliers of this φ.
     """
 
     outputs: Tensors
     linearize: Callable[[], Linearization]
     apart: Callable[[], Tensor] | None = None
     n_multipliers: int = 0
+    lagrangian: Callable[[Tensors], Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,8 +100,21 @@ class Constraints:
         equality, inequality = rows_of(values)
         limits = (*bounds.lower, *bounds.upper)
         outputs = [t for t in (*limits, *equality, *inequality) if t is not None]
-        linearize = functools.partial(linearized, objective, bounds, equality, inequality)
-        return Evaluated((objective.value, *outputs), linearize)
+        parts = objective, bounds, equality, inequality
+
+        @functools.cache
+        def multipliers() -> list[tuple[int, float]]:
+            """That of each active row, with its place from the end of the outputs."""
+            _, active = forces(*parts)
+            places = {id(row): place for place, row in enumerate(reversed(outputs), 1)}
+            pairs = zip(active.rows, active.nu.tolist(), strict=True)
+            return [(places[id(row)], nu) for row, nu in pairs]
+
+        def lagrangian(outputs: Tensors) -> Tensor:
+            return sum((nu * outputs[-place] for place, nu in multipliers()), outputs[0])
+
+        linearize = functools.partial(linearized, *parts)
+        return Evaluated((objective.value, *outputs), linearize, lagrangian=lagrangian)
 
     def multipliers(
         self,
@@ -145,6 +162,7 @@ def linearized(
 ) -> Linearization:
     """F around φ for the active set there; `more` may know a reason for a kink, too."""
     phi = objective.phi
+    check_bends(objective, [*equality, *inequality])
     slope, active = forces(objective, bounds, equality, inequality)
     with torch.no_grad(), objective.guard():
         kink = active.kink(phi, bounds) or more(active, phi)
@@ -171,6 +189,12 @@ def linearized(
         )
 
 
+def check_bends(objective: Objective, rows: Sequence[Tensor]) -> None:
+    """Raise if something between φ and the objective or the rows has no second derivative."""
+    if objective.is_once_differentiable or (rows and once_differentiable(rows, objective.phi)):
+        raise GraphError(_ONCE, anchor="no-second-derivative")
+
+
 def forces(
     objective: Objective, bounds: Bounds, equality: list[Tensor], inequality: list[Tensor]
 ) -> tuple[Tensors, ActiveSet]:
@@ -178,7 +202,7 @@ def forces(
     phi = objective.phi
     with torch.enable_grad():
         slope = gradient(objective.value, phi)
-    with torch.no_grad(), objective.guard():
+    with torch.no_grad(), objective.guard(), missing_told(_MISSING):
         return slope, active_set(slope, phi, bounds, equality, inequality)
 
 
@@ -249,7 +273,8 @@ class KKTSystem(Linearization):
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """Aᵀu."""
-        product = super().smooth_transposed((*self._free(u), *u[self._size :]))
+        with missing_told(_MISSING):
+            product = super().smooth_transposed((*self._free(u), *u[self._size :]))
         head = (
             torch.where(fixed, unit * x, p)
             for fixed, unit, x, p in zip(self.fixed, self._unit, u, product, strict=False)
@@ -264,6 +289,16 @@ class KKTSystem(Linearization):
         return tuple(x.masked_fill(fixed, 0.0) for fixed, x in zip(self.fixed, v, strict=False))
 
 
+_ONCE = (
+    "between phi and the objective or a constraint, a custom Function is marked as "
+    "once_differentiable, or a function is compiled (torch.compile), or F.linear_cross_entropy "
+    "works in chunks: it has no second derivative, and under constraints no differences are taken "
+    "in its place. Write it in torch operations"
+)
+_MISSING = (
+    "an operation of the objective or of a constraint has no second derivative in torch, and under "
+    "constraints no differences are taken in its place: use another form of the operation"
+)
 _TIED = (
     "active constraints depend on each other at phi, and only to first order is it known that they "
     "move together as an argument changes. Remove those that others imply"

@@ -18,7 +18,14 @@ from torch import Tensor
 from implicit_grad._conditions.active_set import BESIDE, CLOSE, NEARBY, TOUCHING, Bounds
 from implicit_grad._conditions.batching import batched
 from implicit_grad._conditions.bounds import check_order, check_pair, spread
-from implicit_grad._conditions.constraints import Constraints, Evaluated, Held, KKTSystem, values_of
+from implicit_grad._conditions.constraints import (
+    Constraints,
+    Evaluated,
+    Held,
+    KKTSystem,
+    check_bends,
+    values_of,
+)
 from implicit_grad._conditions.dependence import is_pushed, scattered
 from implicit_grad._conditions.multipliers import DEPENDENT, NO_FORCE, ROUNDING
 from implicit_grad._curvature.objective import Objective
@@ -67,7 +74,12 @@ class ConstraintsOfTasks(Constraints):
         touching = _Touching(objective, Bounds(lower, upper), together, equations)
         count = 0 if together is None else together.shape[1]
         outputs = tuple(t for t in (*lower, *upper, *rows) if t is not None)
-        return Evaluated((objective.value, *outputs), touching.linearize, touching.apart, count)
+
+        def lagrangian(outputs: Tensors) -> Tensor:
+            return touching.lagrangian(outputs[0], outputs[len(outputs) - len(rows) :])
+
+        outputs = (objective.value, *outputs)
+        return Evaluated(outputs, touching.linearize, touching.apart, count, lagrangian)
 
 
 class _Touching:
@@ -109,9 +121,17 @@ class _Touching:
                 force = tuple(s + p for s, p in zip(force, pull, strict=True))
         return is_pushed(_split(sets.loose, phi), force, phi)
 
+    def lagrangian(self, value: Tensor, rows: Tensors) -> Tensor:
+        """ℒ of all tasks, summed, with the multipliers of these φ."""
+        if not rows:
+            return value
+        nu = self._active.nu * self._active.active
+        return value + (nu.to(rows[0].dtype) * torch.cat(rows, 1)).sum()
+
     def linearize(self) -> Linearization:
         """F around all φ: with an equation for each row, active or not."""
         objective, sets, rows = self._objective, self._active, self._rows
+        check_bends(objective, [] if rows is None else [rows])
         phi, unit = objective.phi, sets.stiffness
         at_lower, fixed = (_split(m, phi) for m in (sets.at_lower, sets.at_lower | sets.at_upper))
         units = [unit.to(p.dtype).view(-1, *[1] * (p.dim() - 1)) for p in phi]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +63,17 @@ def raise_if_missing(error: Exception, curvature: str) -> None:
             "form of the operation",
             anchor="no-second-derivative",
         ) from error
+
+
+@contextlib.contextmanager
+def missing_told(sentence: str) -> Iterator[None]:
+    """What torch says of an operation without second derivative is said in this sentence."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if lacks_second_derivative(error):
+            raise GraphError(f"{sentence} ({error})", anchor="no-second-derivative") from error
+        raise
 
 
 class _WithAdvice(Hessian):

@@ -52,6 +52,7 @@ _HELD = (
     'takes check="never"'
 )
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
+_BESIDE = 0.125  # how far from φ, in sizes of φ
 Elsewhere = Callable[[Tensors, Tensors], Tensors]
 
 
@@ -157,6 +158,56 @@ def check_objective(objective: Objective, probe: Probe, curvature: Curvature) ->
         return None
 
 
+def check_lagrangian(
+    objective: Objective, probe: Probe, lagrangian: Callable[[Tensors], Tensor]
+) -> Finding | None:
+    """What is wrong with products around φ under constraints, which differences do not replace."""
+    if probe.eps > _COARSE or once_differentiable(probe.outputs, probe.phi):
+        return None
+
+    def elsewhere(phi: Tensors, inputs: Tensors) -> Tensors:
+        with torch.enable_grad():
+            return (lagrangian(probe.elsewhere(phi, inputs)),)
+
+    try:
+        with torch.enable_grad():
+            value = lagrangian(probe.outputs)
+    except Exception:  # as above
+        return None
+    weighed = dataclasses.replace(probe, outputs=(value,), elsewhere=elsewhere)
+    of_all = dataclasses.replace(objective, value=value)
+    found = check_objective(of_all, weighed, "hessian")
+    try:
+        if found is None and _constraints_are_wrong(probe, lagrangian):
+            said = "how a constraint changes with an argument is not what differences say"
+            found = Finding(f"{said}: {probe.suspects}", False)
+    except Exception:  # as above
+        return None
+    return found
+
+
+def _constraints_are_wrong(probe: Probe, lagrangian: Callable[[Tensors], Tensor]) -> bool:
+    """Whether their values move with arguments in a way that their derivatives do not know."""
+    targets = tuple(probe.inputs[i] for i in probe.moving)
+    if not targets:
+        return False
+    away = direction(targets)
+
+    def pull(outputs: Tensors) -> Tensor:
+        return lagrangian(outputs) - outputs[0]
+
+    def moved(t: float) -> Tensors:
+        with torch.enable_grad():
+            outputs = probe.elsewhere(probe.phi, probe.moved_inputs(away, t))
+        return (pull(outputs).detach(),)
+
+    with torch.enable_grad():
+        here = pull(probe.outputs)
+    with torch.no_grad():
+        claimed = inner(vjp((here,), targets, (torch.ones_like(here),)), away)
+    return any(is_wrong(moved, (here.detach(),), (here.new_tensor(claimed),), probe.eps))
+
+
 def check_third(objective: Objective, probe: Probe) -> Finding | None:
     """What is wrong with third derivatives by φ, where there is something to suspect."""
     wrong = wrong_third(probe.outputs, probe.phi)
@@ -215,7 +266,26 @@ class _Objective:
         held = not in_inputs and self._inputs_are_held(self._crossed)
         if not (in_phi or in_inputs or held):
             return None
+        if in_phi and self._gradient_is_another_beside():
+            return Finding(_HELD, False, complete=True)
         return Finding(self._sentence(in_phi), curvature == "auto" and self._differences_hold())
+
+    def _gradient_is_another_beside(self) -> bool:
+        """Whether the gradient is not the derivative of the value beside φ; at φ, both may be 0."""
+
+        def value(t: float) -> Tensor:
+            return self._value(_moved(self._phi, self._along, _BESIDE + t), ())
+
+        phi = _moved(self._phi, self._along, _BESIDE)
+        there = self._value(phi, ())
+        slope = inner(gradient_at(there, phi, self._guard), self._along)
+        wrong = is_wrong(
+            lambda t: (value(t).detach(),),
+            (there.detach(),),
+            (there.detach().new_tensor(slope),),
+            self._probe.eps,
+        )
+        return wrong[0]
 
     def third(self) -> Finding | None:
         """Whether products with the second derivative have a wrong derivative of their own."""

@@ -3,14 +3,16 @@
 With f⁺ and f⁻ the values at ±t along a line, (f⁺ − f⁻)/2t is off by rounding, as 1/t, by
 truncation, as t², and by kinks in between, which no two steps meet alike. So a derivative is
 believed as soon as one step confirms it. It is taken for wrong only where three steps, a factor of
-4 apart, agree with each other ten times better than with it, and where f⁺ + f⁻ − 2f, which is what
-a kink or a function that has changed would leave, is as small. Between the two, nothing is said.
+4 apart, agree with each other ten times better than with it, and where what a kink, or a function
+that has changed, would leave in (f⁺ + f⁻ − 2f)/2t is as small. (A curve leaves something, too, but
+that falls as t does, and is extrapolated away.) Between the two, nothing is said.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class _Difference:
     """(f⁺ − f⁻)/2t, (f⁺ + f⁻ − 2f)/2t, and how far rounding may take the first, for each block."""
 
     slope: Tensors
-    bend: list[float]
+    bend: Tensors
     rounding: list[float]
 
 
@@ -62,7 +64,7 @@ def _difference(
     triples = list(zip(ahead, behind, here, strict=True))
     return _Difference(
         tuple((a - b) / (2 * step) for a, b, _ in triples),
-        [_size(a + b - 2 * f) / (2 * step) for a, b, f in triples],
+        tuple((a + b - 2 * f) / (2 * step) for a, b, f in triples),
         [_ROUNDINGS * eps * _size(a) / step for a, _, _ in triples],
     )
 
@@ -85,7 +87,8 @@ def _steady(three: Sequence[_Difference], claimed: Tensors) -> Iterator[bool]:
             c = torch.zeros_like(c)  # where differences are steady, there is a derivative
         errors = [_size(d - c) for d in slopes]
         spread = [_size(slopes[j] - slopes[k]) for j, k in ((0, 1), (1, 2), (0, 2))]
-        noise = [*spread, *(found.bend[i] for found in three)]
+        kinks = [_size(_FACTOR * near.bend[i] - far.bend[i]) for near, far in pairwise(three)]
+        noise = [*spread, *(kink / (_FACTOR - 1) for kink in kinks)]
         yield all(_TIMES * n < e for n in noise for e in errors)  # never so where one is NaN
 
 

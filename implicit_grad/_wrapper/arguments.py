@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import Call, Condition
@@ -14,17 +15,25 @@ from implicit_grad._errors import (
     describe,
 )
 from implicit_grad._torch import pytree
+from implicit_grad._torch.graph import leaves_among, walk
 from implicit_grad._warnings import warn
 
 
 def tell_unread(condition: Condition, call: Call, unread: Sequence[Tensor]) -> None:
     """Warn of those of the tensors that are arguments, unless F holds them in its own way.
 
-    Nothing is said of modules: they are where φ starts, or have layers that are not used.
+    Nothing is said of modules: they are where φ starts, or have layers that are not used. Nor is it
+    of what another argument was made of, as the fields of an object are of each other: what is read
+    hands its gradient on.
     """
     modules = pytree.modules((call.args, call.kwargs))
     known = {id(t) for t in pytree.leaves((condition.held(call), modules))}
     names = {id(t): name for name, t in _named(call)}
+    ignored = {id(t) for t in unread}
+    read = [t for _, t in _named(call) if torch.is_tensor(t) and id(t) not in ignored]
+    behind = {node for t in read for node in walk([t])}
+    leaves = {id(t) for t in leaves_among(read, behind)}
+    known |= {id(t) for t in unread if id(t) in leaves or t.grad_fn in behind}
     told = [f"{names[id(t)]}, {describe(t)}" for t in unread if id(t) in names.keys() - known]
     if told:
         said = (

@@ -511,6 +511,8 @@ class Evaluation(Recorded):
             return check.check_residual(around, probe, both)
         if method.curvature == "finite_difference":
             return None
+        if snapshot.lagrangian is not None:
+            return check.check_lagrangian(snapshot.objective, probe, snapshot.lagrangian)
         return check.check_objective(snapshot.objective, probe, method.curvature)
 
     def _checked_third(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:

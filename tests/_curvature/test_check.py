@@ -679,3 +679,50 @@ def test_a_wrong_layer_shows_among_many_kinks():
         wavy(solve(theta)).backward()
         reports.append(monitor.last)
     assert reports[0].check is None and "Detached" in reports[1].check
+
+
+class TanhOfData(torch.autograd.Function):
+    """tanh, whose backward holds its value constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].data ** 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_where_an_objective_bends_a_product_that_is_8_percent_off_shows(dtype):
+    def hypergradient(tanh):
+        a = torch.tensor([1.0, 0.5, -0.7], dtype=dtype, requires_grad=True)
+
+        def objective(w, a):
+            return (tanh(2 * w) - a).square().sum() + 0.1 * w.square().sum()
+
+        def near_the_minimum(a):
+            return torch.tensor([0.9, 0.27, -0.4], dtype=dtype)
+
+        monitor, condition = ig.Monitor(), ig.argmin(objective)
+        solve = ig.implicit(near_the_minimum, condition, monitor=monitor, on_failure="ignore")
+        return grad(solve(a).sum(), a)[0], monitor.last.curvature
+
+    expected, _ = hypergradient(torch.tanh)
+    found, curvature = hypergradient(TanhOfData.apply)
+    assert curvature == "finite_difference"
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_held_part_shows_where_value_and_gradient_are_both_zero(dtype):
+    """w - a - w.detach()/2 is 0 at w = 2a: so are the value's derivative and the gradient."""
+    a = torch.tensor([1.0, 0.5, -0.7], dtype=dtype, requires_grad=True)
+    monitor = ig.Monitor()
+    held = ig.argmin(lambda w, a: (w - w.detach() / 2 - a).square().sum())
+    solve = ig.implicit(lambda a: 2 * a, held, monitor=monitor, on_failure="ignore")
+    solve(a).sum().backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+    assert "held constant" in monitor.last.check

@@ -199,3 +199,21 @@ def test_an_output_that_the_loss_does_not_look_at_is_nothing_lost():
         lambda w, lam: (X @ w, w, w**3),
     )
     assert said == [] and ratio == pytest.approx(1)
+
+
+def test_what_a_read_argument_was_made_of_is_not_told():
+    def fit(log, weight, lr):
+        return weight.detach().clone()
+
+    def objective(w, log, weight, lr):
+        return (w - weight) ** 2
+
+    def call(log, lr):
+        ig.implicit(fit, ig.argmin(objective))(log, log.exp(), lr).backward()
+
+    log, lr = value(0.3), value(0.1)
+    (said,) = told(lambda: call(log, lr))
+    assert "args[2]" in said and "args[0]" not in said
+    torch.testing.assert_close(log.grad, log.detach().exp())
+    (said,) = told(lambda: call(log.sin(), lr))
+    assert "args[0]" not in said
