@@ -52,6 +52,7 @@ _HELD = (
     'takes check="never"'
 )
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
+_HARDLY = 0.05
 _BESIDE = 0.125  # how far from φ, in sizes of φ
 Elsewhere = Callable[[Tensors, Tensors], Tensors]
 
@@ -297,7 +298,12 @@ class _Objective:
             (there.detach().new_tensor(slope),),
             self._probe.eps,
         )
-        return wrong[0]
+        if not wrong[0]:
+            return False
+        step, here = self._probe.eps ** (1 / 3), inner(self._slope, self._along)
+        rise = float(value(step) - value(-step)) / (2 * step)
+        # directions of a spectral norm that have been found are held, and hardly turn
+        return abs(rise - slope) > _HARDLY * abs(slope - here)
 
     def third(self) -> Finding | None:
         """Whether products with the second derivative have a wrong derivative of their own."""
