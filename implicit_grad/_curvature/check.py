@@ -301,9 +301,9 @@ class _Objective:
         if not wrong[0]:
             return False
         step, here = self._probe.eps ** (1 / 3), inner(self._slope, self._along)
-        rise = float(value(step) - value(-step)) / (2 * step)
+        rise = (value(step).item() - value(-step).item()) / (2 * step)
         # directions of a spectral norm that have been found are held, and hardly turn
-        return abs(rise - slope) > _HARDLY * abs(slope - here)
+        return bool(abs(rise - slope) > _HARDLY * abs(slope - here))
 
     def third(self) -> Finding | None:
         """Whether products with the second derivative have a wrong derivative of their own."""
