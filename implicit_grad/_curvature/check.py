@@ -52,6 +52,7 @@ _HELD = (
     'takes check="never"'
 )
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
+_HARDLY = 0.05
 _BESIDE = 0.125  # how far from φ, in sizes of φ
 Elsewhere = Callable[[Tensors, Tensors], Tensors]
 
@@ -165,17 +166,10 @@ def check_lagrangian(
     if probe.eps > _COARSE or once_differentiable(probe.outputs, probe.phi):
         return None
 
-    def elsewhere(phi: Tensors, inputs: Tensors) -> Tensors:
-        with torch.enable_grad():
-            return (lagrangian(probe.elsewhere(phi, inputs)),)
-
     try:
-        with torch.enable_grad():
-            value = lagrangian(probe.outputs)
+        of_all, weighed = _weighed(objective, probe, lagrangian)
     except Exception:  # as above
         return None
-    weighed = dataclasses.replace(probe, outputs=(value,), elsewhere=elsewhere)
-    of_all = dataclasses.replace(objective, value=value)
     found = check_objective(of_all, weighed, "hessian")
     try:
         if found is None and _constraints_are_wrong(probe, lagrangian):
@@ -184,6 +178,21 @@ def check_lagrangian(
     except Exception:  # as above
         return None
     return found
+
+
+def _weighed(
+    objective: Objective, probe: Probe, lagrangian: Callable[[Tensors], Tensor]
+) -> tuple[Objective, Probe]:
+    """The Lagrangian in the place of the objective."""
+
+    def elsewhere(phi: Tensors, inputs: Tensors) -> Tensors:
+        with torch.enable_grad():
+            return (lagrangian(probe.elsewhere(phi, inputs)),)
+
+    with torch.enable_grad():
+        value = lagrangian(probe.outputs)
+    weighed = dataclasses.replace(probe, outputs=(value,), elsewhere=elsewhere)
+    return dataclasses.replace(objective, value=value), weighed
 
 
 def _constraints_are_wrong(probe: Probe, lagrangian: Callable[[Tensors], Tensor]) -> bool:
@@ -208,7 +217,9 @@ def _constraints_are_wrong(probe: Probe, lagrangian: Callable[[Tensors], Tensor]
     return any(is_wrong(moved, (here.detach(),), (here.new_tensor(claimed),), probe.eps))
 
 
-def check_third(objective: Objective, probe: Probe) -> Finding | None:
+def check_third(
+    objective: Objective, probe: Probe, lagrangian: Callable[[Tensors], Tensor] | None = None
+) -> Finding | None:
     """What is wrong with third derivatives by φ, where there is something to suspect."""
     wrong = wrong_third(probe.outputs, probe.phi)
     if wrong:
@@ -218,6 +229,8 @@ def check_third(objective: Objective, probe: Probe) -> Finding | None:
     if once_differentiable(probe.outputs, probe.phi):
         return None  # as above, and its graph may serve one backward pass only
     try:
+        if lagrangian is not None:
+            objective, probe = _weighed(objective, probe, lagrangian)
         return _Objective(objective, probe).third()
     except Exception:  # as above
         return None
@@ -285,7 +298,12 @@ class _Objective:
             (there.detach().new_tensor(slope),),
             self._probe.eps,
         )
-        return wrong[0]
+        if not wrong[0]:
+            return False
+        step, here = self._probe.eps ** (1 / 3), inner(self._slope, self._along)
+        rise = (value(step).item() - value(-step).item()) / (2 * step)
+        # directions of a spectral norm that have been found are held, and hardly turn
+        return bool(abs(rise - slope) > _HARDLY * abs(slope - here))
 
     def third(self) -> Finding | None:
         """Whether products with the second derivative have a wrong derivative of their own."""

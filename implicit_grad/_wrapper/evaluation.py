@@ -518,7 +518,8 @@ class Evaluation(Recorded):
     def _checked_third(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:
         """What is wrong with derivatives of products."""
         objective = snapshot.objective
-        return None if objective is None else check.check_third(objective, probe)
+        known = snapshot.lagrangian
+        return None if objective is None else check.check_third(objective, probe, known)
 
     def _to_check(self, condition: Condition, snapshot: Snapshot) -> check.Probe:
         assert self._record is not None

@@ -153,3 +153,48 @@ def test_an_operation_without_second_derivative_is_said_with_advice(kind):
     w = ig.implicit(lambda a: torch.zeros(4), conditions[kind])(a)
     with pytest.raises(ig.GraphError, match="another form of the operation"):
         w.sum().backward()
+
+
+class CubeTwice(torch.autograd.Function):
+    """x³, with a right second derivative and a wrong third one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return Slope.apply(g, *ctx.saved_tensors)
+
+
+class Slope(torch.autograd.Function):
+    """3 g x²."""
+
+    @staticmethod
+    def forward(ctx, g, x):
+        ctx.save_for_backward(g, x)
+        return 3 * g * x**2
+
+    @staticmethod
+    def backward(ctx, v):
+        g, x = ctx.saved_tensors
+        return v * 3 * x**2, v * 6 * (g * x).detach()
+
+
+def test_a_wrong_third_derivative_of_a_constraint_is_refused():
+    w = torch.tensor([0.6, 0.5, 0.4])
+    nearest = w / (w**3).sum() ** (1 / 3)
+    a = (nearest + nearest.square() / 2).requires_grad_()  # along the surface's normal
+
+    def second(cube):
+        surface = ig.argmin(
+            lambda w, a: (w - a).square().sum(), equality=lambda w, a: cube(w).sum() - 1
+        )
+        w = ig.implicit(lambda a: nearest.clone(), surface)(a)
+        (first,) = grad(w[0], a, create_graph=True)
+        return grad(first.sum(), a)
+
+    second(lambda x: x**3)
+    with pytest.raises(ig.GraphError, match="third derivative"):
+        second(CubeTwice.apply)
