@@ -429,6 +429,10 @@ _CONSTRAINED = (
     ". Of its constraints, an inequality is to be at most 0 (SciPy's 'ineq' is at least 0), and "
     "phi to lie on those that are active (a barrier keeps it off them)"
 )
+_NO_DIFFERENCES = (
+    ". (Under constraints no differences are taken, and only to write it in operations of torch "
+    "helps)"
+)
 _MAXIMUM = "If phi is a maximum, give argmin the negative of what it maximises"
 _FLAT = (
     "the inner objective has zero curvature, to rounding, along a direction that the outer loss "
@@ -458,6 +462,8 @@ def _sentence(
     """What the status means for this solver, this matrix and these tensors."""
     status, sentence = report.status, report.status.sentence
     if status is Status.WRONG_PRODUCT:
+        if around.curvature == "lagrangian":
+            sentence += _NO_DIFFERENCES
         complete = around.finding is not None and around.finding.complete
         return f"{report.check}" if complete else f"{report.check}. So {sentence}"
     if status is Status.NEGATIVE_CURVATURE and solution.extremes is not None:
