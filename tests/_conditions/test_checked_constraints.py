@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from derivatives import CubeTwice
 from torch.autograd import grad
 from torch.autograd.function import once_differentiable
 
@@ -156,33 +157,6 @@ def test_an_operation_without_second_derivative_is_said_with_advice(kind):
     w = ig.implicit(lambda a: torch.zeros(4), conditions[kind])(a)
     with pytest.raises(ig.GraphError, match="another form of the operation"):
         w.sum().backward()
-
-
-class CubeTwice(torch.autograd.Function):
-    """x³, with a right second derivative and a wrong third one."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        return Slope.apply(g, *ctx.saved_tensors)
-
-
-class Slope(torch.autograd.Function):
-    """3 g x²."""
-
-    @staticmethod
-    def forward(ctx, g, x):
-        ctx.save_for_backward(g, x)
-        return 3 * g * x**2
-
-    @staticmethod
-    def backward(ctx, v):
-        g, x = ctx.saved_tensors
-        return v * 3 * x**2, v * 6 * (g * x).detach()
 
 
 def test_a_wrong_third_derivative_of_a_constraint_is_refused():

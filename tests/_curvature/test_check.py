@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from derivatives import CubeTwice
 from problems import PROBLEMS, normal, wavy
 from torch import nn
 from torch.autograd import grad
@@ -54,33 +55,6 @@ class WhereNegative(torch.autograd.Function):
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         return g * 3 * torch.where(x > 0, x, x.detach()) ** 2
-
-
-class Once(torch.autograd.Function):
-    """x³, with a right second derivative and a wrong third one."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        return OnceSlope.apply(g, *ctx.saved_tensors)
-
-
-class OnceSlope(torch.autograd.Function):
-    """3 g x²."""
-
-    @staticmethod
-    def forward(ctx, g, x):
-        ctx.save_for_backward(g, x)
-        return 3 * g * x**2
-
-    @staticmethod
-    def backward(ctx, v):
-        g, x = ctx.saved_tensors
-        return v * 3 * x**2, v * 6 * (g * x).detach()
 
 
 class Weighted(torch.autograd.Function):
@@ -393,7 +367,7 @@ def test_a_residual_with_a_wrong_derivative(wrong):
     assert ("with an argument" in monitor.last.check) == (wrong == "argument")
 
 
-@pytest.mark.parametrize("special", [Once.apply, lambda x: x.logcumsumexp(0)])
+@pytest.mark.parametrize("special", [CubeTwice.apply, lambda x: x.logcumsumexp(0)])
 def test_third_derivatives_that_are_wrong_are_refused(special):
     theta = normal(4, seed=3)
     solver = ig.solvers.NewtonCG(tol=1e-12)
@@ -469,7 +443,7 @@ def test_gauss_newton_does_without_the_models_second_derivative(name, in_loss):
 
 def test_learners_refuse_third_derivatives_that_are_wrong():
     X, y = normal(12, 4, seed=1, grad=False), normal(12, 1, seed=2, grad=False)
-    for special, refused in ((cube, False), (Once.apply, True)):
+    for special, refused in ((cube, False), (CubeTwice.apply, True)):
         model = Cubed(special)
         solver = ig.CG(maxiter=100, rtol=1e-10)
         maml = ig.imaml(model, lr=0.05, lam=2.0, linear_solver=solver)
