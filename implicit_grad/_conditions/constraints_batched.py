@@ -281,7 +281,9 @@ class _Measured(NamedTuple):
         noise = noise + eps**NO_FORCE * forces
         presses = (nu[:, :, None] * unit.abs() > noise[:, None, :]).any(2)
         presses[:, : self.equations] = True
-        odd |= self._pushed_nearby(NEARBY * size, pulled * ~held, eps**ROUNDING * forces, near)
+        nearby = NEARBY * size
+        rows = ~near & (self.values >= -nearby * lengths)
+        odd |= self._pushed(nearby, rows, pulled * ~held, eps**ROUNDING * forces)
         clear = ~odd & independent & explained
         clear &= (presses | ~near).all(1) & ((push > noise) | ~held).all(1)
         hardly = BESIDE * torch.cat([nu, push], 1).norm(dim=1, keepdim=True)
@@ -304,15 +306,12 @@ class _Measured(NamedTuple):
             loose=(self.stiffness == 0) & ~held & (unit.abs() <= eps**DEPENDENT).all(1),
         )
 
-    def _pushed_nearby(
-        self, nearby: Tensor, free: Tensor, rounding: Tensor, near: Tensor
-    ) -> Tensor:
-        """In which tasks the force on what is free leads to a limit that is not touched."""
+    def _pushed(self, nearby: Tensor, rows: Tensor, free: Tensor, rounding: Tensor) -> Tensor:
+        """In which tasks the force on what is free leads to a bound nearby, or to these rows."""
         below = (self.x - self.lower <= nearby) & (free > rounding)
         above = (self.upper - self.x <= nearby) & (-free > rounding)
-        rows, lengths = self.gradients, self.gradients.norm(dim=2)
-        pushed = (-rows @ free[:, :, None] > rows.abs() @ rounding[:, :, None])[:, :, 0]
-        pushed &= ~near & (self.values >= -nearby * lengths)
+        push = -self.gradients @ free[:, :, None]
+        pushed = rows & (push > self.gradients.abs() @ rounding[:, :, None])[:, :, 0]
         return (below | above).any(1) | pushed.any(1)
 
 

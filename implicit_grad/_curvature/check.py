@@ -52,7 +52,7 @@ _HELD = (
     'takes check="never"'
 )
 _COARSE = 1e-4  # eps of a dtype (bfloat16, float16) whose gradients are too coarse to be compared
-_HARDLY = 0.05
+_HARDLY = 0.05  # of the gradient's change from φ to there
 _BESIDE = 0.125  # how far from φ, in sizes of φ
 Elsewhere = Callable[[Tensors, Tensors], Tensors]
 

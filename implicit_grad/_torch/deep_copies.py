@@ -122,7 +122,9 @@ class _Following(Rebinding):
             return copied, None  # whose functions follow as well
         if isinstance(copied, Tensor) and copied is value:
             copied = self._view_of_copied(value)
-        if _is_other(copied) or (isinstance(copied, Tensor) and copied is value):
+            if copied is value:
+                self._others.append(value)
+        elif _is_other(copied):
             self._others.append(copied)
         return super()._step(copied)
 
