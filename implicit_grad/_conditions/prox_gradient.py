@@ -21,10 +21,13 @@ from implicit_grad._conditions.base import (
     without_aux,
 )
 from implicit_grad._conditions.dependence import scattered
+from implicit_grad._curvature.auto import missing_told
+from implicit_grad._curvature.hessian import slope as slope_of
+from implicit_grad._curvature.jacobian import MISSING, Jacobian
+from implicit_grad._curvature.objective import Objective
 from implicit_grad._options import require_flag
-from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
-from implicit_grad._torch.products import gradient, vjp
+from implicit_grad._torch.products import vjp
 from implicit_grad._torch.pytree import Flat, Tensors
 from implicit_grad._torch.transforms import is_transformed
 
@@ -86,7 +89,7 @@ class prox_gradient(Condition):
 
     def at(self, phi: Any, variables: Tensors, call: Call, again: Again | None) -> Snapshot:
         residual = self._residual(phi, variables, call)
-        return Snapshot(residual, lambda _: Linearization(residual, variables))
+        return Snapshot(residual, lambda _: Jacobian(residual, variables))
 
     def _loss(self, phi: Any, call: Call) -> Tensor:
         loss = without_aux("prox_gradient: loss", self.loss, self.has_aux)
@@ -94,7 +97,7 @@ class prox_gradient(Condition):
 
     def _residual(self, phi: Any, variables: Tensors, call: Call) -> Tensors:
         with torch.enable_grad():
-            slope = gradient(self._loss(phi, call), variables)
+            slope = slope_of(Objective(self._loss(phi, call), variables))
             step = _step(slope, variables)
             ahead = [p - step * g for p, g in zip(variables, slope, strict=True)]
             _, tree = pytree.unknowns(phi)
@@ -111,10 +114,16 @@ def _step(slope: Tensors, phi: Tensors) -> float:
     flat = Flat(phi)
     x = scattered(flat.ravel(phi))
     for _ in range(2):
-        x = flat.ravel(vjp(slope, phi, flat.unravel(x / x.norm())))
+        with missing_told(MISSING):
+            x = flat.ravel(vjp(slope, phi, flat.unravel(x / x.norm())))
         if not 0 < float(x.norm()) < math.inf:
             break
     else:
-        return 1 / float(x.norm())
+        return _power_of_2(1 / float(x.norm()))
     size, steep = pytree.length(phi), pytree.length(slope)
-    return size / steep if size and steep else 1.0
+    return _power_of_2(size / steep) if size and steep else 1.0
+
+
+def _power_of_2(step: float) -> float:
+    """One nearby: F holds the step constant, so it should stay what it is as φ moves a little."""
+    return 2.0 ** round(math.log2(step))

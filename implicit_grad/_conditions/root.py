@@ -18,8 +18,8 @@ from implicit_grad._conditions.base import (
     without_aux,
 )
 from implicit_grad._conditions.batching import batched, n_tasks_of
+from implicit_grad._curvature.jacobian import Jacobian
 from implicit_grad._options import require, require_flag
-from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.pytree import Tensors
 
@@ -126,7 +126,7 @@ def _for_tasks(condition: root | fixed_point) -> Condition:
 def _snapshot(residual: Tensors, phi: Tensors, symmetric: bool, n_tasks: int | None) -> Snapshot:
     return Snapshot(
         residual,
-        lambda _: Linearization(residual, phi, said_symmetric=symmetric, n_tasks=n_tasks),
+        lambda _: Jacobian(residual, phi, said_symmetric=symmetric, n_tasks=n_tasks),
     )
 
 

@@ -167,7 +167,8 @@ def check_lagrangian(
         return None
 
     try:
-        of_all, weighed = _weighed(objective, probe, lagrangian)
+        weighed = _weighed(probe, lagrangian)
+        of_all = dataclasses.replace(objective, value=weighed.outputs[0])
     except Exception:  # as above
         return None
     found = check_objective(of_all, weighed, "hessian")
@@ -180,19 +181,16 @@ def check_lagrangian(
     return found
 
 
-def _weighed(
-    objective: Objective, probe: Probe, lagrangian: Callable[[Tensors], Tensor]
-) -> tuple[Objective, Probe]:
-    """The Lagrangian in the place of the objective."""
+def _weighed(probe: Probe, weigh: Callable[[Tensors], Tensor]) -> Probe:
+    """What is evaluated again, with one number made of the outputs in their place."""
 
     def elsewhere(phi: Tensors, inputs: Tensors) -> Tensors:
         with torch.enable_grad():
-            return (lagrangian(probe.elsewhere(phi, inputs)),)
+            return (weigh(probe.elsewhere(phi, inputs)),)
 
     with torch.enable_grad():
-        value = lagrangian(probe.outputs)
-    weighed = dataclasses.replace(probe, outputs=(value,), elsewhere=elsewhere)
-    return dataclasses.replace(objective, value=value), weighed
+        value = weigh(probe.outputs)
+    return dataclasses.replace(probe, outputs=(value,), elsewhere=elsewhere)
 
 
 def _constraints_are_wrong(probe: Probe, lagrangian: Callable[[Tensors], Tensor]) -> bool:
@@ -230,7 +228,8 @@ def check_third(
         return None  # as above, and its graph may serve one backward pass only
     try:
         if lagrangian is not None:
-            objective, probe = _weighed(objective, probe, lagrangian)
+            probe = _weighed(probe, lagrangian)
+            objective = dataclasses.replace(objective, value=probe.outputs[0])
         return _Objective(objective, probe).third()
     except Exception:  # as above
         return None
@@ -244,6 +243,33 @@ def check_residual(around: Linearization, probe: Probe, both_products: bool) -> 
         return _Residual(around, probe, both_products).finding()
     except Exception:  # as above
         return None
+
+
+def check_residual_twice(probe: Probe) -> Finding | None:
+    """What is wrong with derivatives of products around φ, where F is given.
+
+    Only where there is something to suspect: what is detached in F may well be meant, such as a
+    preconditioner, whose derivative F = 0 cancels.
+    """
+    suspects = wrong_third(probe.outputs, probe.phi)
+    if not (suspects or custom_functions(probe.outputs, probe.phi)):
+        return None
+    along = direction(tuple(map(torch.ones_like, probe.outputs)))
+
+    def weigh(residual: Tensors) -> Tensor:
+        parts = ((f * u).sum() for f, u in zip(residual, along, strict=True))
+        return functools.reduce(torch.add, parts)
+
+    try:
+        probe = _weighed(probe, weigh)
+    except Exception:  # as above
+        return None
+    found = check_objective(Objective(probe.outputs[0], probe.phi), probe, "hessian")
+    if found is None:
+        return None
+    what = "the second derivative of the residual is not the difference of its first"
+    who = f"of torch's operations, suspect {', '.join(suspects)}" if suspects else probe.suspects
+    return Finding(f"{what}: {who}", False)
 
 
 class _Objective:

@@ -32,12 +32,12 @@ class Hessian(Linearization):
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         with torch.enable_grad():
-            slope = self._slope()
-            F = objective.stationarity(slope)
+            smooth = self._slope()
+            F = objective.stationarity(smooth)
         super().__init__(
             F.residual,
             objective.phi,
-            slope,
+            smooth,
             F.linear_part,
             F.scale,
             anchors=F.anchors,
@@ -63,8 +63,13 @@ class Hessian(Linearization):
 
     def _slope(self) -> Tensors:
         """∇value."""
-        with own_backwards(self.objective.special, self.objective.own):
-            return gradient(self.objective.value, self.objective.phi)
+        return slope(self.objective)
+
+
+def slope(objective: Objective) -> Tensors:
+    """∇value, whose graph has the derivatives that torch gets wrong from formulas of our own."""
+    with own_backwards(objective.special, objective.own):
+        return gradient(objective.value, objective.phi)
 
 
 class GaussNewton(Hessian):

@@ -18,8 +18,9 @@ from implicit_grad._torch.pytree import Tensors
 _COMPILED = "torch._functorch._aot_autograd"
 # F.linear_cross_entropy in chunks: its backward hands on gradients that forward has computed.
 _CHUNKED = "GeneratedBackwardFor_torch_nn__linear_cross_entropy"
-# As benchmarks/census.py found; layer norm has a graph of our own.
-_WRONG_THIRD = {"LogcumsumexpBackward0", "PdistBackward0"}
+# As benchmarks/census.py found. Layer norm has a graph of our own, but not in a gradient that is
+# the user's.
+_WRONG_THIRD = {"LogcumsumexpBackward0", "PdistBackward0", "NativeLayerNormBackwardBackward0"}
 _LEAF = "torch::autograd::AccumulateGrad"
 _CAST = "ToCopyBackward0"
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__

@@ -517,9 +517,9 @@ class Evaluation(Recorded):
 
     def _checked_third(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:
         """What is wrong with derivatives of products."""
-        objective = snapshot.objective
-        known = snapshot.lagrangian
-        return None if objective is None else check.check_third(objective, probe, known)
+        if snapshot.objective is None:
+            return check.check_residual_twice(probe)
+        return check.check_third(snapshot.objective, probe, snapshot.lagrangian)
 
     def _to_check(self, condition: Condition, snapshot: Snapshot) -> check.Probe:
         assert self._record is not None

@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from implicit_grad._curvature.jacobian import Jacobian
 from implicit_grad._errors import InvalidArgumentError
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.given import SolveFunction, as_linear_solver
 from implicit_grad._linear_solvers.gmres import GMRES
 from implicit_grad._theorem.adjoint import solve_newton
-from implicit_grad._theorem.linearization import Linearization
-from implicit_grad._torch.products import vjp
 from implicit_grad.solvers._roots import Method, Residual, RootFinding
 
 # As many unknowns, in each task, have a dense Jacobian by default.
@@ -81,8 +80,7 @@ class _Dense(Method):
         for i in range(f.shape[1]):
             row = torch.zeros_like(f)
             row[:, i] = 1.0
-            product = vjp(around.smooth, around.phi, self._at.tensors(row))
-            jacobian[:, i] = self._at.rows(product)
+            jacobian[:, i] = self._at.rows(around.smooth_transposed(self._at.tensors(row)))
         solution: Tensor
         solution, info = torch.linalg.solve_ex(jacobian, -f[:, :, None])
         singular = (info != 0) | ~torch.isfinite(solution).all(dim=(1, 2))
@@ -100,11 +98,11 @@ class _Iterative(Method):
         return self._at.rows(solve_newton(self._solver, _linearised(self._at, x)).x)
 
 
-def _linearised(at: Residual, x: Tensor) -> Linearization:
+def _linearised(at: Residual, x: Tensor) -> Jacobian:
     phi, residual = at.recorded(x)
     if not any(f.requires_grad for f in residual):
         raise InvalidArgumentError(
             "Newton: torch sees no way from phi to the residual (was phi detached, or converted to "
             "NumPy, inside it?): Broyden() and FixedPoint() need no derivatives"
         )
-    return Linearization(residual, phi)
+    return Jacobian(residual, phi)

@@ -378,6 +378,107 @@ def test_third_derivatives_that_are_wrong_are_refused(special):
         grad(wavy(solve(theta)), theta, create_graph=True)[0].sum().backward()
 
 
+def rows(function):
+    """The function of twenty numbers in five rows."""
+    return lambda x: function(x.view(5, 4)).flatten()
+
+
+def by_its_gradient(special):
+    """The problem as a root: the objective, and the residual that a user makes of it."""
+    objective = problem(special)
+
+    def residual(w, theta):
+        return grad(objective(w, theta), w, create_graph=True)[0]
+
+    return objective, residual
+
+
+def twice(condition, objective):
+    """A derivative of the hypergradient at a minimum of the objective, under that condition."""
+    minimum = ig.implicit(ig.solvers.NewtonCG(tol=1e-12), ig.argmin(objective))
+    solve = ig.implicit(lambda theta: minimum(theta.detach()).detach(), condition)
+    theta = normal(4, seed=3)
+    (slope,) = grad(wavy(solve(theta)), theta, create_graph=True)
+    return grad(wavy(slope), theta)[0]
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        CubeTwice.apply,
+        lambda x: x.logcumsumexp(0),
+        lambda x: x + F.pdist(x.view(5, 4)).sum(),
+        rows(lambda x: F.layer_norm(x, (4,))),
+    ],
+    ids=["custom", "logcumsumexp", "pdist", "layer_norm"],
+)
+def test_roots_of_gradients_with_wrong_third_derivatives_are_refused(special):
+    objective, residual = by_its_gradient(special)
+    with pytest.raises(ig.GraphError, match=r"second derivative of the residual.*suspect"):
+        twice(ig.root(residual), objective)
+
+
+@pytest.mark.parametrize(
+    "special",
+    [cube, rows(lambda x: x.log_softmax(1)), rows(lambda x: F.glu(x.repeat(1, 2))), F.softplus],
+    ids=["cube", "log_softmax", "glu", "softplus"],
+)
+def test_roots_of_gradients_have_the_minimums_second_derivatives(special):
+    objective, residual = by_its_gradient(special)
+    expected = twice(ig.argmin(objective), objective)
+    torch.testing.assert_close(twice(ig.root(residual), objective), expected)
+    # a preconditioner that is held constant is no fault of the residual
+    scaled = ig.root(lambda w, theta: residual(w, theta) * (1 + w.detach() ** 2))
+    torch.testing.assert_close(twice(scaled, objective), expected)
+
+
+def test_a_prox_gradients_loss_has_derivatives_of_our_own():
+    """torch's third derivative of a layer norm is another."""
+    objective = problem(rows(lambda x: F.layer_norm(x, (4,))))
+    steps = ig.prox_gradient(objective, lambda x, step, theta: x)
+    torch.testing.assert_close(twice(steps, objective), twice(ig.argmin(objective), objective))
+
+
+def test_a_maps_second_derivative_is_our_own_where_torchs_is_wrong():
+    """torch holds the norm constant in the second derivative of a weight norm."""
+
+    def weighted(w, theta):
+        return torch.tanh(torch._weight_norm(w.view(2, 2), theta.view(2, 1), 0).flatten() / 2 + 1)
+
+    theta = normal(2, seed=3)
+    solve = ig.implicit(
+        ig.solvers.Newton(), ig.fixed_point(weighted), init=lambda theta: theta.repeat(2)
+    )
+
+    def slope(theta):
+        return grad(wavy(solve(theta)), theta, create_graph=True)[0]
+
+    torch.autograd.gradcheck(slope, (theta,))
+
+
+MISSING = {"input_lengths": torch.full((4,), 5), "target_lengths": torch.full((4,), 2)}
+
+
+@pytest.mark.parametrize("kind", ["root", "root by Newton", "prox_gradient"])
+def test_a_missing_derivative_of_a_residual_is_said_with_advice(kind):
+    X, targets = normal(5, 4, 3, seed=1, grad=False), torch.randint(1, 4, (4, 2))
+
+    def objective(w, theta):
+        scores = (X @ w).log_softmax(2)
+        return F.ctc_loss(scores, targets, **MISSING) + (w - theta).square().sum()
+
+    def residual(w, theta):
+        return grad(objective(w, theta), w, create_graph=True)[0]
+
+    condition = ig.root(residual)
+    if kind == "prox_gradient":
+        condition = ig.prox_gradient(objective, lambda x, step, theta: x)
+    solver = ig.solvers.Newton() if "Newton" in kind else lambda theta: theta.detach().clone()
+    options = {"init": lambda theta: theta} if "Newton" in kind else {}
+    with pytest.raises(ig.GraphError, match=r"no second derivative.*ig\.argmin"):
+        ig.implicit(solver, condition, **options)(normal(3, 4, seed=3)).sum().backward()
+
+
 def test_a_certificate_takes_no_products_that_were_found_wrong():
     """Differences take over for it as well: its corrected gradient is that of the right cube."""
     options = {"linear_solver": ig.CG(maxiter=1), "on_failure": "ignore"}  # something to correct
