@@ -155,7 +155,7 @@ def _linearized(
                 inequality = [*inequality, *corner.tip(u, of_parts)]
     steep = {id(rows[0]) for corner, rows in edges if corner.is_steep}
     kink = functools.partial(_kink, apexes, inequality, steep)
-    return linearized(objective, bounds, equality, inequality, kink)
+    return linearized(objective, bounds, *forces(objective, bounds, equality, inequality), kink)
 
 
 def _size(phi: Tensors) -> Tensor:

@@ -100,12 +100,15 @@ class Constraints:
         equality, inequality = rows_of(values)
         limits = (*bounds.lower, *bounds.upper)
         outputs = [t for t in (*limits, *equality, *inequality) if t is not None]
-        parts = objective, bounds, equality, inequality
+
+        @functools.cache  # the check of products asks for it before a gradient does
+        def held() -> tuple[Tensors, ActiveSet]:
+            return forces(objective, bounds, equality, inequality)
 
         @functools.cache
         def multipliers() -> list[tuple[int, float]]:
             """That of each active row, with its place from the end of the outputs."""
-            _, active = forces(*parts)
+            _, active = held()
             places = {id(row): place for place, row in enumerate(reversed(outputs), 1)}
             pairs = zip(active.rows, active.nu.tolist(), strict=True)
             return [(places[id(row)], nu) for row, nu in pairs]
@@ -113,7 +116,9 @@ class Constraints:
         def lagrangian(outputs: Tensors) -> Tensor:
             return sum((nu * outputs[-place] for place, nu in multipliers()), outputs[0])
 
-        linearize = functools.partial(linearized, *parts)
+        def linearize() -> Linearization:
+            return linearized(objective, bounds, *held())
+
         return Evaluated((objective.value, *outputs), linearize, lagrangian=lagrangian)
 
     def multipliers(
@@ -156,14 +161,12 @@ class Constraints:
 def linearized(
     objective: Objective,
     bounds: Bounds,
-    equality: list[Tensor],
-    inequality: list[Tensor],
+    slope: Tensors,
+    active: ActiveSet,
     more: Callable[[ActiveSet, Tensors], Status | None] = lambda active, phi: None,
 ) -> Linearization:
     """F around φ for the active set there; `more` may know a reason for a kink, too."""
     phi = objective.phi
-    check_bends(objective, [*equality, *inequality])
-    slope, active = forces(objective, bounds, equality, inequality)
     with torch.no_grad(), objective.guard():
         kink = active.kink(phi, bounds) or more(active, phi)
     kept, scale = active.kept, active.stiffness / active.lengths
@@ -200,6 +203,7 @@ def forces(
 ) -> tuple[Tensors, ActiveSet]:
     """The objective's gradient, with its graph, and the constraints that hold φ against it."""
     phi = objective.phi
+    check_bends(objective, [*equality, *inequality])
     with torch.enable_grad():
         slope = gradient(objective.value, phi)
     with torch.no_grad(), objective.guard(), missing_told(_MISSING):
