@@ -37,8 +37,8 @@ class prox_gradient(Condition):
     """φ minimises loss(φ, *args) + g(φ), with g convex and known by its proximal operator.
 
     At a minimum φ = prox(φ − t ∇loss(φ), t), for any one t > 0 and then for all of them (Parikh and
-    Boyd, 2014, Proximal Algorithms, 4.2.1), so t is nobody's choice. It is taken as 1/‖∇²loss‖ at
-    φ, by an estimate: then neither loss nor g outweighs the other in F, and F scales with φ only.
+    Boyd, 2014, Proximal Algorithms, 4.2.1), so t is nobody's choice. It is a power of 2 not far
+    below 1/‖∇²loss‖ at φ: then neither loss nor g outweighs the other in F, which scales with φ.
     Where prox has a kink at φ (a weight just enters a lasso's support), so has the solution.
 
     Args:
@@ -125,5 +125,6 @@ def _step(slope: Tensors, phi: Tensors) -> float:
 
 
 def _power_of_2(step: float) -> float:
-    """One nearby: F holds the step constant, so it should stay what it is as φ moves a little."""
-    return 2.0 ** round(math.log2(step))
+    """The one below: F holds the step constant, so it should stay as φ moves a little."""
+    _, exponent = math.frexp(step)
+    return math.ldexp(1.0, exponent - 1)
