@@ -107,17 +107,16 @@ class FOMAML(MAML):
 class Reptile(FOMAML):
     """θ moves towards the adapted weights (Nichol et al., 2018); all of the task's drawings serve.
 
-    The meta-gradient is (θ − φ) over the length of the way, steps · lr.
+    Steps see the two halves in turn: on the same drawings in each there would be nothing in the way
+    that asks gradients of different drawings to agree, which is what Reptile learns from. The
+    meta-gradient is (θ − φ) over the length of the way, steps · lr.
     """
 
     def backward(self, task: Halves, weight: float) -> tuple[float, float]:
         learner = self.learner.clone()
-        everything = dataclasses.replace(
-            task,
-            support=torch.cat([task.support, task.query]),
-            support_labels=torch.cat([task.support_labels, task.query_labels]),
-        )
-        self.adapt(learner, everything)
+        for step in range(self.setting.steps):
+            loss = task.query_loss(learner)[0] if step % 2 else task.support_loss(learner)
+            learner.adapt(loss)
         share = weight / (self.setting.steps * self.setting.lr)
         with torch.no_grad():
             pairs = zip(self.model.parameters(), learner.parameters(), strict=True)
