@@ -19,6 +19,7 @@ from implicit_grad._curvature.culprit import culprit
 from implicit_grad._curvature.finite_difference import FiniteDifference
 from implicit_grad._curvature.hessian import GaussNewtonProduct, Hessian
 from implicit_grad._curvature.objective import Objective
+from implicit_grad._curvature.symmetric import SymmetricPart
 from implicit_grad._errors import GraphError
 from implicit_grad._options import check_one_of
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization
@@ -154,7 +155,7 @@ def check_objective(objective: Objective, probe: Probe, curvature: Curvature) ->
     if once_differentiable(probe.outputs, probe.phi):
         return None  # which `linearize` knows how to deal with
     try:
-        return _Objective(objective, probe).finding(curvature)
+        return _Objective(objective, probe).finding_of_solutions(curvature)
     except Exception:  # a check must not end what works without it: what is wrong comes again
         return None
 
@@ -240,7 +241,7 @@ def check_residual(around: Linearization, probe: Probe, both_products: bool) -> 
     if probe.eps > _COARSE or not probe.phi:
         return None
     try:
-        return _Residual(around, probe, both_products).finding()
+        return _Residual(around, probe, both_products).finding_of_solutions()
     except Exception:  # as above
         return None
 
@@ -275,17 +276,29 @@ def check_residual_twice(probe: Probe) -> Finding | None:
 class _Objective:
     """∇value along lines through φ and through the arguments."""
 
-    def __init__(self, objective: Objective, probe: Probe) -> None:
+    def __init__(self, objective: Objective, probe: Probe, along: Tensors | None = None) -> None:
         self._objective, self._probe = objective, probe
         self._inputs = tuple(t for t in probe.inputs if t.requires_grad)
         self._phi, self._guard = objective.phi, objective.guard
         self._units = units(self._phi) + units(self._inputs)
-        self._along = beside_padding(direction(self._phi), objective.value, self._phi)
-        hessian = Hessian(objective)
-        self._slope = hessian.smooth
-        with torch.no_grad():
-            self._product = hessian.smooth_transposed(self._along)
-            self._cross = self._crossed(self._along)
+        if along is None:
+            along = beside_padding(direction(self._phi), objective.value, self._phi)
+        self._along = along
+        self._hessian = Hessian(objective)
+        self._slope = self._hessian.smooth
+        self._product, self._cross = self._products(along)
+
+    def finding_of_solutions(self, curvature: Curvature) -> Finding | None:
+        """The finding, unless it is about directions in which no solution moves."""
+        found = self.finding(curvature)
+        part = SymmetricPart(self._phi, self._probe.eps)
+        if found is None or not part.has_solutions(self._along, self._products):
+            return found
+        term = self._objective.stationarity(self._slope)
+        if term.linear_part or term.scale is not None:
+            return found  # φ is held near a θ, which may move it in any direction
+        along = part.of(self._along)
+        return _Objective(self._objective, self._probe, along).finding(curvature)
 
     def finding(self, curvature: Curvature) -> Finding | None:
         slope = gradient_at(self._objective.value, self._all, self._guard)
@@ -371,6 +384,11 @@ class _Objective:
         take_pieces(value, self._objective.value)
         return value
 
+    def _products(self, u: Tensors) -> tuple[Tensors, Tensors]:
+        """The second derivative times u, and (∂∇value/∂inputs)ᵀu."""
+        with torch.no_grad():
+            return self._hessian.smooth_transposed(u), self._crossed(u)
+
     def _crossed(self, u: Tensors) -> Tensors:
         """(∂∇value/∂inputs)ᵀu."""
         with torch.no_grad(), self._guard(), without_hooks(self._inputs):
@@ -442,10 +460,29 @@ class _Objective:
 class _Residual:
     """F along lines through φ and through the arguments."""
 
-    def __init__(self, around: Linearization, probe: Probe, both_products: bool) -> None:
+    def __init__(
+        self,
+        around: Linearization,
+        probe: Probe,
+        both_products: bool,
+        along: Tensors | None = None,
+    ) -> None:
         self._around, self._probe, self._both = around, probe, both_products
-        self._along = direction(probe.phi)
+        self._along = direction(probe.phi) if along is None else along
         self._here = tuple(f.detach() for f in probe.outputs)
+
+    def finding_of_solutions(self) -> Finding | None:
+        """The finding, unless it is about directions in which no solution moves."""
+        found = self.finding()
+        part = SymmetricPart(self._probe.phi, self._probe.eps)
+        if found is None or not part.has_solutions(self._along, self._products):
+            return found
+        return _Residual(self._around, self._probe, self._both, part.of(self._along)).finding()
+
+    def _products(self, u: Tensors) -> tuple[Tensors, Tensors]:
+        inputs = tuple(t for t in self._probe.inputs if t.requires_grad)
+        with torch.no_grad():
+            return self._around.transposed(u), self._around.pullback(u, inputs)
 
     def finding(self) -> Finding | None:
         if self._is_wrong_in_phi():

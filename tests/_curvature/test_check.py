@@ -312,6 +312,87 @@ def test_roots(linear_solver, flagged):
         torch.testing.assert_close(found, 1 / (3 * w.detach() ** 2 + 1))
 
 
+POINTS = normal(20, 3, seed=8, grad=False)
+
+
+def by_cholesky(S):
+    """Squared lengths of the points in units of S, of which one triangle is read."""
+    z = torch.linalg.solve_triangular(torch.linalg.cholesky(S), POINTS.mT, upper=False)
+    return z.square().sum(0)
+
+
+def by_eigh(S):
+    values, vectors = torch.linalg.eigh(S)
+    return ((POINTS @ vectors).square() / values).sum(1)
+
+
+def scatter(lengths, skew=0.0):
+    """That of points with heavy tails; with skew, symmetric for the weight 0.7 only."""
+
+    def step(S, weight):
+        plain = (6 / (3 + lengths(S)) * POINTS.mT) @ POINTS / 20
+        return plain + weight * torch.eye(3) + skew * (weight - 0.7) * torch.ones(3, 3).triu(1)
+
+    def solver(weight):
+        S = torch.eye(3)
+        for _ in range(100):
+            S = step(S, weight)
+        return S
+
+    return solver, ig.fixed_point(step)
+
+
+def likelihood(S, weight):
+    L = torch.linalg.cholesky(S)
+    prior = weight * (2 * L.diagonal().log().sum() + torch.cholesky_inverse(L).trace())
+    return 20 * L.diagonal().log().sum() + by_cholesky(S).sum() / 2 + prior
+
+
+def covariance(weight):
+    """The least likelihood's."""
+    return (POINTS.mT @ POINTS + 2 * weight * torch.eye(3)) / (20 + 2 * weight)
+
+
+@pytest.mark.parametrize(
+    ("solver", "condition"),
+    [scatter(by_cholesky), scatter(by_eigh), (covariance, ig.argmin(likelihood))],
+    ids=["cholesky", "eigh", "minimum"],
+)
+def test_one_triangle_of_a_symmetric_phi_is_enough(solver, condition):
+    """Beside symmetric matrices torch's derivatives are not those of values; no φ goes there."""
+    weight, outer = torch.tensor(0.7, requires_grad=True), normal(3, 3, seed=9, grad=False)
+    outer = outer + outer.mT
+    (wanted,) = grad((solver(weight) * outer).sum(), weight)
+    (got,) = grad((ig.implicit(solver, condition)(weight) * outer).sum(), weight)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_one_triangle_of_a_phi_that_leaves_symmetry_is_told():
+    weight = torch.tensor(0.7, requires_grad=True)
+    S = ig.implicit(*scatter(by_cholesky, skew=1.0))(weight)
+    assert torch.allclose(S, S.mT)
+    with pytest.warns(ig.ImplicitGradWarning, match="is not the difference of residuals"):
+        S.sum().backward()
+
+
+def test_one_triangle_of_a_phi_near_any_theta_is_told():
+    weight = torch.tensor(0.7)
+    theta = covariance(weight).requires_grad_()  # which moves with its elements, one by one
+    solve = ig.implicit(lambda theta, weight: theta.clone(), ig.proximal(likelihood, 1.0))
+    with pytest.warns(ig.ImplicitGradWarning, match="is not the derivative of its value"):
+        solve(theta, weight).sum().backward()
+
+
+def test_a_symmetric_phi_hides_nothing():
+    """What is wrong in symmetric directions, too, is found as ever."""
+    a, monitor = (torch.eye(2) + 0.5).requires_grad_(), ig.Monitor()
+    condition = ig.argmin(lambda S, a: (Detached.apply(S) / 3 + S**2 / 2 - a * S).sum())
+    options = {"curvature": "hessian", "on_failure": "ignore", "monitor": monitor}
+    solve = ig.implicit(lambda a: ((1 + 4 * a).sqrt() - 1) / 2, condition, **options)
+    solve(a).sum().backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+
+
 def test_an_argument_may_be_detached():
     theta, monitor = normal(4, seed=3), ig.Monitor()
     condition = ig.argmin(lambda w, theta: (w - theta.detach()).square().sum() + w.sum() * theta[0])
