@@ -308,6 +308,7 @@ class _Objective:
             (self._objective.value.detach(), *self._scaled(slope)),
             (along, *self._scaled((*self._product, *self._cross))),
             self._probe.eps,
+            self._claimed_at,
         )
         if wrong[0]:
             return Finding(_HELD, False, complete=True)
@@ -378,6 +379,16 @@ class _Objective:
         slope = gradient_at(value, (*phi, *self._inputs), self._guard)
         return value.detach(), *self._scaled(slope)
 
+    def _claimed_at(self, t: float) -> Tensors:
+        """What torch says that these change by, at φ + t·along."""
+        phi = _moved(self._phi, self._along, t)
+        there = Hessian(Objective(self._value(phi, ()), phi, guard=self._guard))
+        with torch.no_grad():
+            product = there.smooth_transposed(self._along)
+        along = product[0].new_tensor(inner(there.smooth, self._along))
+        cross = self._crossed(self._along, there.smooth)
+        return along, *self._scaled((*product, *cross))
+
     def _value(self, phi: Tensors, inputs: Tensors) -> Tensor:
         with torch.enable_grad():
             value, *_ = self._probe.elsewhere(phi, inputs)
@@ -389,10 +400,10 @@ class _Objective:
         with torch.no_grad():
             return self._hessian.smooth_transposed(u), self._crossed(u)
 
-    def _crossed(self, u: Tensors) -> Tensors:
-        """(∂∇value/∂inputs)ᵀu."""
+    def _crossed(self, u: Tensors, slope: Tensors | None = None) -> Tensors:
+        """(∂∇value/∂inputs)ᵀu, where ∇value was recorded or where it is another slope."""
         with torch.no_grad(), self._guard(), without_hooks(self._inputs):
-            return vjp(self._slope, self._inputs, u)
+            return vjp(self._slope if slope is None else slope, self._inputs, u)
 
     def _inputs_are_held(self, crossed: Callable[[Tensors], Tensors]) -> bool:
         """Whether ∇value moves with the arguments, and (∂∇value/∂inputs)ᵀ does not know it."""
@@ -503,7 +514,14 @@ class _Residual:
             with torch.no_grad():
                 return inner(self._around.transposed(u), self._along)
 
-        if changes_unseen(moved, self._here, transposed, eps):
+        def transposed_at(u: Tensors, t: float) -> float:
+            there = _moved(phi, self._along, t)
+            with torch.enable_grad():
+                outputs = self._probe.elsewhere(there, ())
+            with torch.no_grad():
+                return inner(vjp(outputs, there, u), self._along)
+
+        if changes_unseen(moved, self._here, transposed, eps, transposed_at):
             return True
         if not self._both:
             return False

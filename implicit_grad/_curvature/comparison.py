@@ -5,7 +5,8 @@ truncation, as t², and by kinks in between, which no two steps meet alike. So a
 believed as soon as one step confirms it. It is taken for wrong only where three steps, a factor of
 4 apart, agree with each other ten times better than with it, and where what a kink, or a function
 that has changed, would leave in (f⁺ + f⁻ − 2f)/2t is as small. (A curve leaves something, too, but
-that falls as t does, and is extrapolated away.) Between the two, nothing is said.
+that falls as t does, and is extrapolated away.) And only if as much is claimed within the finest
+step: f may bend in less than that, as √(φ² + 1e-12) does at 0. Between the two, nothing is said.
 """
 
 from __future__ import annotations
@@ -35,11 +36,16 @@ class _Difference:
 
 
 def is_wrong(
-    at: Callable[[float], Tensors], here: Tensors, claimed: Tensors, eps: float
+    at: Callable[[float], Tensors],
+    here: Tensors,
+    claimed: Tensors,
+    eps: float,
+    claimed_at: Callable[[float], Tensors] | None = None,
 ) -> list[bool]:
     """Of which blocks of `at` the derivative at 0 is certainly not the claimed one.
 
     All blocks are in comparable units; `here` is at(0) as it was when the derivative was recorded.
+    `claimed_at`, if it is known, is what is claimed for other places than 0.
     """
     found: dict[int, _Difference] = {}
     for power in _POWERS:
@@ -54,7 +60,12 @@ def is_wrong(
         wrong = [
             w or (o and s) for w, o, s in zip(wrong, off, _steady(three, claimed), strict=True)
         ]
-    return wrong
+    if claimed_at is None or not any(wrong):
+        return wrong
+    finest = min(_POWERS)
+    there = claimed_at(eps ** (1 / 3) * _FACTOR**finest)
+    blocks = zip(wrong, there, claimed, found[finest].slope, strict=True)
+    return [w and not 2 * _size(a - c) > _size(d - c) for w, a, c, d in blocks]
 
 
 def _difference(
@@ -101,6 +112,7 @@ def changes_unseen(
     here: Tensors,
     claimed: Callable[[Tensors], float],
     eps: float,
+    claimed_at: Callable[[Tensors, float], float] | None = None,
 ) -> bool:
     """Whether uᵀ(derivative of `at`) is certainly not claimed(u), for one u near that derivative.
 
@@ -118,7 +130,12 @@ def changes_unseen(
     def along(t: float) -> Tensors:
         return number(inner(at(t), u))
 
-    return any(is_wrong(along, number(inner(here, u)), number(claimed(u)), eps))
+    def elsewhere(t: float) -> Tensors:
+        assert claimed_at is not None
+        return number(claimed_at(u, t))
+
+    known = None if claimed_at is None else elsewhere
+    return any(is_wrong(along, number(inner(here, u)), number(claimed(u)), eps, known))
 
 
 def units(tensors: Tensors) -> list[float]:

@@ -780,6 +780,36 @@ def test_rows_that_are_not_for_padding_are_not_held(padding):
         solve(nn.Embedding(4, 2, padding_idx=padding), lam).weight.sum().backward()
 
 
+@pytest.mark.parametrize(
+    "dtype, smooth",
+    [
+        (torch.float32, 1e-4),
+        (torch.float32, 1e-6),
+        (torch.float64, 1e-7),
+        (torch.float64, 1e-10),
+    ],
+)
+@pytest.mark.parametrize("kind", ["argmin", "root"])
+def test_a_smoothed_modulus_may_bend_within_less_than_a_step(kind, dtype, smooth):
+    a = torch.tensor([0.0, 2.0, -1.5], dtype=dtype, requires_grad=True)
+
+    def objective(w, a):
+        return (w - a).square().sum() / 2 + (w**2 + smooth**2).sqrt().sum() / 2
+
+    def residual(w, a):
+        return w - a + w * (w**2 + smooth**2).rsqrt() / 2
+
+    def shrink(a):  # exact where w is 0, and elsewhere to smooth²
+        return a - a.clamp(-0.5, 0.5)
+
+    condition = ig.argmin(objective) if kind == "argmin" else ig.root(residual)
+    monitor = ig.Monitor()
+    ig.implicit(shrink, condition, monitor=monitor, on_failure="raise")(a).sum().backward()
+    assert monitor.last.check is None and monitor.last.curvature != "finite_difference"
+    expected = torch.tensor([0.0, 1.0, 1.0], dtype=dtype)
+    torch.testing.assert_close(a.grad, expected, rtol=1e-6, atol=2.1 * smooth)
+
+
 @pytest.mark.parametrize("make", PROBLEMS)
 def test_the_zoo_raises_no_alarm(make):
     problem, monitor = make(), ig.Monitor()
