@@ -11,6 +11,7 @@ from torch import Tensor
 from implicit_grad._curvature.hessian import Hessian
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError
+from implicit_grad._torch.kinks import take_pieces
 from implicit_grad._torch.products import gradient, without_hooks
 from implicit_grad._torch.pytree import Tensors, length
 
@@ -27,7 +28,8 @@ class FiniteDifference(Hessian):
 
     ∇²G u ≈ (∇G(φ + εu) − ∇G(φ − εu)) / 2ε with ε = eps^(1/3) max(1, ‖φ‖) / ‖u‖, where the errors
     of truncation and rounding balance: relative errors are around 1e-10 in float64, 1e-5 in
-    float32, if ∇G changes over lengths around max(1, ‖φ‖). Two gradients a product.
+    float32, if ∇G changes over lengths around max(1, ‖φ‖). Two gradients a product. Kinks (ReLU,
+    pooling) are held on the piece that they are on at φ, as they are for the Hessian.
     """
 
     curvature = "finite_difference"
@@ -90,6 +92,7 @@ class FiniteDifference(Hessian):
         phi = tuple(p.detach().requires_grad_() for p in moved)
         with torch.enable_grad():
             value = self._again(phi)
+        take_pieces(value, self.objective.value)
         with torch.no_grad(), self._guard(), without_hooks(inputs):
             return gradient(value, (*phi, *inputs))
 

@@ -393,6 +393,26 @@ def test_what_lies_behind_phi_does_not_matter():
 # ---------------------------------------------------------------- differences, and their manners
 
 
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_differences_stay_on_the_piece_that_phi_is_on(seed):
+    """In float32, steps cross kinks, of each of which a difference makes a jump over the step."""
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(200, 40), nn.ReLU(), nn.Linear(40, 5)).float()
+    x, y = torch.randn(10, 1, 12, 12).float(), torch.arange(10) % 5
+
+    def loss(model):
+        return torch.nn.functional.cross_entropy(model(x), y)
+
+    def products(curvature):
+        solver = {"linear_solver": ig.CG(maxiter=1), "on_failure": "ignore"}
+        solve = ig.implicit(copy.deepcopy, ig.proximal(loss, 1.0), curvature=curvature, **solver)
+        weights = list(model.parameters())
+        return gradients(list(solve(model).parameters()), weights)
+
+    close(products(FINITE), products("hessian"), 5e-4)
+
+
 def test_differences_refuse_data_that_have_changed():
     data = [normal(4, 3, seed=2, grad=False)]
     theta, model = normal(3, seed=1), nn.Linear(3, 2)
