@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,9 @@ class Inner:
         solution = self.local.solution
         if solution is not None:
             return self.local.distance(solution) <= 0.1 * self.rtol
-        return self._size(self.local) <= 0.01 * self.rtol * min(map(self._size, self._naive()))
+        # F is often 0 or not a number at φ = 0 (lengths of differences): that is no measure
+        elsewhere = [s for s in map(self._size, self._naive()) if 0.0 < s < math.inf]
+        return self._size(self.local) <= 0.01 * self.rtol * min(elsewhere, default=0.0)
 
     @functools.cached_property
     def cause(self) -> Cause:
@@ -155,7 +158,8 @@ class Inner:
         return found
 
     def _is_no_progress(self, size: float) -> bool:
-        least = min(self._size(there) for there in self._naive())
+        sizes = [s for s in map(self._size, self._naive()) if s < math.inf]
+        least = min(sizes, default=math.inf)
         if size < 0.5 * least:
             return False
         self._see(f"‖F‖ is {least:.2g} at points that no solver was needed for: φ is no better")

@@ -261,6 +261,29 @@ def optimistix_has_no_isolated_solution():
     )
 
 
+@piece
+def a_truss_may_lie_anywhere():
+    """And where its joints meet, lengths have no slope by torch's word, so that F is 0 there."""
+    ends = torch.triu_indices(4, 4, 1)
+    matrix = torch.zeros(6, 4, dtype=F64)
+    matrix[range(6), ends[0]], matrix[range(6), ends[1]] = 1.0, -1.0
+
+    def energy(x, lengths):
+        return ((matrix @ x).norm(dim=1) - lengths).square().sum()
+
+    def relax(lengths):
+        x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=F64)
+        for _ in range(200):  # each spring turned to where it is, the joints fitted to all of them
+            springs = matrix @ x
+            x = torch.linalg.pinv(matrix) @ (
+                lengths[:, None] * springs / springs.norm(dim=1)[:, None]
+            )
+        return x
+
+    lengths = torch.tensor([1.0, 1.5, 1.1, 0.9, 1.3, 1.2], dtype=F64)
+    return Piece(ig.implicit(relax, ig.argmin(energy)), (lengths,), Cause.NOT_ISOLATED)
+
+
 # ---------------------------------------------------------------- the inner problem
 
 
