@@ -62,8 +62,9 @@ def tell_of_arguments(error: Exception, call: Call) -> None:
         ) from error
     if isinstance(error, RuntimeError) and "does not require grad" in str(error):
         raise InvalidArgumentError(
-            f"{said}: tensors arrive in it detached. What it trains has to be "
-            "argument.clone().requires_grad_(), or a module that is passed itself"
+            f"{said}: tensors arrive in it detached, and so do a module's buffers. What it trains "
+            "has to be argument.clone().requires_grad_(), or parameters of a module that is passed "
+            "itself"
         ) from error
 
 

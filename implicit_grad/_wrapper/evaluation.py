@@ -140,6 +140,21 @@ def _is_copy(tensor: Tensor, of: Tensor) -> bool:
     return tensor is of or (tensor.device == of.device and torch.equal(tensor, of))
 
 
+def _check_buffers(modules: list[nn.Module], reachable: list[Tensor]) -> None:
+    """Raise if the solver trained buffers, as modules from before torch.func keep their weights."""
+    known = {id(t) for t in reachable}
+    for module in modules:
+        buffers = (pair for pair in module.named_buffers() if id(pair[1]) not in known)
+        names = [name for name, b in buffers if b.requires_grad and b.is_leaf]
+        if names:
+            raise InvalidSolutionError(
+                f"the solver returned {describe(module)} with buffers that require grad "
+                f"({', '.join(names)}): phi is a module's parameters, and buffers are constants, "
+                "so that no gradient would go through what was trained there. Keep weights as "
+                "parameters (self.weight = torch.nn.Parameter(...)), or return a dict of them"
+            )
+
+
 def _same(phi: Tensors, others: Sequence[Tensor]) -> bool:
     return len(phi) == len(others) and all(map(torch.equal, phi, others))
 
@@ -268,6 +283,7 @@ class Evaluation(Recorded):
         self.replaces_first = phi_replaces_first(self.condition, returned, call)
         modules = pytree.modules(returned)
         self._check_kept(modules)
+        _check_buffers(modules, [t for _, t in reachable])
         self.given = self._given(modules, lent, before) or self.given
         phi, self.phi_tree = checked(returned, lent, self.condition.template(call))
         if self.phi_tree.in_pairs and self.method.linear_solver.keeps_start:

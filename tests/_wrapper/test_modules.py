@@ -622,6 +622,55 @@ def test_curvature_of_the_outputs_and_certificates():
     torch.testing.assert_close(certificate.gradients[-1], want)
 
 
+class InBuffers(nn.Module):
+    """A layer that keeps its weights as modules from before torch.func do, and learned scales."""
+
+    def __init__(self, weight, scale):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.last = nn.Linear(1, 1, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.last((x * self.scale) @ self.weight[:, None])
+
+
+def test_weights_that_are_trained_in_buffers_are_refused():
+    def train(model, a):
+        model.weight = model.weight.clone().requires_grad_()
+        return model
+
+    model, a = InBuffers(torch.ones(2), torch.ones(2)), log_of(1.0)
+    with pytest.raises(ig.InvalidSolutionError, match=r"buffers that require grad \(weight\)"):
+        ig.implicit(train, ig.argmin(objective))(model, a)
+    bare = nn.Module()
+    bare.register_buffer("weight", torch.ones(2, requires_grad=True))
+    with pytest.raises(ig.InvalidArgumentError, match="and so do a module's buffers"):
+        ig.implicit(lambda m: m.weight.sum().backward(), ig.argmin(objective))(bare)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_buffers_that_the_outer_loop_trains_are_none_of_them(made_inside):
+    x, weight, scale = X[:, :2], Y[:2], torch.ones_like(Y[:2]).requires_grad_()
+
+    def loss(model):
+        return misfit(model, x) + sum(p.square().sum() for p in model.parameters())
+
+    def train(model):
+        model = InBuffers(weight, scale) if made_inside else model
+        settle(model, loss)
+        return model
+
+    def closed(scale):
+        z = torch.stack([(x * scale) @ weight, torch.ones_like(Y)], 1)
+        matrix = z.mT @ z / len(x) + torch.eye(2, dtype=torch.float64)
+        return (z @ torch.linalg.solve(matrix, z.mT @ Y / len(x))).square().mean()
+
+    trained = ig.implicit(train, ig.argmin(loss))(InBuffers(weight, scale))
+    (found,) = torch.autograd.grad(trained(x).square().mean(), scale)
+    torch.testing.assert_close(found, torch.func.grad(closed)(scale.detach()))
+
+
 def test_what_cannot_be_is_refused():
     solve = ig.implicit(lambda m, a: m.requires_grad_(False), ig.argmin(objective))
     with pytest.raises(ig.InvalidSolutionError, match="no parameter requires grad"):
