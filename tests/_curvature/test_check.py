@@ -367,6 +367,26 @@ def test_one_triangle_of_a_symmetric_phi_is_enough(solver, condition):
     torch.testing.assert_close(got, wanted)
 
 
+def test_one_triangle_of_a_hermitian_phi_is_enough():
+    z = torch.complex(POINTS, POINTS.flip(0))
+    weight, outer = torch.tensor(0.7, requires_grad=True), torch.complex(POINTS[:3], POINTS[3:6])
+
+    def step(S, weight):
+        L = torch.linalg.cholesky(S)
+        lengths = torch.linalg.solve_triangular(L, z.mT, upper=False).abs().square().sum(0)
+        return (6 / (3 + lengths) * z.mT) @ z.conj() / 20 + weight * torch.eye(3)
+
+    def solver(weight):
+        S = torch.eye(3, dtype=z.dtype)
+        for _ in range(100):
+            S = step(S, weight)
+        return S
+
+    (wanted,) = grad((solver(weight) * outer).sum().real, weight)
+    (got,) = grad((ig.implicit(solver, ig.fixed_point(step))(weight) * outer).sum().real, weight)
+    torch.testing.assert_close(got, wanted)
+
+
 def test_one_triangle_of_a_phi_that_leaves_symmetry_is_told():
     weight = torch.tensor(0.7, requires_grad=True)
     S = ig.implicit(*scatter(by_cholesky, skew=1.0))(weight)
