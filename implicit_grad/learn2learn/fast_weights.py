@@ -276,9 +276,9 @@ class Weights:
         if unused and not allow_unused:
             raise InvalidArgumentError(
                 f"adapt: the loss does not depend on {', '.join(unused)}; pass allow_unused=True "
-                "to leave unused parameters as they are. (If the model uses them otherwise than "
-                "as its attributes, as a tensor in a list, a clone computes with the model's own: "
-                "look them up when they are used.)",
+                "to clone() or adapt() to leave them as they are. (If the model uses them "
+                "otherwise than as its attributes, as a tensor in a list, a clone computes with "
+                "the model's own: look them up when they are used.)",
                 anchor="unused-weights",
             )
 
@@ -287,7 +287,7 @@ class Weights:
         if self.frozen and not allow_nograd:
             raise InvalidArgumentError(
                 f"adapt: {', '.join(self.frozen)} has requires_grad=False; pass allow_nograd=True "
-                "to adapt the other parameters"
+                "to clone() or adapt(), and the other parameters adapt"
             )
         if not self.theta:
             raise InvalidArgumentError("adapt: the model has no parameter that requires grad")
