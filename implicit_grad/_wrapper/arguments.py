@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_grad._conditions.base import Call, Condition
 from implicit_grad._errors import (
@@ -22,11 +22,16 @@ from implicit_grad._warnings import warn
 def tell_unread(condition: Condition, call: Call, unread: Sequence[Tensor]) -> None:
     """Warn of those of the tensors that are arguments, unless F holds them in its own way.
 
-    Nothing is said of modules: they are where φ starts, or have layers that are not used. Nor is it
-    of what another argument was made of, as the fields of an object are of each other: what is read
-    hands its gradient on.
+    Nothing is said of modules: they are where φ starts, or have layers that are not used. (Lists
+    and dicts of parameters are no such modules.) Nor is it of what another argument was made of, as
+    the fields of an object are of each other: what is read hands its gradient on.
     """
-    modules = pytree.modules((call.args, call.kwargs))
+    first = call.args[0] if call.args else None
+    modules = [
+        module
+        for module in pytree.modules((call.args, call.kwargs))
+        if module is first or not isinstance(module, (nn.ParameterDict, nn.ParameterList))
+    ]
     known = {id(t) for t in pytree.leaves((condition.held(call), modules))}
     names = {id(t): name for name, t in _named(call)}
     ignored = {id(t) for t in unread}

@@ -37,6 +37,11 @@ UNREAD = {
         (value(1.0), {"decay": value(0.0), "lr": value(0.5)}),
         ["args[1]['lr']"],
     ),
+    "in a ParameterDict": (
+        lambda w, s, h: (w - s) ** 2 + h["decay"] * w**2,
+        (value(1.0), torch.nn.ParameterDict({"decay": value(0.0), "lr": value(0.5)})),
+        ["args[1].lr"],
+    ),
 }
 
 
@@ -45,7 +50,7 @@ def test_they_are_named_at_the_call(case):
     objective, args, names = UNREAD[case]
     (message,) = told(lambda: ig.implicit(fit, ig.argmin(objective))(*args))
     assert "gradient is 0" in message and "argmin" in message
-    for name in ("args[0]", "args[1]", "args[1]['lr']"):
+    for name in ("args[0]", "args[1]", "args[1]['lr']", "args[1].lr"):
         assert (f"{name}, a float" in message) == (name in names)
 
 
@@ -84,6 +89,9 @@ READ = {
         lambda s, top: s.detach().clone(),
         ig.argmin(lambda w, s, top: (w - s) ** 2, bounds=lambda s, top: (None, top)),
     )(value(1.0), value(2.0)),
+    "parameters where phi starts": lambda: ig.implicit(
+        lambda start, s: [s.detach().clone()], ig.argmin(lambda w, start, s: (w[0] - s) ** 2)
+    )(torch.nn.ParameterList([value(0.0)]), value(1.0)),
     "zero for these values": lambda: ig.implicit(
         fit, ig.argmin(lambda w, s, lr: (w - s) ** 2 + (0 * lr).relu() * w)
     )(value(1.0), value(0.5)),
