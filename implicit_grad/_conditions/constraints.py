@@ -16,12 +16,12 @@ from implicit_grad._conditions.bounds import check_pair, spread
 from implicit_grad._conditions.dependence import is_pushed
 from implicit_grad._conditions.doubts import is_in_doubt
 from implicit_grad._conditions.lagrangian import Multipliers, multipliers_at
-from implicit_grad._curvature.auto import missing_told
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError, InvalidArgumentError, Status, describe
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch import pytree
 from implicit_grad._torch.graph import once_differentiable
+from implicit_grad._torch.missing import missing_told
 from implicit_grad._torch.products import gradient, vjp
 from implicit_grad._torch.pytree import Tensors
 

@@ -21,12 +21,12 @@ from implicit_grad._conditions.base import (
     without_aux,
 )
 from implicit_grad._conditions.dependence import scattered
-from implicit_grad._curvature.auto import missing_told
 from implicit_grad._curvature.hessian import slope as slope_of
 from implicit_grad._curvature.jacobian import MISSING, Jacobian
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._options import require_flag
 from implicit_grad._torch import pytree
+from implicit_grad._torch.missing import missing_told
 from implicit_grad._torch.products import vjp
 from implicit_grad._torch.pytree import Flat, Tensors
 from implicit_grad._torch.transforms import is_transformed

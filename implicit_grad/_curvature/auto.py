@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,11 +18,8 @@ from implicit_grad._theorem.linearization import (
     Linearization,
     SwitchedToDifferences,
 )
+from implicit_grad._torch.missing import lacks_derivative
 from implicit_grad._torch.pytree import Tensors
-
-_NO_DOUBLE_BACKWARD = re.compile(
-    r"derivative for .* is not implemented|double backward|once_differentiable"
-)
 
 
 def linearize(objective: Objective, curvature: Curvature) -> Linearization:
@@ -48,14 +43,9 @@ def linearize(objective: Objective, curvature: Curvature) -> Linearization:
         raise
 
 
-def lacks_second_derivative(error: Exception) -> bool:
-    """Whether torch says that an operation has no second derivative."""
-    return not isinstance(error, GraphError) and bool(_NO_DOUBLE_BACKWARD.search(str(error)))
-
-
 def raise_if_missing(error: Exception, curvature: str) -> None:
     """What torch says of an operation without second derivative, with advice."""
-    if lacks_second_derivative(error):
+    if lacks_derivative(error):
         raise GraphError(
             f'curvature="{curvature}": an operation of the inner objective has no second '
             f'derivative in torch ({error}); use "auto" or "finite_difference", which take '
@@ -63,17 +53,6 @@ def raise_if_missing(error: Exception, curvature: str) -> None:
             "form of the operation",
             anchor="no-second-derivative",
         ) from error
-
-
-@contextlib.contextmanager
-def missing_told(sentence: str) -> Iterator[None]:
-    """What torch says of an operation without second derivative is said in this sentence."""
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        if lacks_second_derivative(error):
-            raise GraphError(f"{sentence} ({error})", anchor="no-second-derivative") from error
-        raise
 
 
 class _WithAdvice(Hessian):
@@ -129,7 +108,7 @@ class AutoCurvature(Linearization):
         try:
             return Hessian(self._objective)
         except (RuntimeError, NotImplementedError) as error:
-            if not lacks_second_derivative(error):
+            if not lacks_derivative(error):
                 raise
             return self._differences(error)
 
@@ -155,7 +134,7 @@ class AutoCurvature(Linearization):
         try:
             return self._rung.smooth_transposed(u)
         except (RuntimeError, NotImplementedError) as error:
-            if not lacks_second_derivative(error):
+            if not lacks_derivative(error):
                 raise
             self._rung = self._differences(error)
         raise SwitchedToDifferences
@@ -172,7 +151,7 @@ class AutoCurvature(Linearization):
         try:
             return product()
         except (RuntimeError, NotImplementedError) as error:
-            if not lacks_second_derivative(error):
+            if not lacks_derivative(error):
                 raise
             self._rung = self._differences(error)
         return product()

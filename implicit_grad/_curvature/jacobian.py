@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from implicit_grad._curvature.auto import missing_told
 from implicit_grad._theorem.linearization import Linearization
 from implicit_grad._torch.graph import between
+from implicit_grad._torch.missing import missing_told
 from implicit_grad._torch.own_backward import own_backwards
 from implicit_grad._torch.products import NOTHING
 from implicit_grad._torch.pytree import Tensors

@@ -17,9 +17,16 @@ from torch import Tensor
 
 from implicit_grad._errors import GraphError
 from implicit_grad._theorem.linearization import Curvature, Linearization
+from implicit_grad._torch.missing import missing_told
 from implicit_grad._torch.products import own_precision, variables, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors
 from implicit_grad._torch.transforms import Plain, is_transformed, lifted
+
+_MISSING = (
+    "second derivatives are not available: an operation that they go through has no derivative of "
+    "that order in torch. Use another form of the operation; or, if it is in a residual that is a "
+    "gradient, give the objective to ig.argmin"
+)
 
 
 class Reattached(Linearization):
@@ -109,7 +116,8 @@ class _Attached(torch.autograd.Function):
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
         def pull(inputs: Tensors, known: Tensors) -> Tensors:
             own = variables(inputs[-len(v) :])
-            with own_precision(t.device for t in v), without_hooks(ctx.stand_ins):
+            plain = own_precision(t.device for t in v)
+            with missing_told(_MISSING, "second-derivatives"), plain, without_hooks(ctx.stand_ins):
                 grads = vjp(ctx.values, ctx.stand_ins, own)
             return attached(grads, (*ctx.stand_ins, *own), inputs)
 

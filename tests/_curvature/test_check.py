@@ -557,6 +557,15 @@ def test_a_maps_second_derivative_is_our_own_where_torchs_is_wrong():
     torch.autograd.gradcheck(slope, (theta,))
 
 
+def test_a_missing_third_derivative_is_said_with_advice():
+    objective, residual = by_its_gradient(
+        rows(lambda x: F.batch_norm(x, None, None, training=True))
+    )
+    assert torch.isfinite(twice(ig.argmin(objective), objective)).all()
+    with pytest.raises(ig.GraphError, match=r"derivative of that order in torch.*ig\.argmin"):
+        twice(ig.root(residual), objective)
+
+
 MISSING = {"input_lengths": torch.full((4,), 5), "target_lengths": torch.full((4,), 2)}
 
 
