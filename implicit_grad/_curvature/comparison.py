@@ -6,7 +6,8 @@ believed as soon as one step confirms it. It is taken for wrong only where three
 4 apart, agree with each other ten times better than with it, and where what a kink, or a function
 that has changed, would leave in (f⁺ + f⁻ − 2f)/2t is as small. (A curve leaves something, too, but
 that falls as t does, and is extrapolated away.) And only if as much is claimed within the finest
-step: f may bend in less than that, as √(φ² + 1e-12) does at 0. Between the two, nothing is said.
+step: f may bend in less than that, as √(φ² + 1e-12) does at 0. (Unless what is claimed for φ is not
+so beside it: |φ|² by torch's word bends at 0 in no time.) Between the two, nothing is said.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from implicit_grad._torch.pytree import Tensors, inner, length
 _FACTOR = 4.0
 _POWERS = (0, 1, -1, 2, -2)  # of it, for steps in the order in which they are tried
 _TIMES = 10.0  # how much better steps have to agree with each other
+_BESIDE = 2.0  # roundings: hardly nearer could φ be moved
 _ROUNDINGS = 30.0  # a gradient may be off by so many roundings
 
 
@@ -63,9 +65,12 @@ def is_wrong(
     if claimed_at is None or not any(wrong):
         return wrong
     finest = min(_POWERS)
-    there = claimed_at(eps ** (1 / 3) * _FACTOR**finest)
-    blocks = zip(wrong, there, claimed, found[finest].slope, strict=True)
-    return [w and not 2 * _size(a - c) > _size(d - c) for w, a, c, d in blocks]
+    there, beside = claimed_at(eps ** (1 / 3) * _FACTOR**finest), claimed_at(_BESIDE * eps)
+    blocks = zip(wrong, claimed, found[finest].slope, there, beside, strict=True)
+    return [
+        w and not (2 * _size(a - c) > _size(d - c) and 2 * _size(b - c) < _size(a - c))
+        for w, c, d, a, b in blocks
+    ]
 
 
 def _difference(
