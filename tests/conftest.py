@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import logging
 import os
 import random
 import re
@@ -12,6 +13,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+import implicit_grad as ig
+from implicit_grad._torch.missing import lacks_derivative
 
 hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=30, print_blob=True
@@ -38,6 +42,31 @@ def seed() -> int:
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+class _Errors(logging.Handler):
+    """Those that were logged, but for derivatives that torch has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, Exception) and not isinstance(error, ig.GraphError):
+            if not lacks_derivative(error):
+                self.found.append(error)
+
+
+@pytest.fixture(autouse=True)
+def checks_come_to_an_end() -> Iterator[None]:
+    """What a check of products runs into is hidden from users; a fault of its own must not be."""
+    log, errors = logging.getLogger("implicit_grad._curvature.check"), _Errors()
+    log.addHandler(errors)
+    log.setLevel(logging.DEBUG)
+    yield
+    log.removeHandler(errors)
+    assert not errors.found
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, ParamSpec, get_args
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from implicit_grad._torch.padding import beside_padding
 from implicit_grad._torch.products import gradient, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors, inner
 
+P = ParamSpec("P")
+_log = logging.getLogger(__name__)
 Check = Literal["once", "always", "never"]
 _SHOWS_AT = (
     "on the way back it first shows at {}: its backward, or what it was given, takes for constant "
@@ -148,37 +151,46 @@ class Probe:
         return "suspect a .detach(), a hook on a tensor, or an operation of torch's own"
 
 
+def _harmless(look: Callable[P, Finding | None]) -> Callable[P, Finding | None]:
+    """A check that must not end what works without it: what is wrong comes again, where it counts.
+
+    What it ran into is logged.
+    """
+
+    @functools.wraps(look)
+    def looked(*args: P.args, **kwargs: P.kwargs) -> Finding | None:
+        try:
+            return look(*args, **kwargs)
+        except Exception:
+            _log.debug("a check of products came to no end", exc_info=True)
+            return None
+
+    return looked
+
+
+@_harmless
 def check_objective(objective: Objective, probe: Probe, curvature: Curvature) -> Finding | None:
     """What is wrong with products around φ, if anything is."""
     if probe.eps > _COARSE or not probe.phi:
         return None
     if once_differentiable(probe.outputs, probe.phi):
         return None  # which `linearize` knows how to deal with
-    try:
-        return _Objective(objective, probe).finding_of_solutions(curvature)
-    except Exception:  # a check must not end what works without it: what is wrong comes again
-        return None
+    return _Objective(objective, probe).finding_of_solutions(curvature)
 
 
+@_harmless
 def check_lagrangian(
     objective: Objective, probe: Probe, lagrangian: Callable[[Tensors], Tensor]
 ) -> Finding | None:
     """What is wrong with products around φ under constraints, which differences do not replace."""
     if probe.eps > _COARSE or once_differentiable(probe.outputs, probe.phi):
         return None
-
-    try:
-        weighed = _weighed(probe, lagrangian)
-        of_all = dataclasses.replace(objective, value=weighed.outputs[0])
-    except Exception:  # as above
-        return None
+    weighed = _weighed(probe, lagrangian)
+    of_all = dataclasses.replace(objective, value=weighed.outputs[0])
     found = check_objective(of_all, weighed, "hessian")
-    try:
-        if found is None and _constraints_are_wrong(probe, lagrangian):
-            said = "how a constraint changes with an argument is not what differences say"
-            found = Finding(f"{said}: {probe.suspects}", False)
-    except Exception:  # as above
-        return None
+    if found is None and _constraints_are_wrong(probe, lagrangian):
+        said = "how a constraint changes with an argument is not what differences say"
+        found = Finding(f"{said}: {probe.suspects}", False)
     return found
 
 
@@ -216,6 +228,7 @@ def _constraints_are_wrong(probe: Probe, lagrangian: Callable[[Tensors], Tensor]
     return any(is_wrong(moved, (here.detach(),), (here.new_tensor(claimed),), probe.eps))
 
 
+@_harmless
 def check_third(
     objective: Objective, probe: Probe, lagrangian: Callable[[Tensors], Tensor] | None = None
 ) -> Finding | None:
@@ -227,25 +240,21 @@ def check_third(
         return None
     if once_differentiable(probe.outputs, probe.phi):
         return None  # as above, and its graph may serve one backward pass only
-    try:
-        if lagrangian is not None:
-            probe = _weighed(probe, lagrangian)
-            objective = dataclasses.replace(objective, value=probe.outputs[0])
-        return _Objective(objective, probe).third()
-    except Exception:  # as above
-        return None
+    if lagrangian is not None:
+        probe = _weighed(probe, lagrangian)
+        objective = dataclasses.replace(objective, value=probe.outputs[0])
+    return _Objective(objective, probe).third()
 
 
+@_harmless
 def check_residual(around: Linearization, probe: Probe, both_products: bool) -> Finding | None:
     """What is wrong with products around φ, where F is given and no objective's gradient."""
     if probe.eps > _COARSE or not probe.phi:
         return None
-    try:
-        return _Residual(around, probe, both_products).finding_of_solutions()
-    except Exception:  # as above
-        return None
+    return _Residual(around, probe, both_products).finding_of_solutions()
 
 
+@_harmless
 def check_residual_twice(probe: Probe) -> Finding | None:
     """What is wrong with derivatives of products around φ, where F is given.
 
@@ -261,10 +270,7 @@ def check_residual_twice(probe: Probe) -> Finding | None:
         parts = ((f * u).sum() for f, u in zip(residual, along, strict=True))
         return functools.reduce(torch.add, parts)
 
-    try:
-        probe = _weighed(probe, weigh)
-    except Exception:  # as above
-        return None
+    probe = _weighed(probe, weigh)
     found = check_objective(Objective(probe.outputs[0], probe.phi), probe, "hessian")
     if found is None:
         return None

@@ -61,4 +61,4 @@ def _transposed(p: Tensor) -> Tensor:
 
 def _adjoint(p: Tensor) -> Tensor:
     """That of a matrix of complex numbers, which are pairs in φ."""
-    return torch.view_as_real(torch.view_as_complex(p.contiguous()).mH)
+    return torch.view_as_real(torch.view_as_complex(p.contiguous()).mH.resolve_conj())

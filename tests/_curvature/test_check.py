@@ -403,6 +403,15 @@ def test_one_triangle_of_a_phi_near_any_theta_is_told():
         solve(theta, weight).sum().backward()
 
 
+def test_kernels_of_two_numbers_are_no_hermitian_matrices():
+    a, monitor = normal(3, 2, 2, 2, seed=1), ig.Monitor()
+    condition = ig.argmin(lambda w, a: (Detached.apply(w) / 3 + w**2 / 2 - a * w).sum())
+    options = {"curvature": "hessian", "on_failure": "ignore", "monitor": monitor}
+    solve = ig.implicit(lambda a: ((1 + 4 * a.abs()).sqrt() - 1) / 2, condition, **options)
+    solve(a).sum().backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+
+
 def test_a_symmetric_phi_hides_nothing():
     """What is wrong in symmetric directions, too, is found as ever."""
     a, monitor = (torch.eye(2) + 0.5).requires_grad_(), ig.Monitor()
