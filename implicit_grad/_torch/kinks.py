@@ -22,6 +22,7 @@ _TELLS = {
     "LeakyReluBackward0": _SELF,
     "ThresholdBackward0": _SELF,
     "HardtanhBackward0": _SELF,
+    "HardsigmoidBackward0": _SELF,
     "SoftshrinkBackward0": _SELF,
     "HardshrinkBackward0": _SELF,
     "AbsBackward0": _SELF,
@@ -48,6 +49,12 @@ _TELLS = {
     "AdaptiveMaxPool3DBackward0": ("result1",),
     "WhereBackward0": ("condition",),
     "MaskedFillBackward0": ("mask",),
+    "CummaxBackward0": _INDICES,
+    "CumminBackward0": _INDICES,
+    "FractionalMaxPool2DBackward0": ("result1",),
+    "FractionalMaxPool3DBackward0": ("result1",),
+    "MultilabelMarginLossBackward0": _SELF,
+    "MultiMarginLossBackward0": _SELF,  # for p = 1
 }
 
 
@@ -57,7 +64,9 @@ def take_pieces(value: Tensor, of: Tensor) -> None:
     if [n.name() for n in nodes] != [n.name() for n in others]:
         return
     for node, other in zip(nodes, others, strict=True):
-        for name in _TELLS.get(node.name(), ()) if node is not other else ():
+        if node is other or getattr(node, "_saved_p", 1) != 1:  # a margin loss of squares bends
+            continue
+        for name in _TELLS.get(node.name(), ()):
             _lend(getattr(node, f"_raw_saved_{name}", None), getattr(other, f"_saved_{name}", None))
 
 

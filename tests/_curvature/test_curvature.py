@@ -393,6 +393,48 @@ def test_what_lies_behind_phi_does_not_matter():
 # ---------------------------------------------------------------- differences, and their manners
 
 
+def in_clamps(scores, labels):
+    """multi_margin_loss in operations that have second derivatives."""
+    margins = (1 - scores.gather(1, labels[:, None]) + scores).clamp(min=0)
+    return margins.scatter(1, labels[:, None], 0.0).sum(1).mean() / scores.shape[1]
+
+
+F = torch.nn.functional
+PIECES = {
+    "hardsigmoid": (
+        lambda x, y: F.hardsigmoid(x).square().mean(),
+        lambda x, y: (x / 6 + 0.5).clamp(0, 1).square().mean(),
+    ),
+    "multi_margin_loss": (F.multi_margin_loss, in_clamps),
+    "multilabel_margin_loss": (
+        lambda x, y: F.multilabel_margin_loss(x, F.pad(y[:, None], (0, 4), value=-1)),
+        in_clamps,
+    ),
+    "cummax": (
+        lambda x, y: x.cummax(1).values.square().mean(),
+        lambda x, y: torch.stack([x[:, : i + 1].amax(1) for i in range(5)]).square().mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_differences_stay_on_the_piece_of_each_operation(name):
+    torch.manual_seed(0)
+    x, y = torch.randn(500, 6).float(), torch.arange(500) % 5
+    w, v = torch.randn(6, 5).float().requires_grad_(), torch.randn(6, 5).float()
+
+    def product(loss, curvature):
+        def objective(phi):
+            return loss(4 * torch.tanh(x @ phi), y)
+
+        solver = {"linear_solver": ig.CG(maxiter=1), "on_failure": "ignore"}
+        solve = ig.implicit(torch.clone, ig.proximal(objective, 1.0), curvature=curvature, **solver)
+        return gradients([solve(w) * v], w)
+
+    of_torch, by_hand = PIECES[name]
+    close(product(of_torch, FINITE), product(by_hand, "hessian"), 5e-4)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 3])
 def test_differences_stay_on_the_piece_that_phi_is_on(seed):
     """In float32, steps cross kinks, of each of which a difference makes a jump over the step."""
