@@ -45,7 +45,7 @@ def seed() -> int:
 
 
 class _Errors(logging.Handler):
-    """Those that were logged, but for derivatives that torch has not."""
+    """Those that were logged, but for what is ours to say and derivatives that torch has not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Errors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, Exception) and not isinstance(error, ig.GraphError):
+        if isinstance(error, Exception) and not isinstance(error, ig.ImplicitGradError):
             if not lacks_derivative(error):
                 self.found.append(error)
 
