@@ -49,6 +49,17 @@ def test_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rounds: None
     assert (tmp_path / "floor.png").stat().st_size > 0
 
 
+def test_the_cost_of_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import check_cost
+
+    monkeypatch.setattr(check_cost.few_shot, "__defaults__", (2,))  # the network's width
+    check_cost.main(["--out", str(tmp_path), "--rounds", "3"])
+    rows = {(row["job"], row["check"]): row for row in table(tmp_path / "check_cost.csv")}
+    assert set(rows) == {(job, way) for job in check_cost.JOBS for way in check_cost.CHECKS}
+    times = ("first call, ms", "later call, ms")
+    assert all(float(row[time]) > 0 for row in rows.values() for time in times)
+
+
 def test_large_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rounds: None) -> None:
     import data_in_batches
 
