@@ -5,9 +5,10 @@ truncation, as t², and by kinks in between, which no two steps meet alike. So a
 believed as soon as one step confirms it. It is taken for wrong only where three steps, a factor of
 4 apart, agree with each other ten times better than with it, and where what a kink, or a function
 that has changed, would leave in (f⁺ + f⁻ − 2f)/2t is as small. (A curve leaves something, too, but
-that falls as t does, and is extrapolated away.) And only if as much is claimed within the finest
-step: f may bend in less than that, as √(φ² + 1e-12) does at 0. (Unless what is claimed for φ is not
-so beside it: |φ|² by torch's word bends at 0 in no time.) Between the two, nothing is said.
+that falls as t does, and is extrapolated away.) And only by elements of which as much is claimed
+within the finest step: f may bend in less than that, as √(φ² + 1e-12) does at 0. (Unless what is
+claimed for φ is not so beside it: |φ|² by torch's word bends at 0 in no time.) Between the two,
+nothing is said.
 """
 
 from __future__ import annotations
@@ -55,6 +56,23 @@ def is_wrong(
         off = _off(found[power], claimed, eps)
         if not any(off):
             return off
+    wrong = _certain(found, claimed, eps)
+    if claimed_at is None or not any(wrong):
+        return wrong
+    finest = min(_POWERS)
+    there, beside = claimed_at(eps ** (1 / 3) * _FACTOR**finest), claimed_at(_BESIDE * eps)
+    blocks = zip(claimed, found[finest].slope, there, beside, strict=True)
+    kept = [
+        ~((2 * (a - c).abs() > (d - c).abs()) & (2 * (b - c).abs() < (a - c).abs()))
+        for c, d, a, b in blocks
+    ]
+    lost = _ROUNDINGS * eps * length(claimed)
+    left = {power: _only(difference, kept, lost) for power, difference in found.items()}
+    return _certain(left, _kept(claimed, kept), eps)
+
+
+def _certain(found: dict[int, _Difference], claimed: Tensors, eps: float) -> list[bool]:
+    """Which blocks are off, by three steps that agree."""
     wrong = [False] * len(claimed)
     for middle in (0, 1, -1):
         three = [found[middle + k] for k in (-1, 0, 1)]
@@ -62,15 +80,18 @@ def is_wrong(
         wrong = [
             w or (o and s) for w, o, s in zip(wrong, off, _steady(three, claimed), strict=True)
         ]
-    if claimed_at is None or not any(wrong):
-        return wrong
-    finest = min(_POWERS)
-    there, beside = claimed_at(eps ** (1 / 3) * _FACTOR**finest), claimed_at(_BESIDE * eps)
-    blocks = zip(wrong, claimed, found[finest].slope, there, beside, strict=True)
-    return [
-        w and not (2 * _size(a - c) > _size(d - c) and 2 * _size(b - c) < _size(a - c))
-        for w, c, d, a, b in blocks
-    ]
+    return wrong
+
+
+def _only(found: _Difference, kept: Sequence[Tensor], lost: float) -> _Difference:
+    """Differences of the elements that are kept, of which so much is lost beside the others."""
+    slope, bend = _kept(found.slope, kept), _kept(found.bend, kept)
+    return _Difference(slope, bend, [r + lost for r in found.rounding])
+
+
+def _kept(blocks: Tensors, kept: Sequence[Tensor]) -> Tensors:
+    """The blocks, with 0 in the other elements."""
+    return tuple(b.where(k, torch.zeros_like(b)) for b, k in zip(blocks, kept, strict=True))
 
 
 def _difference(

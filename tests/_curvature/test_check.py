@@ -848,6 +848,26 @@ def test_a_smoothed_modulus_may_bend_within_less_than_a_step(kind, dtype, smooth
     torch.testing.assert_close(a.grad, expected, rtol=1e-6, atol=2.1 * smooth)
 
 
+@pytest.mark.parametrize("smooth", [1e-7, 1e-8, 1e-10])
+@pytest.mark.parametrize("apart", [False, True], ids=["one tensor", "two tensors"])
+def test_what_bends_within_less_than_a_step_hides_nothing_beside_it(smooth, apart):
+    a, monitor = torch.tensor([0.0, 2.0, 0.75], requires_grad=True), ig.Monitor()
+
+    def objective(w, a):
+        w = torch.cat(w)
+        near = (w - a).square().sum() / 2 + (w[0] ** 2 + smooth**2).sqrt() / 2
+        return near + Detached.apply(w[1:]).sum() / 3
+
+    def solver(a):
+        w = torch.cat([a[:1], ((1 + 4 * a[1:]).sqrt() - 1) / 2])
+        return list(w.split([1, 2])) if apart else [w]
+
+    options = {"curvature": "hessian", "on_failure": "ignore", "monitor": monitor}
+    solve = ig.implicit(solver, ig.argmin(objective), **options)
+    torch.cat(solve(a)).sum().backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+
+
 @pytest.mark.parametrize("make", PROBLEMS)
 def test_the_zoo_raises_no_alarm(make):
     problem, monitor = make(), ig.Monitor()
