@@ -63,7 +63,7 @@ def is_wrong(
     there, beside = claimed_at(eps ** (1 / 3) * _FACTOR**finest), claimed_at(_BESIDE * eps)
     blocks = zip(claimed, found[finest].slope, there, beside, strict=True)
     kept = [
-        ~((2 * (a - c).abs() > (d - c).abs()) & (2 * (b - c).abs() < (a - c).abs()))
+        ~((4 * (a - c).abs() > (d - c).abs()) & (2 * (b - c).abs() < (a - c).abs()))
         for c, d, a, b in blocks
     ]
     lost = _ROUNDINGS * eps * length(claimed)
