@@ -206,6 +206,12 @@ def _weighed(probe: Probe, weigh: Callable[[Tensors], Tensor]) -> Probe:
     return dataclasses.replace(probe, outputs=(value,), elsewhere=elsewhere)
 
 
+def _weighed_sum(blocks: Tensors, weights: Tensors) -> Tensor:
+    """The inner product, with its graph."""
+    parts = ((b * w).sum() for b, w in zip(blocks, weights, strict=True))
+    return functools.reduce(torch.add, parts)
+
+
 def _constraints_are_wrong(probe: Probe, lagrangian: Callable[[Tensors], Tensor]) -> bool:
     """Whether their values move with arguments in a way that their derivatives do not know."""
     targets = tuple(probe.inputs[i] for i in probe.moving)
@@ -236,7 +242,7 @@ def check_third(
     wrong = wrong_third(probe.outputs, probe.phi)
     if wrong:
         return Finding(f"torch's third derivative of {', '.join(wrong)} is wrong", False)
-    if probe.eps > _COARSE or not custom_functions(probe.outputs, probe.phi):
+    if probe.eps > _COARSE or not custom_functions(probe.outputs, (*probe.phi, *probe.inputs)):
         return None
     if once_differentiable(probe.outputs, probe.phi):
         return None  # as above, and its graph may serve one backward pass only
@@ -262,21 +268,44 @@ def check_residual_twice(probe: Probe) -> Finding | None:
     preconditioner, whose derivative F = 0 cancels.
     """
     suspects = wrong_third(probe.outputs, probe.phi)
-    if not (suspects or custom_functions(probe.outputs, probe.phi)):
+    if not (suspects or custom_functions(probe.outputs, (*probe.phi, *probe.inputs))):
         return None
     along = direction(tuple(map(torch.ones_like, probe.outputs)))
-
-    def weigh(residual: Tensors) -> Tensor:
-        parts = ((f * u).sum() for f, u in zip(residual, along, strict=True))
-        return functools.reduce(torch.add, parts)
-
-    probe = _weighed(probe, weigh)
+    probe = _weighed(probe, lambda residual: _weighed_sum(residual, along))
     found = check_objective(Objective(probe.outputs[0], probe.phi), probe, "hessian")
-    if found is None:
+    if found is None and not _turns_unseen(probe, lambda value, phi: value):
         return None
     what = "the second derivative of the residual is not the difference of its first"
     who = f"of torch's operations, suspect {', '.join(suspects)}" if suspects else probe.suspects
     return Finding(f"{what}: {who}", False)
+
+
+def _turns_unseen(probe: Probe, of: Callable[[Tensor, Tensors], Tensor]) -> bool:
+    """Whether a number's gradient by the arguments moves with them, and torch does not know it.
+
+    The number is made of the output, and of φ.
+    """
+    targets = tuple(probe.inputs[i] for i in probe.moving)
+    if not targets or probe.eps > _COARSE or once_differentiable(probe.outputs, targets):
+        return False
+    away = direction(targets)
+
+    def slope(t: float) -> Tensors:
+        phi, inputs = _moved(probe.phi, probe.phi, 0.0), probe.moved_inputs(away, t)
+        moved = tuple(inputs[i].requires_grad_() for i in probe.moving)
+        with torch.enable_grad():
+            value = of(probe.elsewhere(phi, inputs)[0], phi)
+        with torch.no_grad():
+            return gradient(value, moved)
+
+    with torch.enable_grad(), without_hooks(targets):
+        here = gradient(of(probe.outputs[0], probe.phi), targets)
+
+    def claimed(u: Tensors) -> float:
+        with torch.no_grad(), without_hooks(targets):
+            return inner(vjp(here, targets, u), away)
+
+    return changes_unseen(slope, tuple(h.detach() for h in here), claimed, probe.eps)
 
 
 class _Objective:
@@ -365,10 +394,15 @@ class _Objective:
             here = vjp(self._slope, self._phi, self._along)
         with torch.no_grad():
             claimed = self._scaled(vjp(here, self._phi, self._along))
-        if not any(is_wrong(product, self._scaled(here), claimed, self._probe.eps)):
+        wrong = is_wrong(product, self._scaled(here), claimed, self._probe.eps)
+        if not any(wrong) and not _turns_unseen(self._probe, self._rise):
             return None
         what = "the third derivative of the objective is not the difference of its second"
         return Finding(f"{what}: {self._probe.suspects}", False)
+
+    def _rise(self, value: Tensor, phi: Tensors) -> Tensor:
+        """How steeply a value rises along the line."""
+        return _weighed_sum(gradient(value, phi), self._along)
 
     @property
     def _all(self) -> Tensors:

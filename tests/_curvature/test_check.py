@@ -542,6 +542,51 @@ def test_roots_of_gradients_have_the_minimums_second_derivatives(special):
     torch.testing.assert_close(twice(scaled, objective), expected)
 
 
+def same(x, step, theta):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("special", "told"), [(Detached.apply, True), (CubeTwice.apply, False), (cube, False)]
+)
+@pytest.mark.parametrize("kind", ["root", "fixed_point", "prox_gradient", "argmin"])
+def test_second_derivatives_by_arguments_that_are_wrong_are_refused(kind, special, told):
+    """What is wrong there is no part of products with φ: first derivatives are right."""
+    theta = normal(4, seed=3)
+
+    def objective(w, theta):
+        return (w**2).sum() / 2 + (w**4).sum() / 20 - (w * special(theta)).sum()
+
+    def residual(w, theta):
+        return w + w**3 / 5 - special(theta)
+
+    def solver(theta):
+        w = torch.zeros(4)
+        for _ in range(50):
+            w = w - residual(w, theta) / (1 + 3 * w**2 / 5)
+        return w
+
+    condition = {
+        "root": ig.root(residual),
+        "fixed_point": ig.fixed_point(lambda w, theta: w - residual(w, theta) / 2),
+        "prox_gradient": ig.prox_gradient(objective, same),
+        "argmin": ig.argmin(objective),
+    }[kind]
+    solve = ig.implicit(solver, condition, on_failure="raise")
+    w = solver(theta.detach()).requires_grad_()
+    expected = grad(wavy(w), w)[0] / (1 + 3 * w**2 / 5) * 3 * theta**2
+    torch.testing.assert_close(grad(wavy(solve(theta)), theta)[0], expected)
+    if told:
+        with pytest.raises(ig.GraphError, match=r"is not the difference of its.*suspect Detached"):
+            grad(wavy(solve(theta)), theta, create_graph=True)
+        return
+
+    def slope(theta):
+        return grad(wavy(solve(theta)), theta, create_graph=True)[0]
+
+    torch.autograd.gradcheck(slope, (theta,))
+
+
 def test_a_prox_gradients_loss_has_derivatives_of_our_own():
     """torch's third derivative of a layer norm is another."""
     objective = problem(rows(lambda x: F.layer_norm(x, (4,))))
