@@ -435,6 +435,23 @@ def test_differences_stay_on_the_piece_of_each_operation(name):
     close(product(of_torch, FINITE), product(by_hand, "hessian"), 5e-4)
 
 
+def test_differences_may_meet_other_numbers_of_elements():
+    """Of those that a mask takes, there are more or fewer as φ moves."""
+    torch.manual_seed(0)
+    x, w = torch.randn(300, 6).float(), torch.randn(6, 5).float().requires_grad_()
+
+    def objective(phi):
+        scores = torch.tanh(x @ phi)
+        return scores[scores > 0].relu().square().mean()
+
+    solver = {"linear_solver": ig.CG(maxiter=1), "on_failure": "ignore"}
+    found = []
+    for curvature in FINITE, "hessian":
+        solve = ig.implicit(torch.clone, ig.proximal(objective, 1.0), curvature=curvature, **solver)
+        found.append(gradients([solve(w).sum()], w))
+    close(*found, 0.1)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 3])
 def test_differences_stay_on_the_piece_that_phi_is_on(seed):
     """In float32, steps cross kinks, of each of which a difference makes a jump over the step."""
