@@ -9,6 +9,7 @@ its backward pass only tells which piece it is on. So it can be lent what anothe
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +33,9 @@ _TELLS = {
     "ClampMaxBackward0": _SELF,
     "MaximumBackward0": ("self", "other"),
     "MinimumBackward0": ("self", "other"),
+    "FmaxBackward0": ("self", "other"),
+    "FminBackward0": ("self", "other"),
+    "AminmaxBackward0": ("self", "min", "max"),
     "MaxBackward0": _INDICES,
     "MinBackward0": _INDICES,
     "MaxBackward1": ("self", "result"),
@@ -43,6 +47,9 @@ _TELLS = {
     "KthvalueBackward0": _INDICES,
     "MedianBackward0": ("self", "result"),
     "MedianBackward1": _INDICES,
+    "NanmedianBackward0": ("self", "result"),
+    "NanmedianBackward1": _INDICES,
+    "GatherBackward0": ("index",),
     "MaxPool2DWithIndicesBackward0": ("result1",),
     "MaxPool3DWithIndicesBackward0": ("result1",),
     "AdaptiveMaxPool2DBackward0": ("result1",),
@@ -54,8 +61,12 @@ _TELLS = {
     "FractionalMaxPool2DBackward0": ("result1",),
     "FractionalMaxPool3DBackward0": ("result1",),
     "MultilabelMarginLossBackward0": _SELF,
-    "MultiMarginLossBackward0": _SELF,  # for p = 1
+    "MultiMarginLossBackward0": _SELF,
+    "LinalgVectorNormBackward0": ("self", "result"),
+    "CdistBackward0": ("x1", "x2", "result"),
+    "PdistBackward0": ("self", "result"),
 }
+_LINEAR = (1, math.inf, -math.inf)  # powers of norms and of margin losses that do not bend
 
 
 def take_pieces(value: Tensor, of: Tensor) -> None:
@@ -64,14 +75,19 @@ def take_pieces(value: Tensor, of: Tensor) -> None:
     if [n.name() for n in nodes] != [n.name() for n in others]:
         return
     for node, other in zip(nodes, others, strict=True):
-        if node is other or getattr(node, "_saved_p", 1) != 1:  # a margin loss of squares bends
+        power = getattr(node, "_saved_p", getattr(node, "_saved_ord", 1))
+        if node is other or power not in _LINEAR:
             continue
-        for name in _TELLS.get(node.name(), ()):
-            _lend(getattr(node, f"_raw_saved_{name}", None), getattr(other, f"_saved_{name}", None))
+        names = _TELLS.get(node.name(), ())
+        saved = [getattr(other, f"_saved_{name}", None) for name in names]
+        if any(isinstance(s, Tensor) and s.is_complex() for s in saved):  # there, moduli bend
+            continue
+        for name, there in zip(names, saved, strict=True):
+            _lend(getattr(node, f"_raw_saved_{name}", None), there)
 
 
 def _lend(place: Any, saved: Tensor | None) -> None:
-    if place is None or saved is None or saved.is_complex():  # there, moduli bend
+    if place is None or saved is None:
         return
     there = saved.detach()
 

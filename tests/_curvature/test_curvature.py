@@ -414,6 +414,38 @@ PIECES = {
         lambda x, y: x.cummax(1).values.square().mean(),
         lambda x, y: torch.stack([x[:, : i + 1].amax(1) for i in range(5)]).square().mean(),
     ),
+    "fmax": (
+        lambda x, y: torch.fmax(x, x.flip(1)).square().mean(),
+        lambda x, y: torch.maximum(x, x.flip(1)).square().mean(),
+    ),
+    "aminmax": (
+        lambda x, y: torch.stack(torch.aminmax(x, dim=1)).mean(),
+        lambda x, y: torch.stack([x.amin(1), x.amax(1)]).mean(),
+    ),
+    "nanmedian": (
+        lambda x, y: x.nanmedian(1).values.mean(),
+        lambda x, y: x.sort(1).values[:, 2].mean(),
+    ),
+    "quantile": (
+        lambda x, y: x.quantile(0.25, dim=1).mean(),
+        lambda x, y: x.sort(1).values[:, 1].mean(),
+    ),
+    "1-norm": (
+        lambda x, y: x.norm(p=1, dim=1).square().mean(),
+        lambda x, y: x.abs().sum(1).square().mean(),
+    ),
+    "maximum norm": (
+        lambda x, y: x.norm(p=torch.inf, dim=1).square().mean(),
+        lambda x, y: x.abs().amax(1).square().mean(),
+    ),
+    "cdist": (
+        lambda x, y: torch.cdist(x[:9], x[9:18], p=1).square().mean(),
+        lambda x, y: (x[:9, None] - x[9:18]).abs().sum(2).square().mean(),
+    ),
+    "pdist": (
+        lambda x, y: F.pdist(x[:40], p=1).mean(),
+        lambda x, y: (x[:40, None] - x[:40]).abs().sum(2).sum() / 1560,
+    ),
 }
 
 
