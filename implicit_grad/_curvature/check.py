@@ -27,6 +27,7 @@ from implicit_grad._theorem.linearization import Curvature, Finding, Linearizati
 from implicit_grad._torch.graph import (
     Graph,
     coarsest,
+    coarsest_each,
     custom_functions,
     edges_of_graph,
     graph_behind,
@@ -36,7 +37,7 @@ from implicit_grad._torch.graph import (
 )
 from implicit_grad._torch.kinks import take_pieces
 from implicit_grad._torch.padding import beside_padding
-from implicit_grad._torch.products import gradient, vjp, without_hooks
+from implicit_grad._torch.products import gradient, own_precision, vjp, without_hooks
 from implicit_grad._torch.pytree import Tensors, inner
 
 P = ParamSpec("P")
@@ -88,12 +89,14 @@ class Checks:
         if self.when == "never":
             return None
         edges = edges_of_graph(graph_behind(outputs) if graph is None else graph, phi)
-        return self.of_kind((order, edges, tuple(p.dtype for p in phi)), look)
+        return self.of_kind((order, edges, tuple(p.dtype for p in phi)), look, phi)
 
-    def of_kind(self, kind: Hashable, look: Callable[[], Finding | None]) -> Finding | None:
-        """What `look` finds for the kind, or found the last time."""
+    def of_kind(
+        self, kind: Hashable, look: Callable[[], Finding | None], phi: Tensors
+    ) -> Finding | None:
+        """What `look` finds for the kind, or found the last time; without autocast, as backward."""
         if self.asks(kind):
-            with unseen_by_saved_tensors_hooks():
+            with unseen_by_saved_tensors_hooks(), own_precision(p.device for p in phi):
                 self.found[kind] = look()
         return self.found.get(kind)
 
@@ -125,6 +128,13 @@ class Probe:
         """The relative precision of the coarsest numbers between φ and the outputs."""
         return coarsest(self.outputs, self.phi)
 
+    @functools.cached_property
+    def fine(self) -> list[int]:
+        """The places of the inputs by which gradients are fine enough to be compared."""
+        precisions = coarsest_each(self.outputs, self.inputs)
+        together = enumerate(zip(self.inputs, precisions, strict=True))
+        return [i for i, (t, eps) in together if t.requires_grad and eps <= _COARSE]
+
     @property
     def moving(self) -> list[int]:
         """The inputs along which there is something to check.
@@ -133,7 +143,7 @@ class Probe:
         """
         if not custom_functions(self.outputs, (*self.phi, *self.inputs)):
             return []
-        return [i for i in self.movable if self.inputs[i].requires_grad]
+        return [i for i in self.movable if i in self.fine]
 
     def moved_inputs(self, away: Tensors, t: float) -> Tensors:
         """All inputs, those that are moving at t·away from where they are."""
@@ -151,7 +161,7 @@ class Probe:
         return "suspect a .detach(), a hook on a tensor, or an operation of torch's own"
 
 
-def _harmless(look: Callable[P, Finding | None]) -> Callable[P, Finding | None]:
+def harmless(look: Callable[P, Finding | None]) -> Callable[P, Finding | None]:
     """A check that must not end what works without it: what is wrong comes again, where it counts.
 
     What it ran into is logged.
@@ -168,7 +178,7 @@ def _harmless(look: Callable[P, Finding | None]) -> Callable[P, Finding | None]:
     return looked
 
 
-@_harmless
+@harmless
 def check_objective(objective: Objective, probe: Probe, curvature: Curvature) -> Finding | None:
     """What is wrong with products around φ, if anything is."""
     if probe.eps > _COARSE or not probe.phi:
@@ -178,7 +188,7 @@ def check_objective(objective: Objective, probe: Probe, curvature: Curvature) ->
     return _Objective(objective, probe).finding_of_solutions(curvature)
 
 
-@_harmless
+@harmless
 def check_lagrangian(
     objective: Objective, probe: Probe, lagrangian: Callable[[Tensors], Tensor]
 ) -> Finding | None:
@@ -234,7 +244,7 @@ def _constraints_are_wrong(probe: Probe, lagrangian: Callable[[Tensors], Tensor]
     return any(is_wrong(moved, (here.detach(),), (here.new_tensor(claimed),), probe.eps))
 
 
-@_harmless
+@harmless
 def check_third(
     objective: Objective, probe: Probe, lagrangian: Callable[[Tensors], Tensor] | None = None
 ) -> Finding | None:
@@ -252,7 +262,7 @@ def check_third(
     return _Objective(objective, probe).third()
 
 
-@_harmless
+@harmless
 def check_residual(around: Linearization, probe: Probe, both_products: bool) -> Finding | None:
     """What is wrong with products around φ, where F is given and no objective's gradient."""
     if probe.eps > _COARSE or not probe.phi:
@@ -260,7 +270,7 @@ def check_residual(around: Linearization, probe: Probe, both_products: bool) -> 
     return _Residual(around, probe, both_products).finding_of_solutions()
 
 
-@_harmless
+@harmless
 def check_residual_twice(probe: Probe) -> Finding | None:
     """What is wrong with derivatives of products around φ, where F is given.
 
@@ -313,7 +323,7 @@ class _Objective:
 
     def __init__(self, objective: Objective, probe: Probe, along: Tensors | None = None) -> None:
         self._objective, self._probe = objective, probe
-        self._inputs = tuple(t for t in probe.inputs if t.requires_grad)
+        self._inputs = tuple(probe.inputs[i] for i in probe.fine)
         self._phi, self._guard = objective.phi, objective.guard
         self._units = units(self._phi) + units(self._inputs)
         if along is None:
@@ -531,7 +541,7 @@ class _Residual:
         return _Residual(self._around, self._probe, self._both, part.of(self._along)).finding()
 
     def _products(self, u: Tensors) -> tuple[Tensors, Tensors]:
-        inputs = tuple(t for t in self._probe.inputs if t.requires_grad)
+        inputs = tuple(self._probe.inputs[i] for i in self._probe.fine)
         with torch.no_grad():
             return self._around.transposed(u), self._around.pullback(u, inputs)
 

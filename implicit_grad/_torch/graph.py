@@ -115,6 +115,12 @@ def coarsest(
     return max((torch.finfo(dtype).eps for dtype in numbers), default=0.0)
 
 
+def coarsest_each(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[float]:
+    """The same for each of the inputs: the precision of the values' gradient by it."""
+    nodes = list(walk(values))
+    return [coarsest(values, [x], nodes) for x in inputs]
+
+
 def kind_of_graph(values: Sequence[Tensor]) -> frozenset[str]:
     """Which operations are behind the values."""
     return frozenset(node.name() for node in walk(values))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._curvature.check import Checks, Probe, check_objective
+from implicit_grad._curvature.check import Checks, Probe, check_objective, harmless
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._theorem.linearization import Curvature, Finding
 from implicit_grad._torch import pytree
@@ -61,7 +61,7 @@ def finding(
 ) -> Finding | None:
     """What is wrong with the products of the call behind the loss, or of the first so checked."""
     if not asked_for(checks):
-        return checks.of_kind(_KIND, lambda: None)
+        return checks.of_kind(_KIND, lambda: None, ())
     behind = _behind(weights, loss)
     if behind is None:
         return None  # and the next one is looked at
@@ -69,15 +69,12 @@ def finding(
     def look() -> Finding | None:
         if curvature == "finite_difference":
             return None
-        try:
-            with attributes_put_back(module):
-                found = _look(weights, function, curvature, *behind)
-        except Exception:  # a check must not end what works without it
-            return None
+        with attributes_put_back(module):
+            found = _look(weights, function, curvature, *behind)
         # differences would be those of the loss, which cannot be computed again
         return found and found._replace(differences_take_over=False)
 
-    return checks.of_kind(_KIND, look)
+    return checks.of_kind(_KIND, look, weights.current)
 
 
 def _behind(weights: Weights, loss: Tensor) -> tuple[Call, Cotangents] | None:
@@ -92,6 +89,7 @@ def _behind(weights: Weights, loss: Tensor) -> tuple[Call, Cotangents] | None:
     return None
 
 
+@harmless
 def _look(
     weights: Weights, function: Function, curvature: Curvature, call: Call, slope: Cotangents
 ) -> Finding | None:

@@ -819,6 +819,27 @@ def test_nothing_is_said_in_half_precision(dtype):
     assert report.check is None
 
 
+def test_gradients_by_arguments_in_half_precision_are_too_coarse_to_be_compared():
+    for seed in range(30):
+        a, X = (normal(*s, seed=seed, grad=False, dtype=torch.float32) for s in ((1,), (7, 1)))
+        a = a.bfloat16().requires_grad_()
+
+        def objective(w, a, X=X):
+            cubes = CubeTwice.apply(X @ w), CubeTwice.apply(a.float())
+            near = (w - a.float()).square().sum()
+            return 0.1 * cubes[0].square().sum() + near + 0.1 * (w * cubes[1]).sum()
+
+        monitor = ig.Monitor()
+        solve = ig.implicit(
+            ig.solvers.NewtonCG(),
+            ig.argmin(objective),
+            init=lambda a: torch.zeros(1, dtype=torch.float32),
+            monitor=monitor,
+        )
+        solve(a).sum().backward()
+        assert monitor.last.check is None, (seed, monitor.last.check)
+
+
 @pytest.mark.parametrize("row", [0, 3])
 def test_rows_for_padding_are_held_on_purpose(row):
     """Those of one table; another has none."""

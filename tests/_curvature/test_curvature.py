@@ -504,6 +504,31 @@ def test_differences_stay_on_the_piece_that_phi_is_on(seed):
     close(products(FINITE), products("hessian"), 5e-4)
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_differences_see_how_networks_bend(seed):
+    """Batch norm of few images bends over a short way: float32's longest step goes beyond."""
+    torch.manual_seed(seed)
+    blocks = (
+        nn.Conv2d(1, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(16, 16, 3),
+    )
+    model = nn.Sequential(*blocks, nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    model, x, y = model.float(), torch.randn(5, 1, 14, 14).float(), torch.arange(5)
+
+    def loss(model):
+        return torch.nn.functional.cross_entropy(model(x), y)
+
+    def products(curvature):
+        solver = {"linear_solver": ig.CG(maxiter=3), "on_failure": "ignore"}
+        solve = ig.implicit(copy.deepcopy, ig.proximal(loss, 0.02), curvature=curvature, **solver)
+        return gradients(list(solve(model).parameters()), list(model.parameters()))
+
+    close(products(FINITE), products("hessian"), 1e-2)
+
+
 def test_differences_refuse_data_that_have_changed():
     data = [normal(4, 3, seed=2, grad=False)]
     theta, model = normal(3, seed=1), nn.Linear(3, 2)

@@ -104,14 +104,16 @@ def test_checkpoints_are_checkpoints_again_outside():
     assert len(calls) == inside + 2
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "finite_difference"])
 @pytest.mark.parametrize("style", ["closure", "argument", "captured"])
-def test_features_under_autocast(style):
+def test_features_under_autocast(style, curvature):
     """They come in bfloat16; the gradient is that of float32, to bfloat16's precision."""
     torch.manual_seed(0)
-    body, head = nn.Linear(10, 16), nn.Linear(16, 3)
+    body, head = nn.Sequential(nn.Linear(10, 16), nn.ReLU()), nn.Linear(16, 3)
     x, xq = torch.randn(2, 15, 10).unbind()
     y = torch.randint(0, 3, (15,))
-    seen = []
+    monitor = ig.Monitor()
+    options, seen = {"curvature": curvature, "monitor": monitor}, []
 
     def objective(w: Tensor, z: Tensor) -> Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
@@ -121,19 +123,21 @@ def test_features_under_autocast(style):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             z, zq = body(x), body(xq)
             if style == "closure":
-                learner = ig.imaml(head, lr=0.1, lam=2.0).clone()
+                learner = ig.imaml(head, lr=0.1, lam=2.0, **options).clone()
                 learner.adapt(lambda: cross_entropy(learner(z), y), steps=5)
                 outer = cross_entropy(learner(zq), y)
             else:
                 given = (z,) if style == "argument" else ()
                 condition = ig.argmin(lambda w, *a: objective(w, *(a or (z,))))
                 newton = ig.solvers.NewtonCG()
-                solve = ig.implicit(newton, condition, init=lambda *_: torch.zeros(16, 3))
+                start = {"init": lambda *_: torch.zeros(16, 3)}
+                solve = ig.implicit(newton, condition, **start, **options)
                 outer = cross_entropy(zq @ solve(*given), y)
         return torch.cat([g.flatten() for g in grad(outer, list(body.parameters()))])
 
     right, found = gradients(False), gradients(True)
     assert (found - right).norm() < 0.05 * right.norm()
+    assert monitor.last.status in (ig.Status.CONVERGED, ig.Status.TRUNCATED)
     assert not torch.is_autocast_enabled("cpu")
     assert torch.get_autocast_dtype("cpu") == torch.bfloat16
     assert style == "closure" or seen[-1]
