@@ -14,6 +14,7 @@ nothing is said.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -142,12 +143,32 @@ def changes_unseen(
 ) -> bool:
     """Whether uᵀ(derivative of `at`) is certainly not claimed(u), for one u near that derivative.
 
-    A random part keeps u from being blind to what is claimed beyond the derivative.
+    A random part keeps u from being blind to what is claimed beyond the derivative. Where nothing
+    can be said, the elements that jump near 0 may be why, and it is tried without them.
     """
-    step = eps ** (1 / 3)
-    change = tuple((a - b) / (2 * step) for a, b in zip(at(step), at(-step), strict=True))
+    at, step = functools.cache(at), eps ** (1 / 3)
+    change = _difference(at, here, step, eps).slope
     u = tuple(map(torch.add, change, direction(change)))
+    seen = _is_seen_along(u, at, here, claimed, eps, claimed_at)
+    if seen is None:
+        steady = _steady_elements(at, here, eps)
+        if not all(bool(kept.all()) for kept in steady):
+            seen = _is_seen_along(_kept(u, steady), at, here, claimed, eps, claimed_at)
+    return seen is False
+
+
+def _is_seen_along(
+    u: Tensors,
+    at: Callable[[float], Tensors],
+    here: Tensors,
+    claimed: Callable[[Tensors], float],
+    eps: float,
+    claimed_at: Callable[[Tensors, float], float] | None,
+) -> bool | None:
+    """Whether uᵀ(derivative of `at`) is claimed(u); None where nothing can be said."""
     size = length(u)
+    if size == 0:
+        return None
     u = tuple(x / size for x in u)
 
     def number(value: float) -> Tensors:
@@ -160,8 +181,22 @@ def changes_unseen(
         assert claimed_at is not None
         return number(claimed_at(u, t))
 
+    one, said = number(inner(here, u)), number(claimed(u))
+    if not any(_off(_difference(along, one, eps ** (1 / 3), eps), said, eps)):
+        return True
     known = None if claimed_at is None else elsewhere
-    return any(is_wrong(along, number(inner(here, u)), number(claimed(u)), eps, known))
+    return False if any(is_wrong(along, one, said, eps, known)) else None
+
+
+def _steady_elements(
+    at: Callable[[float], Tensors], here: Tensors, eps: float
+) -> tuple[Tensor, ...]:
+    """The elements of whose derivative steps a factor of 4 apart say nearly the same."""
+    steps = [eps ** (1 / 3) * _FACTOR**power for power in (-1, 0, 1)]
+    slopes = zip(*(_difference(at, here, step, eps).slope for step in steps), strict=True)
+    return tuple(
+        _TIMES * ((a - b).abs() + (b - c).abs()) <= a.abs().maximum(c.abs()) for a, b, c in slopes
+    )
 
 
 def units(tensors: Tensors) -> list[float]:

@@ -477,6 +477,25 @@ def test_a_residual_with_a_wrong_derivative(wrong):
     assert ("with an argument" in monitor.last.check) == (wrong == "argument")
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one tensor", "two tensors"])
+def test_an_element_that_jumps_hides_nothing_beside_it(apart):
+    """A smoothed sign jumps within any step."""
+    a, monitor = torch.tensor([0.0, 1.0, 2.0], requires_grad=True), ig.Monitor()
+
+    def residual(w, a):
+        w = torch.cat(w)
+        jump = w[:1] * (w[:1] ** 2 + 1e-18).rsqrt()
+        beside = HalfTheSlope.apply(w[1:]) - a[1:] ** 3
+        return list((w - a + torch.cat([jump, beside])).split([1, 2] if apart else [3]))
+
+    def solver(a):
+        return list(a.detach().clone().split([1, 2] if apart else [3]))
+
+    options = {"monitor": monitor, "on_failure": "ignore"}
+    torch.cat(ig.implicit(solver, ig.root(residual), **options)(a)).sum().backward()
+    assert monitor.last.status is ig.Status.WRONG_PRODUCT
+
+
 @pytest.mark.parametrize("special", [CubeTwice.apply, lambda x: x.logcumsumexp(0)])
 def test_third_derivatives_that_are_wrong_are_refused(special):
     theta = normal(4, seed=3)
