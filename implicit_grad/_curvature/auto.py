@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from implicit_grad._theorem.linearization import (
     Linearization,
     SwitchedToDifferences,
 )
-from implicit_grad._torch.missing import lacks_derivative
+from implicit_grad._torch.missing import lacks_derivative, missing_told
 from implicit_grad._torch.pytree import Tensors
 
 
@@ -35,44 +36,32 @@ def linearize(objective: Objective, curvature: Curvature) -> Linearization:
             'F.linear_cross_entropy works in chunks, and has no second derivative; use "auto"',
             anchor="no-second-derivative",
         )
-    try:
-        make = _GaussNewton if curvature == "gauss_newton" else _WithAdvice
+    make = _GaussNewton if curvature == "gauss_newton" else _WithAdvice
+    with _told_with_advice(curvature):
         return make(objective)
-    except (RuntimeError, NotImplementedError) as error:
-        raise_if_missing(error, curvature)
-        raise
 
 
-def raise_if_missing(error: Exception, curvature: str) -> None:
-    """What torch says of an operation without second derivative, with advice."""
-    if lacks_derivative(error):
-        raise GraphError(
-            f'curvature="{curvature}": an operation of the inner objective has no second '
-            f'derivative in torch ({error}); use "auto" or "finite_difference", which take '
-            "differences of gradients (with imaml: learner.adapt(lambda: loss(...))), or another "
-            "form of the operation",
-            anchor="no-second-derivative",
-        ) from error
+def _told_with_advice(curvature: str) -> AbstractContextManager[None]:
+    """Where torch says inside that a second derivative is missing, so do we, and what to do."""
+    return missing_told(
+        f'curvature="{curvature}": an operation of the inner objective has no second derivative in '
+        'torch; use "auto" or "finite_difference", which take differences of gradients (with '
+        "imaml: learner.adapt(lambda: loss(...))), or another form of the operation"
+    )
 
 
 class _WithAdvice(Hessian):
-    """Where torch says that a second derivative is missing, so do we, and what to do."""
+    """With that advice for what its products lack."""
 
     def smooth_transposed(self, u: Tensors) -> Tensors:
         """∇²value u."""
-        try:
+        with _told_with_advice(self.curvature):
             return super().smooth_transposed(u)
-        except (RuntimeError, NotImplementedError) as error:
-            raise_if_missing(error, self.curvature)
-            raise
 
     def pullback(self, u: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """(∂F/∂inputs)ᵀu."""
-        try:
+        with _told_with_advice(self.curvature):
             return super().pullback(u, inputs)
-        except (RuntimeError, NotImplementedError) as error:
-            raise_if_missing(error, self.curvature)
-            raise
 
 
 class _GaussNewton(_WithAdvice, GaussNewton):
