@@ -424,8 +424,8 @@ def test_one_process_alone_may_listen(pair, rank):
     assert found[1 - rank] == (None, 0)
 
 
-class Cubed(torch.autograd.Function):
-    """|x|, of which torch finds out in a product only that there is no second derivative."""
+class Squared(torch.autograd.Function):
+    """x², of which torch finds out in a product only that there is no second derivative."""
 
     @staticmethod
     def forward(ctx, x):
@@ -461,7 +461,7 @@ def odd_operation(group, square, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("square", [Square, SquareOnce, Cubed])
+@pytest.mark.parametrize("square", [Square, SquareOnce, Squared])
 def test_products_that_are_wrong_or_missing_in_one_process_are_replaced_in_all(pair, square, rank):
     (first, kind), (second, other) = pair(odd_operation, square, rank)
     assert kind == other == "finite_difference"
