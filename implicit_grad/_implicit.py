@@ -10,7 +10,7 @@ from implicit_grad._conditions.argmin import argmin
 from implicit_grad._conditions.base import Condition
 from implicit_grad._conditions.proximal import proximal
 from implicit_grad._curvature.auto import check_curvature
-from implicit_grad._curvature.check import Check, Checks, check_option
+from implicit_grad._curvature.checks import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped

@@ -17,6 +17,7 @@ from implicit_grad._conditions.batching import why_one_by_one
 from implicit_grad._conditions.constrained_root import as_root
 from implicit_grad._conditions.processes import Processes
 from implicit_grad._curvature import check
+from implicit_grad._curvature.probe import Probe
 from implicit_grad._errors import (
     GraphError,
     InvalidArgumentError,
@@ -492,7 +493,7 @@ class Evaluation(Recorded):
     def _found(
         self,
         order: int,
-        look: Callable[[Snapshot, check.Probe], Finding | None],
+        look: Callable[[Snapshot, Probe], Finding | None],
         graph: Graph | None = None,
     ) -> Finding | None:
         """What a look finds, or found before, in the record, or in a sample of its data.
@@ -518,7 +519,7 @@ class Evaluation(Recorded):
             return found
         return self.condition.processes.first(found, "a check of products")
 
-    def _checked(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:
+    def _checked(self, snapshot: Snapshot, probe: Probe) -> Finding | None:
         """What is wrong with products around φ and with how F changes with the arguments."""
         method = self.method
         if snapshot.objective is None:
@@ -531,13 +532,13 @@ class Evaluation(Recorded):
             return check.check_lagrangian(snapshot.objective, probe, snapshot.lagrangian)
         return check.check_objective(snapshot.objective, probe, method.curvature)
 
-    def _checked_third(self, snapshot: Snapshot, probe: check.Probe) -> Finding | None:
+    def _checked_third(self, snapshot: Snapshot, probe: Probe) -> Finding | None:
         """What is wrong with derivatives of products."""
         if snapshot.objective is None:
             return check.check_residual_twice(probe)
         return check.check_third(snapshot.objective, probe, snapshot.lagrangian)
 
-    def _to_check(self, condition: Condition, snapshot: Snapshot) -> check.Probe:
+    def _to_check(self, condition: Condition, snapshot: Snapshot) -> Probe:
         assert self._record is not None
         a = self._record[1]
         apart = {id(t) for t in pytree.leaves(self.condition.apart(self._call(a)))}
@@ -546,7 +547,7 @@ class Evaluation(Recorded):
             return self._evaluate(phi, inputs[: len(a)] or a, condition=condition).outputs
 
         movable = [i for i, t in enumerate(a) if id(t) not in apart]
-        return check.Probe(snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable)
+        return Probe(snapshot.outputs, self._at_phi, (*a, *self.captured), elsewhere, movable)
 
     def apart(self) -> list[int] | None:
         """Which tasks of a batch cannot be linearised with the others; None if none can."""

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from typing import TypeVar
 
-from implicit_grad._curvature.check import Checks
+from implicit_grad._curvature.checks import Checks
 from implicit_grad._errors import GraphError
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._theorem.linearization import Curvature, Finding, Linearization

@@ -14,6 +14,7 @@ from implicit_grad._conditions.proximal_term import ProximalObjective, ProximalT
 from implicit_grad._curvature import check
 from implicit_grad._curvature.auto import has_second_derivative, linearize
 from implicit_grad._curvature.objective import Objective
+from implicit_grad._curvature.probe import Probe
 from implicit_grad._errors import GraphError, InvalidArgumentError, describe
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.early_stopped import EarlyStopped
@@ -164,7 +165,7 @@ class Step(Recorded):
         objective = Objective(
             self.loss, self.phi, outputs=self.outputs, again=again, n_tasks=self.n_tasks
         )
-        probe = check.Probe(outputs, self.phi, self.captured, lambda phi, _: (again(phi),))
+        probe = Probe(outputs, self.phi, self.captured, lambda phi, _: (again(phi),))
 
         def second() -> Finding | None:
             return check.check_objective(objective, probe, self.method.curvature)

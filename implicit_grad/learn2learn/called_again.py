@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from implicit_grad._curvature.check import Checks, Probe, check_objective, harmless
+from implicit_grad._curvature.check import check_objective, harmless
+from implicit_grad._curvature.checks import Checks
 from implicit_grad._curvature.objective import Objective
+from implicit_grad._curvature.probe import Probe
 from implicit_grad._theorem.linearization import Curvature, Finding
 from implicit_grad._torch import pytree
 from implicit_grad._torch.isolation import Ambient, isolated

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from implicit_grad._conditions.lam import check_theta, evaluated, proximal_term
 from implicit_grad._conditions.proximal_term import ProximalTerm
 from implicit_grad._curvature.auto import check_curvature
-from implicit_grad._curvature.check import Check, Checks, check_option
+from implicit_grad._curvature.checks import Check, Checks, check_option
 from implicit_grad._errors import InvalidArgumentError, describe, in_pairs
 from implicit_grad._linear_solvers.base import LinearSolver
 from implicit_grad._linear_solvers.cg import CG

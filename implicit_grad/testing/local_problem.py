@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import Condition
-from implicit_grad._curvature.check import Checks
+from implicit_grad._curvature.checks import Checks
 from implicit_grad._linear_solvers.exact import Exact
 from implicit_grad._theorem.adjoint import solve_newton
 from implicit_grad._theorem.report import Reporting
