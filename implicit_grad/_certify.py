@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from implicit_grad._conditions.base import check_callable
+from implicit_grad._curvature.comparison import direction
 from implicit_grad._errors import InvalidArgumentError, Status, describe
-from implicit_grad._theorem.adjoint import solve_adjoint, solve_newton
+from implicit_grad._linear_solvers.base import LinearSolver
+from implicit_grad._linear_solvers.gmres import GMRES
+from implicit_grad._linear_solvers.iterative import Iterative
+from implicit_grad._theorem.adjoint import Solved, solve_adjoint, solve_newton
 from implicit_grad._theorem.linearization import Curvature, Linearization
 from implicit_grad._torch.pytree import Tensors, length
 from implicit_grad._wrapper.evaluation import Evaluation
 from implicit_grad._wrapper.implicit_solver import ImplicitSolver, default_linear_solver
 from implicit_grad._wrapper.outer import Outer
+
+_ROUNDINGS = 32.0  # what sums of a few terms lose
+_NO_SOLUTION = (Status.SINGULAR, Status.STAGNATED, Status.MAX_ITER)  # was found, or there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +113,9 @@ def certify(
     with torch.enable_grad():
         true, _ = evaluation.recorded(curvature)
     solver = default_linear_solver(evaluation.condition)
-    newton = solve_newton(solver, true)
+    with torch.no_grad():
+        typical = length(true.transposed(direction(true.phi)))
+    newton = _to_rounding(lambda solver: solve_newton(solver, true), solver, true, typical)
     moved = tuple((p + d).detach() for p, d in zip(phi, newton.x, strict=False))
     around_moved = evaluation.around(moved, curvature)
     there = Outer("certify: outer_loss", outer_loss, evaluation, moved, tensors)
@@ -114,8 +123,14 @@ def certify(
         same = [x.shape for x in first.x] == [p.shape for p in around_moved.phi]
         start = first.x if same else tuple(map(torch.zeros_like, around_moved.phi))
         product = around_moved.transposed(start)
-        rest = tuple(v - p for v, p in zip(around_moved.augment(there.v), product, strict=True))
-    second = solve_adjoint(solver, around_moved, rest, verify=True)
+        v = around_moved.augment(there.v)
+        rest = tuple(v - p for v, p in zip(v, product, strict=True))
+    second = _to_rounding(
+        lambda solver: solve_adjoint(solver, around_moved, rest, verify=True),
+        solver,
+        around_moved,
+        length(v) + length(product),
+    )
     with torch.no_grad():
         u = tuple(map(torch.add, start, second.x))
         u = around_moved.recover(u, there.v)
@@ -146,6 +161,30 @@ def _recorded(evaluation: Evaluation, inputs: Tensors) -> tuple[Linearization, T
         around, a = evaluation.recorded()
     captured = a[len(inputs) :]
     return around, (*(x for x, t in zip(a, inputs, strict=False) if t.requires_grad), *captured)
+
+
+def _to_rounding(
+    solve: Callable[[LinearSolver], Solved],
+    solver: LinearSolver,
+    around: Linearization,
+    terms: float,
+) -> Solved:
+    """The solve; where it fails, down to the rounding of such terms in its right-hand side.
+
+    Where phi may turn freely, nothing solves for what is rounded in the directions of the turn.
+    """
+    solved, rounding = solve(solver), _ROUNDINGS * around.precision
+    status = solved.status(around)
+    lost = status == Status.NEGATIVE_CURVATURE and all(
+        s.extremes is not None and abs(s.extremes[0]) <= rounding * s.extremes[1]
+        for s in solved.solutions
+    )
+    if not (lost or status in _NO_SOLUTION):
+        return solved
+    atol = rounding * terms
+    if isinstance(solver, Iterative):
+        return solve(dataclasses.replace(solver, atol=atol))
+    return solve(GMRES(atol=atol))  # the first part of the default for other systems
 
 
 def _distance(x: Tensors, y: Tensors) -> float:

@@ -424,6 +424,48 @@ def test_a_certificate_that_is_none_says_so(case):
         assert attempt("ignore", ig.Exact()).status == status
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_phi_that_may_turn_freely(rank):
+    """The factor of a matrix: nothing solves for the rounding of F in the directions of turns."""
+    A, a = normal(5, 5, seed=1, grad=False), torch.tensor(0.5, requires_grad=True)
+    A = A @ A.mT
+
+    def factor(a):
+        values, vectors = torch.linalg.eigh(A + a * torch.eye(5))
+        return vectors[:, -rank:] * values[-rank:].sqrt()
+
+    def misfit(U, a):
+        return (A + a * torch.eye(5) - U @ U.mT).square().sum()
+
+    weights = torch.arange(25.0).reshape(5, 5)
+    certificate = ig.certify(
+        ig.implicit(factor, ig.argmin(misfit)), (a,), lambda U: (U @ U.mT * weights).sum()
+    )
+    assert certificate.status.ok
+    assert certificate.relative_error < 1e-9
+
+
+@pytest.mark.parametrize("solver", [None, ig.MINRES()])
+def test_a_covariance_of_which_one_triangle_is_read(solver):
+    X, weight, lam = normal(30, 3, seed=2, grad=False), normal(3, 3, seed=3), torch.tensor(0.3)
+    lam.requires_grad_()
+
+    def likelihood(S, lam):
+        L = torch.linalg.cholesky(S)
+        z = torch.linalg.solve_triangular(L, X.mT, upper=False)
+        penalty = lam * torch.cholesky_inverse(L).trace()
+        return (30 + 2 * lam) * L.diagonal().log().sum() + z.square().sum() / 2 + penalty
+
+    solve = ig.implicit(
+        lambda lam: (X.mT @ X + 2 * lam * torch.eye(3)) / (30 + 2 * lam),
+        ig.argmin(likelihood),
+        linear_solver=solver,
+    )
+    certificate = ig.certify(solve, (lam,), lambda S: (S * (weight + weight.mT)).sum())
+    assert certificate.status.ok
+    assert certificate.relative_error < 1e-9
+
+
 def test_a_kink_is_not_certified():
     a = torch.tensor([0.5, 2.0], requires_grad=True)
     condition = ig.argmin(lambda x, a: (x - a).square().sum(), bounds=(None, 0.5))
