@@ -400,6 +400,15 @@ def in_clamps(scores, labels):
 
 
 F = torch.nn.functional
+SCALE, ALPHA = 1.0507009873554805, 1.6732632423543772  # selu's
+PAIRS = torch.combinations(torch.arange(2500))[::150]  # of scores, many of them nearly equal
+EACH, TWOS = torch.arange(len(PAIRS)), torch.full((len(PAIRS),), 2)
+
+
+def pairs(x):
+    return x.flatten()[PAIRS]
+
+
 PIECES = {
     "hardsigmoid": (
         lambda x, y: F.hardsigmoid(x).square().mean(),
@@ -445,6 +454,67 @@ PIECES = {
     "pdist": (
         lambda x, y: F.pdist(x[:40], p=1).mean(),
         lambda x, y: (x[:40, None] - x[:40]).abs().sum(2).sum() / 1560,
+    ),
+    "distance": (
+        lambda x, y: torch.dist(*pairs(x).T, 1) / len(PAIRS),
+        lambda x, y: pairs(x).diff().abs().sum() / len(PAIRS),
+    ),
+    "pairwise distance": (
+        lambda x, y: F.pairwise_distance(*pairs(x)[..., None].unbind(1), p=1, eps=0).mean(),
+        lambda x, y: pairs(x).diff().abs().mean(),
+    ),
+    "prelu": (
+        lambda x, y: F.prelu(x, x.mean()).mean(),
+        lambda x, y: torch.where(x > 0, x, x.mean() * x).mean(),
+    ),
+    "selu": (
+        lambda x, y: F.selu(x).mean(),
+        lambda x, y: torch.where(x > 0, SCALE * x, SCALE * ALPHA * x.expm1()).mean(),
+    ),
+    "elu, in place": (
+        lambda x, y: F.elu(1 * x, 2.0, inplace=True).mean(),
+        lambda x, y: torch.where(x > 0, x, 2 * x.expm1()).mean(),
+    ),
+    "hardswish": (
+        lambda x, y: F.hardswish(x).mean(),
+        lambda x, y: torch.where(x > -3, torch.where(x > 3, x, x * (x + 3) / 6), 0).mean(),
+    ),
+    "rrelu": (lambda x, y: F.rrelu(x, 0.1, 0.3).mean(), lambda x, y: F.leaky_relu(x, 0.2).mean()),
+    "rrelu, in place": (
+        lambda x, y: F.rrelu(1 * x, 0.1, 0.3, inplace=True).mean(),
+        lambda x, y: F.leaky_relu(x, 0.2).mean(),
+    ),
+    "leaky_relu, in place": (
+        lambda x, y: F.leaky_relu(1 * x, 0.2, inplace=True).mean(),
+        lambda x, y: F.leaky_relu(x, 0.2).mean(),
+    ),
+    "threshold, in place": (
+        lambda x, y: F.threshold(1 * x, 0.0, 0.0, inplace=True).mean(),
+        lambda x, y: x.relu().mean(),
+    ),
+    "embedding_bag": (
+        lambda x, y: F.embedding_bag(PAIRS, x.view(-1, 1), mode="max").mean(),
+        lambda x, y: pairs(x).amax(1).mean(),
+    ),
+    "scatter_reduce": (
+        lambda x, y: pairs(x)[:, 0].scatter_reduce(0, EACH, pairs(x)[:, 1], "amax").mean(),
+        lambda x, y: pairs(x).amax(1).mean(),
+    ),
+    "scatter_reduce, products": (
+        lambda x, y: pairs(x)[:, 0].scatter_reduce(0, EACH, pairs(x)[:, 1], "prod").mean(),
+        lambda x, y: pairs(x).prod(1).mean(),
+    ),
+    "segment_reduce": (
+        lambda x, y: torch.segment_reduce(pairs(x).view(-1), "max", lengths=TWOS).mean(),
+        lambda x, y: pairs(x).amax(1).mean(),
+    ),
+    "a label of its own": (
+        lambda x, y: F.cross_entropy(pairs(x), pairs(x).argmax(1)),
+        lambda x, y: (pairs(x).logsumexp(1) - pairs(x).amax(1)).mean(),
+    ),
+    "labels of pixels": (
+        lambda x, y: F.cross_entropy(pairs(x).T[None, :, None], pairs(x).argmax(1)[None, None]),
+        lambda x, y: (pairs(x).logsumexp(1) - pairs(x).amax(1)).mean(),
     ),
 }
 
