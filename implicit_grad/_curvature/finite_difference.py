@@ -11,6 +11,7 @@ from torch import Tensor
 from implicit_grad._curvature.hessian import Hessian
 from implicit_grad._curvature.objective import Objective
 from implicit_grad._errors import GraphError
+from implicit_grad._torch.choices import SameChoices
 from implicit_grad._torch.graph import coarsest_each
 from implicit_grad._torch.kinks import take_pieces
 from implicit_grad._torch.products import gradient, without_hooks
@@ -52,7 +53,7 @@ class FiniteDifference(Hessian):
                 anchor="no-function-to-evaluate",
             )
         super().__init__(objective)
-        self._again = objective.again
+        self._again = SameChoices(objective.again)
         self._eps = objective.precision
         self._size = length(objective.phi)
         self._check_unchanged()

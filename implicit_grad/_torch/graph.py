@@ -195,11 +195,18 @@ def unseen_by_saved_tensors_hooks() -> AbstractContextManager[object]:
 
     Without hooks around there are none inside: tensors would be freed later.
     """
+    if saved_tensors_are_seen():
+        return saved_tensors_hooks(_as_it_is, _as_it_is)
+    return contextlib.nullcontext()
+
+
+def saved_tensors_are_seen() -> bool:
+    """Whether there are hooks, a checkpoint's say, on what is saved for backward here."""
     try:
         with disable_saved_tensors_hooks("there are none"):  # else it raises this
-            return contextlib.nullcontext()
+            return False
     except RuntimeError:
-        return saved_tensors_hooks(_as_it_is, _as_it_is)
+        return True
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

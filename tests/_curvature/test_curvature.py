@@ -15,6 +15,9 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import mse_loss, scaled_dot_product_attention, softplus
 
 import implicit_grad as ig
+from implicit_grad._curvature.finite_difference import FiniteDifference
+from implicit_grad._curvature.hessian import Hessian
+from implicit_grad._curvature.objective import Objective
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
@@ -537,14 +540,57 @@ def test_differences_stay_on_the_piece_of_each_operation(name):
     close(product(of_torch, FINITE), product(by_hand, "hessian"), 5e-4)
 
 
+CHOICES = {
+    "mask": lambda x: ((x > 0) * x.exp()).sum() / (x > 0).sum(),
+    "elements": lambda x: pairs(x)[pairs(x)[:, 0] > pairs(x)[:, 1]].mean(),
+    "assignment": lambda x: x.exp().index_put((x < 0,), torch.tensor(0.0)).mean(),
+    "argmax": lambda x: pairs(x)[EACH, pairs(x).argmax(1)].mean(),
+    "argsort": lambda x: (x[x[:, 0].argsort()] * torch.linspace(0, 1, 500)[:, None]).tanh().mean(),
+    "sign": lambda x: (x.sign() * x).mean(),
+    "round": lambda x: ((2 * x).round() * x.exp()).mean(),
+    "vmap": lambda x: torch.func.vmap(lambda row: ((row > 0) * row.exp()).sum())(x).mean(),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_differences_choose_what_was_chosen_at_phi(name):
+    torch.manual_seed(0)
+    x, phi = torch.randn(500, 6).float(), torch.randn(6, 5).float().requires_grad_()
+    u = (torch.randn(6, 5).float(),)
+
+    def again(phi):
+        return CHOICES[name](4 * torch.tanh(x @ phi[0]))
+
+    objective = Objective(again((phi,)), (phi,), again=again)
+    products = [kind(objective).smooth_transposed(u) for kind in (FiniteDifference, Hessian)]
+    close(*products, 1e-3)
+
+
+def test_differences_choose_anew_in_checkpoints():
+    """A checkpoint that goes forward again in backward has to find what it found before."""
+    torch.manual_seed(0)
+    x, phi = torch.randn(5000, 6).float(), torch.randn(6, 5).float().requires_grad_()
+
+    def part(phi):
+        scores = 4 * torch.tanh(x @ phi)
+        return scores[scores > 0.5].mean()
+
+    def again(phi):
+        return torch.utils.checkpoint.checkpoint(part, *phi, use_reentrant=False)
+
+    objective = Objective(again((phi,)), (phi,), again=again)
+    (product,) = FiniteDifference(objective).smooth_transposed((torch.randn(6, 5).float(),))
+    assert product.isfinite().all()
+
+
 def test_differences_may_meet_other_numbers_of_elements():
-    """Of those that a mask takes, there are more or fewer as φ moves."""
+    """Of those that a mask takes, there are more or fewer as φ moves: NumPy's are not held."""
     torch.manual_seed(0)
     x, w = torch.randn(300, 6).float(), torch.randn(6, 5).float().requires_grad_()
 
     def objective(phi):
         scores = torch.tanh(x @ phi)
-        return scores[scores > 0].relu().square().mean()
+        return scores[torch.from_numpy(scores.detach().numpy() > 0)].relu().square().mean()
 
     solver = {"linear_solver": ig.CG(maxiter=1), "on_failure": "ignore"}
     found = []
