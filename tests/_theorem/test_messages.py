@@ -197,6 +197,42 @@ def test_a_small_residual_where_curvature_is_small_is_no_solution(kind, linear_s
     assert status(lambda a: a + torch.finfo(a.dtype).eps, everything, torch.float32).ok
 
 
+@pytest.mark.parametrize("tasks", [False, True])
+def test_a_training_that_stopped_short_of_flat_directions_is_told(tasks):
+    """Their error hardly shows in F, and need not show along v; one of 1 % of φ is none."""
+    told = {0.009: 0, 0.1: 0}
+    for seed in range(30):
+        random = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(6, 6, generator=random, dtype=torch.float64))[0]
+        curvatures = torch.logspace(-2, 1, 6, dtype=torch.float64)
+        A = basis * curvatures @ basis.mT
+        b, v, off = torch.randn(3, 6, generator=random, dtype=torch.float64)
+
+        def solution(b, A=A):
+            return torch.linalg.solve(A, b)
+
+        way = basis[:, :2] @ off[:2]  # along the two flattest
+        v = v - (v @ way) / (way @ way) * way
+        for part in told:
+            monitor = ig.Monitor()
+
+            def stopped(b, part=part, way=way, solution=solution):
+                phi = solution(b)
+                return phi + part * phi.norm() / way.norm() * way
+
+            condition = ig.argmin(lambda w, b, A=A: w @ A @ w / 2 - b @ w)
+            solve = ig.implicit(stopped, condition, monitor=monitor, on_failure="ignore")
+            loss = lambda b, v=v, solve=solve: solve(b) @ v  # noqa: E731
+            if tasks:
+                torch.func.vmap(torch.func.grad(loss))(torch.stack([b, b]))
+            else:
+                a = b.clone().requires_grad_()
+                torch.autograd.grad(loss(a), a)
+            told[part] += monitor.last.status is ig.Status.INNER_NOT_STATIONARY
+    assert told[0.009] == 0
+    assert told[0.1] >= 25
+
+
 @pytest.mark.parametrize("linear_solver", [ig.CG(), ig.Exact()])
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 def test_curvature_that_gauss_newton_leaves_out_is_no_flat_direction(curvature, linear_solver):
