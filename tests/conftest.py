@@ -53,7 +53,7 @@ class _Errors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, Exception) and not isinstance(error, ig.ImplicitGradError):
+        if isinstance(error, Exception) and not isinstance(error, (ig.ImplicitGradError, Warning)):
             if not lacks_derivative(error):
                 self.found.append(error)
 

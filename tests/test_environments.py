@@ -539,6 +539,51 @@ def test_a_compiled_inner_loss_is_not_taken_for_linear(style, fresh_dynamo):
     near(*found, 1e-8)
 
 
+def test_a_compiled_part_of_an_objective_that_a_training_uses_too(fresh_dynamo):
+    """Its graph may serve one backward pass only, and here it serves none."""
+    theta, X, y = normal(3, seed=1), normal(6, 3, seed=2, grad=False), normal(6, seed=3, grad=False)
+    compiled = torch.compile(lambda z, y: mse_loss(z.tanh(), y), backend="aot_eager")
+    found = []
+    for criterion in (compiled, lambda z, y: mse_loss(z.tanh(), y)):
+
+        def objective(w: Tensor, theta: Tensor, criterion: Any = criterion) -> Tensor:
+            return criterion(X @ w, y) + 0.1 * (w - theta).square().sum()
+
+        def train(theta: Tensor, objective: Any = objective) -> Tensor:
+            w = torch.zeros_like(theta, requires_grad=True)
+            for _ in range(300):
+                (slope,) = torch.autograd.grad(objective(w, theta), w)
+                w = (w - 0.5 * slope).detach().requires_grad_()
+            return w.detach()
+
+        phi = ig.implicit(train, ig.argmin(objective))(theta)
+        found.append(grad(phi.square().sum(), theta))
+    near(*found, 1e-6)
+
+
+# ---------------------------------------------------------------- autocast
+
+
+def test_a_training_within_one_autocast_trains():
+    """Its cache has a weight as it was cast first, for as long as autocast goes on."""
+    x = torch.ones(2, 3, dtype=torch.float32)
+
+    def train(theta: Tensor) -> Tensor:
+        w = theta.detach().clone().requires_grad_()
+        for _ in range(20):
+            ((x @ w).float() - 1).square().mean().backward()
+            with torch.no_grad():
+                w -= 0.1 * w.grad
+            w.grad = None
+        return w.detach()
+
+    solve = ig.implicit(train, ig.argmin(lambda w, theta: (w.sum() - 1).square() + 0 * theta.sum()))
+    with torch.autocast("cpu", torch.bfloat16):
+        phi = solve(torch.zeros(3, 1, dtype=torch.float32, requires_grad=True))
+        assert torch.is_autocast_cache_enabled()
+    assert abs(phi.sum() - 1) < 0.02
+
+
 # ---------------------------------------------------------------- copies
 
 

@@ -194,8 +194,8 @@ def _saved(ctx: Any) -> tuple[Tensors, Tensors]:
         raise GraphError(
             "an argument of the solver (theta, data, lam) or the phi it returned was modified in "
             "place between forward and backward, for instance by optimizer.step() before "
-            "loss.backward(); the implicit gradient would be taken at the wrong point. Call "
-            "backward() first, or pass a clone()",
+            "loss.backward(), or by nn.Embedding(max_norm=...) when it is called; the implicit "
+            "gradient would be taken at the wrong point. Call backward() first, or pass a clone()",
             anchor="modified-in-place",
         ) from error
     return saved[: ctx.size], saved[ctx.size :]

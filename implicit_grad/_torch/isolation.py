@@ -101,6 +101,7 @@ class _Setting:
                 write(before)
 
 
+_STANCES = hasattr(torch.compiler, "set_stance")  # since torch 2.6
 _attention = torch.backends.cuda  # the switches are there, and are those of CPUs as well
 _checkpoints = torch.utils.checkpoint
 
@@ -145,16 +146,34 @@ _without_cudnn = _Setting((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enab
 def differentiable_twice(recurrent: bool = False) -> AbstractContextManager[object]:
     """Attention as products and a softmax, no checkpoints, `recurrent` layers without cuDNN.
 
-    Fused kernels have no second derivative. A checkpoint would compute its layers again in
-    backward, by when weights, switches and autocast are others; and the gradient's own graph, from
-    which second derivatives are taken, keeps what it would save.
+    Fused kernels have no second derivative, nor has what torch.compile made, which runs as it was
+    written. A checkpoint would compute its layers again in backward, by when weights, switches and
+    autocast are others; and the gradient's own graph, from which second derivatives are taken,
+    keeps what it would save.
     """
-    return _plain_layers_without_cudnn() if recurrent else _plain_layers
+    others = [_without_cudnn] if recurrent else []
+    if _STANCES and "torch._dynamo" in sys.modules:  # slow to import, as above
+        others.append(_eager())
+    return _all_of([_plain_layers, *others]) if others else _plain_layers
+
+
+@functools.cache
+def _eager() -> _Setting:
+    from torch._dynamo import eval_frame
+
+    def set_stance(stance: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # within what is being compiled, all is
+            eval_frame._set_stance(stance)
+
+    eager = eval_frame.DynamoStance("force_eager")
+    return _Setting((lambda: eval_frame._stance, set_stance, eager))
 
 
 @contextlib.contextmanager
-def _plain_layers_without_cudnn() -> Iterator[None]:
-    with _plain_layers, _without_cudnn:
+def _all_of(settings: list[_Setting]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(setting)
         yield
 
 
@@ -188,6 +207,23 @@ def uncached() -> AbstractContextManager[object]:
     which change while a solver trains.
     """
     return _uncached() if parametrize._cache_enabled else NOTHING
+
+
+def casting_anew() -> AbstractContextManager[object]:
+    """Under autocast weights are cast each time: its cache does not see that a loop trains them.
+
+    It is emptied where autocast ends, which may be around the loop and not within each step.
+    """
+    return _casting_anew() if torch.is_autocast_cache_enabled() else NOTHING
+
+
+@contextlib.contextmanager
+def _casting_anew() -> Iterator[None]:
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(True)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ from implicit_grad._torch.graph import (
     leaves_behind,
     once_differentiable,
 )
-from implicit_grad._torch.isolation import Ambient, isolated, uncached
+from implicit_grad._torch.isolation import Ambient, casting_anew, isolated, uncached
 from implicit_grad._torch.module_form import frozen, kept, mark_of, marked
 from implicit_grad._torch.products import own_precision, stand_ins, variables
 from implicit_grad._torch.pytree import Tensors, Tree, length, versions
@@ -264,7 +264,13 @@ class Evaluation(Recorded):
             ids = {id(t) for t in inputs}
             self._uncopied = [(name, t) for name, t in through_modules if id(t) in ids]
         self._lent = Lent([t for _, t in reachable])
-        with torch.enable_grad(), self._lent.as_they_are(), outside_forward_mode(), uncached():
+        with (
+            torch.enable_grad(),
+            self._lent.as_they_are(),
+            outside_forward_mode(),
+            uncached(),
+            casting_anew(),
+        ):
             returned = self._run(call, reachable)
         changed = zip(before, versions(lent), lent, self.wanted, strict=True)
         for old, new, tensor, wanted in changed:

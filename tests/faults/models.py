@@ -449,7 +449,8 @@ def compiled(user: User) -> None:
     def inner(phi: Tensor, X: Tensor) -> Tensor:
         return torch.tanh(X @ (matrix @ phi)).square().sum()
 
-    # torch gives it a second derivative of 0, without a word
+    # torch gives it a second derivative of 0, without a word; from 2.6 on it can run as written
+    eagerly = hasattr(torch.compiler, "set_stance")
     found, in_one_piece = {}, torch.compile(inner, backend="aot_eager")
     for name, function in (("eager", inner), ("compiled", in_one_piece)):
         monitor = ig.Monitor()
@@ -457,12 +458,12 @@ def compiled(user: User) -> None:
             lambda t, X: 0.9 * t, ig.proximal(function, 5.0), monitor=monitor, on_failure="ignore"
         )
         found[name] = grad(solve(theta, X), theta, v)[0], monitor.last.curvature
-    assert found["compiled"][1] == "finite_difference"
+    assert found["compiled"][1] == ("hessian" if eagerly else "finite_difference")
     near(found["compiled"][0], found["eager"][0], 1e-8)
-    twice = ig.proximal(in_one_piece, 5.0)
-    phi = ig.implicit(lambda t, X: 0.9 * t, twice, on_failure="ignore")(theta, X)
-    with pytest.raises(ig.GraphError, match=r"compiled \(torch\.compile\)"):
-        grad(phi, theta, v, create_graph=True)
+    refused = pytest.raises(ig.GraphError, match=r"compiled \(torch\.compile\)")
+    phi = ig.implicit(lambda t, X: 0.9 * t, ig.proximal(in_one_piece, 5.0), on_failure="ignore")
+    with contextlib.nullcontext() if eagerly else refused:
+        grad(phi(theta, X), theta, v, create_graph=True)
 
 
 @row(30, "a reentrant checkpoint in the inner problem")
