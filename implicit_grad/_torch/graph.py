@@ -20,7 +20,12 @@ _COMPILED = "torch._functorch._aot_autograd"
 _CHUNKED = "GeneratedBackwardFor_torch_nn__linear_cross_entropy"
 # As benchmarks/census.py found. Layer norm has a graph of our own, but not in a gradient that is
 # the user's.
-_WRONG_THIRD = {"LogcumsumexpBackward0", "PdistBackward0", "NativeLayerNormBackwardBackward0"}
+_WRONG_THIRD = {
+    "LogcumsumexpBackward0",
+    "PdistBackward0",
+    "NativeLayerNormBackwardBackward0",
+    "NativeBatchNormBackwardBackward0",  # in torch 2.4; missing in later ones
+}
 _LEAF = "torch::autograd::AccumulateGrad"
 _CAST = "ToCopyBackward0"
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__

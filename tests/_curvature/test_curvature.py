@@ -431,10 +431,6 @@ PIECES = {
         lambda x, y: torch.fmax(x, x.flip(1)).square().mean(),
         lambda x, y: torch.maximum(x, x.flip(1)).square().mean(),
     ),
-    "aminmax": (
-        lambda x, y: torch.stack(torch.aminmax(x, dim=1)).mean(),
-        lambda x, y: torch.stack([x.amin(1), x.amax(1)]).mean(),
-    ),
     "nanmedian": (
         lambda x, y: x.nanmedian(1).values.mean(),
         lambda x, y: x.sort(1).values[:, 2].mean(),
@@ -521,6 +517,12 @@ PIECES = {
         lambda x, y: (pairs(x).logsumexp(1) - pairs(x).amax(1)).mean(),
     ),
 }
+made_by = torch.aminmax(torch.ones(2, requires_grad=True)).min.grad_fn
+if type(made_by).__name__ != "NotImplemented":  # as in torch 2.4
+    PIECES["aminmax"] = (
+        lambda x, y: torch.stack(torch.aminmax(x, dim=1)).mean(),
+        lambda x, y: torch.stack([x.amin(1), x.amax(1)]).mean(),
+    )
 
 
 @pytest.mark.parametrize("name", PIECES)

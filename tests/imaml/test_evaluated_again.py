@@ -104,7 +104,11 @@ def test_checkpoints_are_checkpoints_again_outside():
     assert len(calls) == inside + 2
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "finite_difference"])
+# Nodes of older torches do not tell their dtypes, and differences do not see what was cast.
+TOLD = hasattr(torch.ones(1, requires_grad=True).exp().grad_fn, "_input_metadata")
+
+
+@pytest.mark.parametrize("curvature", ["hessian", *["finite_difference"] * TOLD])
 @pytest.mark.parametrize("style", ["closure", "argument", "captured"])
 def test_features_under_autocast(style, curvature):
     """They come in bfloat16; the gradient is that of float32, to bfloat16's precision."""
