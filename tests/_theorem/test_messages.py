@@ -201,7 +201,7 @@ def test_a_small_residual_where_curvature_is_small_is_no_solution(kind, linear_s
 def test_a_training_that_stopped_short_of_flat_directions_is_told(tasks):
     """Their error hardly shows in F, and need not show along v; one of 1 % of φ is none."""
     told = {0.009: 0, 0.1: 0}
-    for seed in range(30):
+    for seed in range(10):
         random = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(6, 6, generator=random, dtype=torch.float64))[0]
         curvatures = torch.logspace(-2, 1, 6, dtype=torch.float64)
@@ -230,7 +230,7 @@ def test_a_training_that_stopped_short_of_flat_directions_is_told(tasks):
                 torch.autograd.grad(loss(a), a)
             told[part] += monitor.last.status is ig.Status.INNER_NOT_STATIONARY
     assert told[0.009] == 0
-    assert told[0.1] >= 25
+    assert told[0.1] >= 8
 
 
 @pytest.mark.parametrize("linear_solver", [ig.CG(), ig.Exact()])
