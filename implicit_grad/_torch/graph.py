@@ -122,8 +122,8 @@ def coarsest(
 
 def coarsest_each(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[float]:
     """The same for each of the inputs: the precision of the values' gradient by it."""
-    nodes = list(walk(values))
-    return [coarsest(values, [x], nodes) for x in inputs]
+    casts = [node for node in walk(values) if type(node).__name__ == _CAST]
+    return [coarsest(values, [x], casts) for x in inputs]
 
 
 def kind_of_graph(values: Sequence[Tensor]) -> frozenset[str]:
