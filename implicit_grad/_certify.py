@@ -113,9 +113,12 @@ def certify(
     with torch.enable_grad():
         true, _ = evaluation.recorded(curvature)
     solver = default_linear_solver(evaluation.condition)
-    with torch.no_grad():
-        typical = length(true.transposed(direction(true.phi)))
-    newton = _to_rounding(lambda solver: solve_newton(solver, true), solver, true, typical)
+    newton = _to_rounding(
+        lambda solver: solve_newton(solver, true),
+        solver,
+        true,
+        lambda: length(true.transposed(direction(true.phi))),
+    )
     moved = tuple((p + d).detach() for p, d in zip(phi, newton.x, strict=False))
     around_moved = evaluation.around(moved, curvature)
     there = Outer("certify: outer_loss", outer_loss, evaluation, moved, tensors)
@@ -129,7 +132,7 @@ def certify(
         lambda solver: solve_adjoint(solver, around_moved, rest, verify=True),
         solver,
         around_moved,
-        length(v) + length(product),
+        lambda: length(v) + length(product),
     )
     with torch.no_grad():
         u = tuple(map(torch.add, start, second.x))
@@ -167,9 +170,9 @@ def _to_rounding(
     solve: Callable[[LinearSolver], Solved],
     solver: LinearSolver,
     around: Linearization,
-    terms: float,
+    terms: Callable[[], float],
 ) -> Solved:
-    """The solve; where it fails, down to the rounding of such terms in its right-hand side.
+    """The solve; where it fails, down to the rounding of terms of that size in its right-hand side.
 
     Where phi may turn freely, nothing solves for what is rounded in the directions of the turn.
     """
@@ -181,7 +184,8 @@ def _to_rounding(
     )
     if not (lost or status in _NO_SOLUTION):
         return solved
-    atol = rounding * terms
+    with torch.no_grad():
+        atol = rounding * terms()
     if isinstance(solver, Iterative):
         return solve(dataclasses.replace(solver, atol=atol))
     return solve(GMRES(atol=atol))  # the first part of the default for other systems

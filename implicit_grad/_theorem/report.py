@@ -294,11 +294,11 @@ class Reporting:
             # a residual this small may still be a long way where curvature is small
             nearest = INNER_TOLERANCE * size * (0.0 if least is None else least)
             may_be = _solves(solution, around) and not solved.damping
-            if not may_be or inner <= max(nearest, rounding):
+            if not (may_be and inner > max(nearest, rounding)):
                 return False
-            is_off = along.leads_beyond(INNER_TOLERANCE * size, task, u)
-            if not is_off:
+            if not along.leads_beyond(INNER_TOLERANCE * size, task, u):
                 return False
+            is_off = True
         at_stake = _at_stake(around)
         if constrained:
             if inner <= reach * _CORNER:
